@@ -1,0 +1,170 @@
+"""The dense reference: an untouched eager model that hides exactly the keys a pruned run says it dropped.
+
+The reference replays, token by token through its own `generate()`, the sequences that the pruned run made,
+with an attention mask for every layer and every KV head. Nothing of foveate's code takes part: only the
+report is read, and what it claims must explain the pruned logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+STEPS = 20
+GREEDY = dict(max_new_tokens=STEPS, do_sample=False)
+BEAMS = dict(max_new_tokens=STEPS, num_beams=3, do_sample=False)
+SAMPLE = dict(max_new_tokens=STEPS, do_sample=True, num_return_sequences=2)
+BEAM_SAMPLE = dict(max_new_tokens=STEPS, do_sample=True, num_beams=3, num_return_sequences=2)
+DECODING = {"greedy": GREEDY, "beams": BEAMS, "sample": SAMPLE}
+
+
+@dataclass
+class Hide:
+    """Keys of one layer that queries from text position `first_query` on do not see."""
+
+    layer: int
+    keys: Tensor  # (batch, 1 or kv_heads, length), True = hidden
+    first_query: int = 0
+
+    def rows(self, index: Tensor) -> Hide:
+        return Hide(self.layer, self.keys[index], self.first_query)
+
+
+def hidden(report: Any, prompt_length: int) -> list[Hide]:
+    """Read what a report says was dropped. "decode" means: evicted once the prompt had been read."""
+    return [
+        Hide(layer.index, ~layer.kept, {"prefill": 0, "decode": prompt_length}[layer.since])
+        for layer in report.layers
+    ]
+
+
+@contextmanager
+def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
+    """Let an eager model run with these keys invisible, by rewriting the mask each attention module gets."""
+    assert model.config._attn_implementation == "eager", "only eager takes a mask per head"
+    llm = model.model.language_model
+    start = 0  # text position of the first query of this forward
+
+    def note_start(module, args, kwargs):
+        nonlocal start
+        past = kwargs.get("past_key_values")
+        start = 0 if past is None else int(past.get_seq_length())
+
+    def hide_keys(module, args, kwargs, layer: int):
+        queries = kwargs["hidden_states"].shape[1]
+        cross = hasattr(module, "q_norm")
+        mask = kwargs["attention_mask"]
+        at = start + torch.arange(queries)
+        for hide in (h for h in hides if h.layer == layer):
+            keys = hide.keys
+            if keys.shape[1] > 1:  # one set for each KV head: every query head of its group gets it
+                assert keys.shape[1] * module.num_key_value_groups == module.config.num_attention_heads
+                keys = keys.repeat_interleave(module.num_key_value_groups, dim=1)
+            if mask is None:  # mllama without a cross_attention_mask
+                mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
+            # Keys made since (generated text) stay visible.
+            keys = torch.nn.functional.pad(keys, (0, mask.shape[-1] - keys.shape[-1]))
+            gone = keys[:, :, None, :] & (at >= hide.first_query)[:, None]
+            # A row that may see nothing at all must stay finite: it is padding. Over images, mllama lets a
+            # text row without an image see every feature equally, and of those only the kept ones exist.
+            mask = mask.masked_fill(gone, -torch.inf if cross else torch.finfo(mask.dtype).min)
+        return args, kwargs | {"attention_mask": mask}
+
+    handles = [llm.register_forward_pre_hook(note_start, with_kwargs=True)]
+    for i, block in enumerate(llm.layers):
+        module = block.self_attn if hasattr(block, "self_attn") else block.cross_attn
+        hook = lambda m, a, k, i=i: hide_keys(m, a, k, i)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Replay(LogitsProcessor):
+    """Force `generate` to produce given tokens."""
+
+    def __init__(self, sequences: Tensor):
+        self.sequences = sequences
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter(1, self.sequences[:, input_ids.shape[1], None], 0.0)
+
+
+@torch.no_grad()
+def dense_logits(
+    model: PreTrainedModel, batch: dict, sequences: Tensor, hides: Sequence[Hide] = (), **kwargs
+) -> tuple[Tensor, Any]:
+    """Replay `sequences` on the untouched model; return logits (sequences, steps, vocab) and the cache."""
+    prompt = batch["input_ids"].shape[1]
+    copies = len(sequences) // len(batch["input_ids"])
+    with masked(model, hides):
+        out = model.generate(
+            **batch,
+            max_new_tokens=sequences.shape[1] - prompt,
+            do_sample=True,  # so that the prompt may be expanded; the processor leaves no choice
+            num_return_sequences=copies,
+            logits_processor=[Replay(sequences)],
+            output_logits=True,
+            return_dict_in_generate=True,
+            **kwargs,
+        )
+    assert torch.equal(out.sequences, sequences), "the reference did not replay the sequences"
+    return torch.stack(out.logits, 1), out.past_key_values
+
+
+@dataclass
+class Run:
+    """What `generate` gave: for each returned sequence its logits, and the prefill row it descends from."""
+
+    sequences: Tensor
+    logits: Tensor  # (sequences, steps, vocab), raw
+    rows: Tensor
+    cache: Any
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, batch: dict, seed: int = 0, **kwargs) -> Run:
+    """Generate with raw logits; with beams, follow the chosen beams back through the steps."""
+    torch.manual_seed(seed)
+    out = model.generate(**batch, **kwargs, output_logits=True, return_dict_in_generate=True)
+    logits = torch.stack(out.logits, 1)
+    if (beams := out.get("beam_indices")) is not None:
+        beams = beams.long()
+        assert (beams >= 0).all(), "a beam ended early"
+        logits = logits[beams, torch.arange(beams.shape[1])]
+        return Run(out.sequences, logits, beams[:, 0], out.past_key_values)
+    return Run(out.sequences, logits, torch.arange(len(out.sequences)), out.past_key_values)
+
+
+def errors(reference: PreTrainedModel, batch: dict, pruned: Run, hides: Sequence[Hide]) -> Tensor:
+    """Return the largest absolute logit difference of each step."""
+    dense, _ = dense_logits(reference, batch, pruned.sequences, [h.rows(pruned.rows) for h in hides])
+    return (dense - pruned.logits).abs().amax((0, 2))
+
+
+@torch.no_grad()
+def embedded(model: PreTrainedModel, batch: dict) -> tuple[Tensor, Tensor]:
+    """Return what the untouched LLM gets for a prompt: embeddings and position ids (3-D for M-RoPE)."""
+    seen = {}
+
+    def note(module, args, kwargs):
+        seen.update(kwargs)
+
+    handle = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        model(**batch)
+    finally:
+        handle.remove()
+    positions = seen["position_ids"]
+    if positions is None:
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return seen["inputs_embeds"], positions
