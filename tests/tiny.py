@@ -292,3 +292,46 @@ def image_counts(family: str, images: Iterable[int], seed: int = 0) -> list[list
     kind = count(seed)
     per_image = (lambda k: 17 * MAX_TILES) if family == "mllama" else partial(_placeholders, family)
     return [[per_image(next(kind) % 4) for _ in range(n)] for n in images]
+
+
+def next_turn(
+    model: PreTrainedModel, batch: dict[str, Tensor], sequences: Tensor, image: bool = False, seed: int = 50
+) -> dict[str, Tensor]:
+    """Return what `generate` needs, beside the cache, to go on after `sequences` with words or an image."""
+    family = model.config.model_type
+    rows, length = len(sequences), sequences.shape[1]
+    new = inputs(family, (1,) * rows if image else (0,) * rows, (4,) * rows, seed)
+    ids = torch.cat([sequences, new["input_ids"]], 1)
+    mask = torch.cat([batch["attention_mask"], new["attention_mask"].new_ones(rows, ids.shape[1])], 1)
+    turn = new | {"input_ids": ids, "attention_mask": mask[:, : ids.shape[1]]}
+    if family == "mllama":
+        seen = batch["cross_attention_mask"]
+        since = seen[:, -1:].expand(-1, ids.shape[1] - seen.shape[1], -1, -1)
+        if (
+            image
+        ):  # as the processor does: text looks at the image in front of it, and no longer at earlier ones
+            since = since.clone()
+            since[:, length - seen.shape[1] :] = 0
+            fresh = torch.nn.functional.pad(new["cross_attention_mask"], (0, 0, 0, 0, length, 0))
+            turn["cross_attention_mask"] = torch.cat([torch.cat([seen, since], 1), fresh], 2)
+        else:
+            turn["cross_attention_mask"] = torch.cat([seen, since], 1)
+    if family == "qwen2_5_vl":
+        types = turn.pop("mm_token_type_ids")
+        if (
+            image
+        ):  # transformers wants the grids of the whole talk for positions, of the new image for features
+            pad = torch.nn.functional.pad(
+                batch["mm_token_type_ids"], (0, length - batch["input_ids"].shape[1])
+            )
+            per_row = (batch["input_ids"] == VISION_START).sum(1).tolist()
+            grids = zip(batch["image_grid_thw"].split(per_row), new["image_grid_thw"].split(1), strict=True)
+            vision, _ = model.model.get_rope_index(
+                ids,
+                torch.cat([pad, types], 1),
+                torch.cat([grid for row in grids for grid in row]),
+                attention_mask=turn["attention_mask"],
+            )
+            text = turn["attention_mask"].cumsum(1) - 1
+            turn["position_ids"] = torch.cat([text.clamp(min=0)[None], vision])
+    return turn

@@ -1,0 +1,48 @@
+"""The rows of the test matrix: each method, where it fits, and options that prune a tiny model clearly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import tiny
+import torch
+
+import foveate
+
+# name in the matrix -> (method, options); keep times the size of every llava and Qwen image is a whole number
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fopru_rank": ("fopru", dict(keep=0.25, strategy="rank")),
+    "fopru_row": ("fopru", dict(keep=0.5, strategy="row")),
+    "plphp": ("plphp", dict(keep=0.5, start_layer=1)),
+    "fastv": ("fastv", dict(keep=0.5, layer=2)),
+    "random": ("random", dict(keep=0.25)),
+    "uniform": ("uniform", dict(keep=0.25)),
+    "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
+}
+BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform")
+FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name != "trimmed_llama"]
+FITS.append(("mllama", "trimmed_llama"))
+# One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
+PLACES = [
+    (family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")
+]
+TOLERANCE = 1e-4
+
+
+def prune(model, name: str, *, record: bool = True, **options):
+    """Prune with the options of the matrix, some of them replaced."""
+    method, defaults = METHODS[name]
+    return foveate.prune(model, method, record=record, **(defaults | options))
+
+
+def pruned_run(model, name: str, batch: dict, seed: int = 0, **kwargs) -> tuple[oracle.Run, Any]:
+    """Generate once under a method: the run and its report."""
+    with prune(model, name) as pruned:
+        run = oracle.run(model, batch, seed, **kwargs)
+        return run, pruned.report
+
+
+def image_tokens(batch: dict) -> torch.Tensor:
+    """Return which prompt positions hold an image token."""
+    return batch["input_ids"] == tiny.IMAGE

@@ -1,0 +1,218 @@
+"""What cannot be pruned correctly is refused before anything changes, and says what to do instead."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import oracle
+import pytest
+import tiny
+import torch
+from cases import FITS, METHODS, PLACES, prune, pruned_run
+from test_restore import changes, snapshot
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import BaseQuantizedLayer, Cache
+
+import foveate
+
+places = pytest.mark.parametrize(("family", "name"), PLACES)
+METHOD_NAMES = sorted({method for method, _ in METHODS.values()})
+
+
+class QuantizedLayer(BaseQuantizedLayer):
+    """A quantized cache layer without a quantization library."""
+
+    def _quantize(self, tensor):
+        return tensor
+
+    def _dequantize(self, q_tensor):
+        return q_tensor
+
+
+def offloaded(model) -> Cache:
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.offloading = True  # the constructor wants a GPU stream
+    return cache
+
+
+def quantized(model) -> Cache:
+    return Cache(layers=[QuantizedLayer() for _ in model.model.language_model.layers])
+
+
+@places
+@pytest.mark.parametrize("kind", [offloaded, quantized])
+def test_caches_that_cannot_be_pruned_are_refused(family, name, kind):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    expected, _ = pruned_run(model, name, batch, max_new_tokens=4)
+    before = snapshot(model)
+    with prune(model, name):
+        with pytest.raises(foveate.UnsupportedError, match=r"(?i)cache"):
+            model.generate(**batch, max_new_tokens=4, past_key_values=kind(model))
+        # The refusal cost nothing: the block still works.
+        assert torch.equal(oracle.run(model, batch, max_new_tokens=4).logits, expected.logits)
+    assert changes(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[1] in ("plphp", "trimmed_llama")])
+def test_cache_methods_need_a_cache(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    with prune(model, name):
+        with pytest.raises(foveate.UnsupportedError, match="use_cache"):
+            model.generate(**batch, max_new_tokens=4, use_cache=False)
+        with pytest.raises(foveate.UnsupportedError, match="use_cache"):
+            model(**batch, use_cache=False)
+
+
+@places
+def test_a_cache_filled_by_an_unpruned_run_is_converted_or_refused(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    first, again = (oracle.run(model, batch, max_new_tokens=6) for _ in range(2))
+    turn = tiny.next_turn(model, batch, first.sequences)
+    untouched = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+    with prune(model, name):
+        try:
+            run = oracle.run(model, turn | {"past_key_values": again.cache}, max_new_tokens=4)
+        except foveate.UnsupportedError as error:
+            assert "cache" in str(error)
+            return
+    # A turn of text drops nothing, so a conversion must not change the answer.
+    assert (run.logits - untouched.logits).abs().max() < 1e-4
+
+
+@places
+def test_a_pruned_cache_is_of_no_use_outside_the_block(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    with prune(model, name):
+        first = oracle.run(model, batch, max_new_tokens=4)
+        turn = tiny.next_turn(model, batch, first.sequences)
+    with pytest.raises(foveate.UnsupportedError, match="cache"):
+        model.generate(**turn, max_new_tokens=4, past_key_values=first.cache)
+
+
+def test_an_unknown_family_is_told_the_known_ones():
+    model = LlamaForCausalLM(LlamaConfig(**tiny.LLM))
+    before = snapshot(model)
+    with pytest.raises(foveate.UnsupportedError) as error:
+        foveate.prune(model, "fopru", keep=0.5)
+    assert all(family in str(error.value) for family in tiny.FAMILIES)
+    assert "llama" in str(error.value).lower()
+    assert changes(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("thing", [None, "llava-hf/llava-1.5-7b-hf", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused(thing):
+    with pytest.raises((foveate.UnsupportedError, TypeError)):
+        foveate.prune(thing, "fopru", keep=0.5)
+
+
+MISFITS = [("mllama", name) for name in METHODS if name != "trimmed_llama"]
+MISFITS += [(family, "trimmed_llama") for family in tiny.DECODER_FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "name"), MISFITS)
+def test_a_method_that_does_not_fit_the_family_is_refused(family, name):
+    model = tiny.build(family)
+    before = snapshot(model)
+    with pytest.raises(foveate.UnsupportedError) as error:
+        prune(model, name)
+    assert family in str(error.value) and METHODS[name][0] in str(error.value).lower()
+    assert changes(before, snapshot(model)) == []
+
+
+@places
+def test_a_pruned_model_is_not_pruned_again(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    expected, _ = pruned_run(model, name, batch, max_new_tokens=4)
+    with prune(model, name):
+        with pytest.raises((foveate.UnsupportedError, ValueError), match=r"(?i)already|remove"):
+            prune(model, name)
+        assert torch.equal(oracle.run(model, batch, max_new_tokens=4).logits, expected.logits)
+
+
+@pytest.mark.parametrize("together", [["fopru", "fopru"], ["random", "uniform"], []])
+def test_combinations_without_sense_are_refused(together):
+    model = tiny.build("llava")
+    before = snapshot(model)
+    with pytest.raises((foveate.UnsupportedError, ValueError)):
+        foveate.prune(model, together)
+    assert changes(before, snapshot(model)) == []
+
+
+BAD_KEEPS = [0, 0.0, -1, -0.5, 1.5, 2.0, math.nan, math.inf, "x", "0.5", None, True, False, [0.5]]
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("keep", BAD_KEEPS, ids=repr)
+def test_a_bad_keep_is_told_the_allowed_range(method, keep):
+    with pytest.raises(ValueError, match=re.escape("(0, 1]")) as error:
+        foveate.get_method(method, keep=keep)
+    assert "keep" in str(error.value) and str(keep) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        ("fopru", dict(strategy="column"), ["strategy", "rank", "row", "column"]),
+        ("fopru", dict(strategy=None), ["strategy", "rank", "row"]),
+        ("fastv", dict(layer=-1), ["layer", "-1"]),
+        ("fastv", dict(layer=1.5), ["layer", "1.5"]),
+        ("fastv", dict(layer="2"), ["layer"]),
+        ("plphp", dict(delta=-0.1), ["delta", "-0.1"]),
+        ("plphp", dict(delta=1.5), ["delta", "1.5"]),
+        ("plphp", dict(delta=math.nan), ["delta"]),
+        ("plphp", dict(start_layer=-1), ["start_layer", "-1"]),
+        ("plphp", dict(alpha=0.1, beta=0.5), ["alpha", "beta"]),
+        ("plphp", dict(alpha=-1.0, beta=-2.0), ["alpha"]),
+        ("random", dict(seed="x"), ["seed"]),
+    ],
+)
+def test_bad_options_are_told_what_is_allowed(method, options, told):
+    with pytest.raises(ValueError) as error:
+        foveate.get_method(method, keep=0.5, **options)
+    assert all(word in str(error.value) for word in told), str(error.value)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_options_that_do_not_exist_are_named(method):
+    with pytest.raises((ValueError, TypeError), match="ratio"):
+        foveate.get_method(method, keep=0.5, ratio=0.3)
+
+
+@pytest.mark.parametrize("name", ["nope", "", "FoPru!", None, 3])
+def test_an_unknown_method_is_told_the_known_ones(name):
+    with pytest.raises((ValueError, TypeError)) as error:
+        foveate.prune(tiny.build("llava"), name, keep=0.5)
+    assert all(method in str(error.value) for method in METHOD_NAMES)
+
+
+def test_options_beside_a_method_object_are_refused():
+    with pytest.raises((ValueError, TypeError), match="keep"):
+        foveate.prune(tiny.build("llava"), foveate.FoPru(keep=0.5), keep=0.25)
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused():
+    model = tiny.build("llava")
+    before = snapshot(model)
+    for method in (
+        foveate.get_method("fastv", keep=0.5, layer=4),
+        foveate.get_method("plphp", start_layer=4),
+    ):
+        with pytest.raises((foveate.UnsupportedError, ValueError), match="layer"):
+            foveate.prune(model, method)
+    assert changes(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_methods_travel_as_dicts_and_files(method, tmp_path):
+    made = foveate.get_method(method, keep=0.3)
+    assert type(made).from_dict(made.to_dict()) == made
+    made.save_pretrained(tmp_path)
+    assert (tmp_path / "foveate_config.json").is_file()
+    assert type(made).from_pretrained(tmp_path) == made
+
+
+def test_the_matrix_covers_every_method():
+    """A method without a row in the matrix is not proven."""
+    assert set(METHOD_NAMES) == set(foveate.methods())
+    assert {family for family, _ in FITS} == set(tiny.FAMILIES)

@@ -1,0 +1,182 @@
+"""Leaving the block, by whatever way, leaves no trace in the model or in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+from cases import FITS, PLACES, prune, pruned_run
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+places = pytest.mark.parametrize(("family", "name"), PLACES)
+backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+# What transformers itself sets while generating.
+VOLATILE = {"rope_deltas"}
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return all that a hook, a patch or a mark could change: by identity, so that a copy shows, too."""
+    state: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        state[f"{path}: class"] = id(type(module)), {k: id(v) for k, v in vars(type(module)).items()}
+        for key, value in vars(module).items():
+            if key not in VOLATILE:
+                inside = [id(v) for v in value.values()] if isinstance(value, dict) else None
+                state[f"{path}: {key}"] = id(value), inside
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        state[type(registry).__name__] = dict(registry._global_mapping), dict(registry._local_mapping)
+    configs = [model.config, *(getattr(model.config, key) for key in model.config.sub_configs)]
+    state["configs"] = [(config.to_json_string(), config._attn_implementation) for config in configs]
+    state["generation config"] = model.generation_config.to_json_string()
+    return state
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+
+
+@pytest.fixture
+def world(request):
+    """A model that has run once, so that lazy state exists, with its logits and its snapshot."""
+    family, attn = request.param
+    model, batch = tiny.build(family, attn), tiny.inputs(family)
+    run = oracle.run(model, batch, max_new_tokens=4)
+    before = snapshot(model)
+
+    def untouched() -> bool:
+        assert changes(before, snapshot(model)) == []
+        return torch.equal(oracle.run(model, batch, max_new_tokens=4).logits, run.logits)
+
+    return model, batch, untouched
+
+
+everywhere = pytest.mark.parametrize(
+    ("world", "name"),
+    [((family, attn), name) for family, name in FITS for attn in ("eager", "sdpa")],
+    indirect=["world"],
+)
+at_places = pytest.mark.parametrize(
+    ("world", "name"),
+    [((family, attn), name) for family, name in PLACES for attn in ("eager", "sdpa")],
+    indirect=["world"],
+)
+
+
+@everywhere
+def test_leaving_the_block_restores_everything(world, name):
+    model, batch, untouched = world
+    with prune(model, name):
+        oracle.run(model, batch, max_new_tokens=4)
+        oracle.run(model, batch, max_new_tokens=4, num_beams=2)
+    assert untouched()
+
+
+@at_places
+def test_remove_restores_everything_and_may_be_repeated(world, name):
+    model, batch, untouched = world
+    pruned = prune(model, name)
+    oracle.run(model, batch, max_new_tokens=4)
+    pruned.remove()
+    assert untouched()
+    pruned.remove()
+    assert untouched()
+    assert pruned.report.kv_bytes > 0, "the report outlives the pruning"
+
+
+@at_places
+def test_a_block_that_never_ran_restores_everything(world, name):
+    model, _, untouched = world
+    with prune(model, name):
+        pass
+    assert untouched()
+
+
+class Stop(Exception):
+    pass
+
+
+@at_places
+def test_an_exception_while_decoding_restores_everything(world, name):
+    model, batch, untouched = world
+
+    def stop(input_ids, scores):
+        if input_ids.shape[1] > batch["input_ids"].shape[1] + 1:
+            raise Stop
+        return scores
+
+    with pytest.raises(Stop), prune(model, name):
+        oracle.run(model, batch, max_new_tokens=4, logits_processor=[stop])
+    assert untouched()
+
+
+PARTS = {
+    "vision": lambda model: (
+        getattr(model.model, "vision_tower", None)
+        or getattr(model.model, "visual", None)
+        or model.model.vision_model
+    ),
+    "layer 0": lambda model: model.model.language_model.layers[0].mlp,
+    "layer 3": lambda model: model.model.language_model.layers[3].mlp,
+    "head": lambda model: model.lm_head,
+}
+
+
+@at_places
+@pytest.mark.parametrize("part", PARTS)
+def test_an_exception_in_the_prefill_leaves_no_state(world, name, part):
+    """Neither after the block nor, within it, for the next prompt."""
+    model, batch, untouched = world
+    expected, _ = pruned_run(model, name, batch, max_new_tokens=4)
+
+    def stop(module, args, output):
+        raise Stop
+
+    with prune(model, name):
+        handle = PARTS[part](model).register_forward_hook(stop)
+        with pytest.raises(Stop):
+            oracle.run(model, batch, max_new_tokens=4)
+        handle.remove()
+        assert torch.equal(oracle.run(model, batch, max_new_tokens=4).logits, expected.logits)
+    assert untouched()
+
+
+@places
+@backends
+def test_interleaved_blocks_of_two_models_end_in_any_order(family, name, attn):
+    """The shared registry must survive the first one to leave, and be clean after the last."""
+    batch = tiny.inputs(family)
+    a, b = tiny.build(family, attn), tiny.build(family, attn, seed=1)
+    oracle.run(a, batch, max_new_tokens=2), oracle.run(b, batch, max_new_tokens=2)
+    expected, _ = pruned_run(b, name, batch, max_new_tokens=4)
+    before = snapshot(a), snapshot(b)
+    first, second = prune(a, name), prune(b, name)
+    oracle.run(a, batch, max_new_tokens=2)
+    first.remove()
+    assert torch.equal(oracle.run(b, batch, max_new_tokens=4).logits, expected.logits)
+    second.remove()
+    assert changes(before[0], snapshot(a)) == changes(before[1], snapshot(b)) == []
+
+
+@places
+def test_pruning_again_after_removing_gives_the_same(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    first, _ = pruned_run(model, name, batch, max_new_tokens=4)
+    second, _ = pruned_run(model, name, batch, max_new_tokens=4)
+    assert torch.equal(first.logits, second.logits)
+
+
+@places
+def test_a_deepcopy_made_before_is_not_pruned(family, name):
+    """Only the very object that was given is pruned, not others with the same weights or config."""
+    batch, model = tiny.inputs(family), tiny.build(family)
+    twin = tiny.build(family)
+    twin.config = model.config
+    before = oracle.run(twin, batch, max_new_tokens=4)
+    with prune(model, name):
+        oracle.run(model, batch, max_new_tokens=4)
+        assert torch.equal(oracle.run(twin, batch, max_new_tokens=4).logits, before.logits)
