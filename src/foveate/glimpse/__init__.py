@@ -1,1 +1,42 @@
-"""foveate."""
+"""glimpse: a tiny vision-language model inside the package, trained from nothing on a small drawn world.
+
+It is a plain LLaVA (`LlavaForConditionalGeneration`: CLIP-style ViT with CLS, MLP projector, Llama with
+grouped-query attention) with 144 image tokens, small enough to answer on a CPU at once, so that every method
+can be tried offline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foveate.glimpse.world import KINDS, Question, question
+
+__all__ = ["HELDOUT_VERSION", "KINDS", "PATH", "Question", "heldout", "load"]
+
+PATH = Path(__file__).with_name("model")
+"""Folder of the model, as `transformers` loads it."""
+
+HELDOUT_VERSION = 1
+"""Changes whenever a picture, question or answer of `heldout` does."""
+
+
+def load(**kwargs: Any) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and its processor.
+
+    `kwargs` go to `AutoModelForImageTextToText.from_pretrained`; without `dtype` the weights, shipped in
+    bfloat16, compute in float32.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    kwargs.setdefault("dtype", "float32")
+    model = AutoModelForImageTextToText.from_pretrained(PATH, **kwargs)
+    return model.eval(), AutoProcessor.from_pretrained(PATH)
+
+
+def heldout(n: int = 2000) -> list[Question]:
+    """The first `n` held-out questions, each about its own picture, all kinds in turn.
+
+    They are drawn again from their seeds, which training never uses.
+    """
+    return [question(HELDOUT_VERSION * 1_000_000 + index, KINDS[index % len(KINDS)]) for index in range(n)]

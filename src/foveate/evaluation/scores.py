@@ -1,0 +1,59 @@
+"""Scores of answers, and what they are worth beside trivial baselines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from foveate.glimpse.world import KINDS, Question
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether two answers are the same words, whatever their case, spacing and final full stop."""
+    return _normal(prediction) == _normal(answer)
+
+
+def score(predictions: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
+    """Share of exact matches for each kind of question, and for "all" of them."""
+    hits: dict[str, list[bool]] = {}
+    for prediction, question in zip(predictions, questions, strict=True):
+        hit = exact_match(prediction, question.answer)
+        for group in (question.kind, "all"):
+            hits.setdefault(group, []).append(hit)
+    return {kind: float(np.mean(hits[kind])) for kind in (*KINDS, "all") if kind in hits}
+
+
+def majority(questions: Sequence[Question]) -> list[str]:
+    """The baseline that gives each kind of question its most frequent answer, knowing the answers."""
+    counts: dict[str, Counter[str]] = {}
+    for question in questions:
+        counts.setdefault(question.kind, Counter())[question.answer] += 1
+    return [counts[question.kind].most_common(1)[0][0] for question in questions]
+
+
+def blind(questions: Sequence[Question]) -> list[Image.Image]:
+    """For each question the picture of the next question of its kind: what is still right was guessed."""
+    by_kind: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        by_kind.setdefault(question.kind, []).append(index)
+    successor = {
+        own: other
+        for group in by_kind.values()
+        for own, other in zip(group, group[1:] + group[:1], strict=True)
+    }
+    return [questions[successor[index]].image for index in range(len(questions))]
+
+
+def interval(hits: Sequence[bool], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval, over questions, of the share of hits."""
+    values = np.asarray(hits, np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().rstrip(". ").replace(" ,", ",").split())
