@@ -1,0 +1,232 @@
+"""Loads a model, asks it about pictures with and without pruning, and measures what pruning saves."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._mistake import Mistake
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .methods.base import Method
+
+DTYPES = ("float32", "bfloat16", "float16")
+RUNS = 5  # timed runs of each variant; their median is shown
+TIMED_TOKENS = 16  # decoded in every timed run, whatever the length of the answer
+
+
+@dataclass
+class Answer:
+    """What one variant said and cost. `method` is None for the untouched model."""
+
+    method: str | None
+    options: dict[str, Any]
+    text: str
+    images: list[tuple[int, int]]
+    kv_bytes: int
+    kv_bytes_unpruned: int
+    report: Any = field(default=None, repr=False)
+    first_token_s: float | None = None
+    ms_per_token: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The variant in a few words."""
+        if self.method is None:
+            return "untouched"
+        return " ".join([self.method, *(f"{name} {value}" for name, value in self.options.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {
+            "method": self.method,
+            "options": self.options,
+            "answer": self.text,
+            "images": [{"tokens": tokens, "kept": kept} for tokens, kept in self.images],
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_unpruned": self.kv_bytes_unpruned,
+            "first_token_s": self.first_token_s,
+            "ms_per_token": self.ms_per_token,
+        }
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an exception on one line, shortened; its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def hush() -> None:
+    """Silence what upstream libraries print while all is well; downloads still show their progress."""
+    # Must precede their import.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+def read_config(model: str) -> Any:
+    """The configuration of a model folder or hub id, without its weights."""
+    from transformers import AutoConfig
+
+    folder = Path(model)
+    if folder.is_file():
+        raise Mistake(f"{model} is a file: --model takes a model folder or a hub id")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise Mistake(f"{model} is no model folder: it has no config.json")
+    if not folder.exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        raise Mistake(
+            f"no such model folder: {model} (--model takes a folder or a hub id such as owner/name)"
+        )
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:
+        where = "read" if folder.exists() else "find, here or on the hub,"
+        raise Mistake(f"cannot {where} the model {model}: {one_line(error)}") from error
+
+
+def resolve_device(name: str) -> str:
+    """The device to run on; `auto` prefers CUDA."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:  # torch raises many types here
+        raise Mistake(f"no device {name!r} here: try --device cpu ({one_line(error)})") from error
+    return name
+
+
+def load(model: str, config: Any, *, device: str, dtype: str, attn: str | None) -> tuple[Any, Any]:
+    """The model, ready to generate, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        loading: Any = AutoModelForImageTextToText.from_pretrained(
+            model, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
+        )
+    except Exception as error:
+        raise Mistake(f"cannot load the model {model}: {one_line(error)}") from error
+    loaded, info = loading
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random weights.
+        raise Mistake(f"the weights of {model} are incomplete: {len(missing)} are missing, e.g. {missing[0]}")
+    if not getattr(processor, "chat_template", None):
+        raise Mistake(
+            f"{model} has no chat template, so it cannot be asked: choose an instruction-tuned model"
+        )
+    return loaded.to(device).eval(), processor
+
+
+class Asker:
+    """One question about some pictures, put to one model in several ways."""
+
+    def __init__(
+        self, model: Any, processor: Any, pictures: Sequence[Image], question: str, max_new_tokens: int
+    ) -> None:
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        placeholder = getattr(processor, "image_token", None)
+        if placeholder and placeholder in question:
+            raise Mistake(f"the question holds {placeholder}, which stands for an image: leave it out")
+        content = [{"type": "image", "image": p} for p in pictures] + [{"type": "text", "text": question}]
+        try:
+            self.inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(model.device, model.dtype)
+        except Exception as error:  # e.g. a picture too thin for the processor
+            raise Mistake(f"the model's processor refuses these inputs: {one_line(error)}") from error
+
+    def ask(self, method: Method, options: dict[str, Any], *, record: bool) -> Answer:
+        """The answer under `method`, and what it kept."""
+        import foveate
+
+        try:
+            pruned = foveate.prune(self.model, method, record=record)
+        except (foveate.UnsupportedError, ValueError) as error:  # e.g. a layer that this model lacks
+            raise Mistake(one_line(error)) from error
+        try:
+            with pruned:
+                text = self._text()
+        except foveate.UnsupportedError as error:
+            raise Mistake(one_line(error)) from error
+        report: Any = pruned.report
+        images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
+        return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report)
+
+    def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
+        """The answer of the model as it is; its cache is measured, not computed."""
+        out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
+        tensors = [
+            t for layer in out.past_key_values.layers for t in (layer.keys, layer.values) if t is not None
+        ]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        return Answer(None, {}, self._text(), [(tokens, tokens) for tokens, _ in images], size, size)
+
+    def time(self, answers: Sequence[Answer], methods: Sequence[Method | None]) -> None:
+        """Fill in the times: medians over runs in turn, so that a busy moment hits every variant alike.
+
+        Every variant decodes the same number of tokens, and has answered before: it is warm.
+        """
+        times: list[list[tuple[float, float]]] = [[] for _ in answers]
+        for _ in range(RUNS):
+            for method, measured in zip(methods, times, strict=True):
+                measured.append(self._timed(method))
+        for answer, measured in zip(answers, times, strict=True):
+            answer.first_token_s = statistics.median(first for first, _ in measured)
+            answer.ms_per_token = 1000 * statistics.median(each for _, each in measured)
+
+    def _timed(self, method: Method | None) -> tuple[float, float]:
+        import foveate
+
+        clock = _Clock()
+        pruning: AbstractContextManager[Any] = foveate.prune(self.model, method) if method else nullcontext()
+        with pruning:
+            start = time.perf_counter()
+            self._generate(min_new_tokens=TIMED_TOKENS, max_new_tokens=TIMED_TOKENS, streamer=clock)
+        first, last = clock.ticks[1], clock.ticks[-1]  # the first tick is the prompt
+        return first - start, (last - first) / (len(clock.ticks) - 2)
+
+    def _text(self) -> str:
+        out = self._generate(max_new_tokens=self.max_new_tokens)
+        new = out[0, self.inputs["input_ids"].shape[1] :]
+        return str(self.processor.decode(new, skip_special_tokens=True)).strip()
+
+    def _generate(self, **options: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return self.model.generate(**self.inputs, do_sample=False, num_beams=1, **options)
+
+
+class _Clock:
+    """A streamer that notes when each token arrives (on the CPU: the device has finished)."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None: ...

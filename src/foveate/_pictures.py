@@ -1,0 +1,168 @@
+"""Opens pictures of any kind safely, and draws which of their tokens a method kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, UnidentifiedImageError
+
+from ._mistake import Mistake
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEIGHT = 448  # pixels of a drawn picture
+MARGIN = 14
+TEXT = 17
+DIM = 0.28  # brightness of a token that nobody keeps
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Open any picture that Pillow reads as upright 8-bit RGB: the first frame, transparency on white.
+
+    Raises:
+        Mistake: for a missing, broken, truncated or oversized file, or one that is no picture.
+    """
+    if str(path).startswith(("http://", "https://")):
+        raise Mistake(f"{path} is a web address: download the picture and give the file")
+    if Path(path).is_dir():
+        raise Mistake(f"{path} is a folder: give the picture files in it, e.g. {path}/*.jpg")
+    try:
+        if Path(path).stat().st_size == 0:
+            raise Mistake(f"{path} is empty: give a file with a picture in it")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _as_rgb(ImageOps.exif_transpose(image))
+    except Mistake:
+        raise
+    except FileNotFoundError:
+        raise Mistake(f"no such picture: {path} (check the name and the folder)") from None
+    except PermissionError:
+        raise Mistake(f"no permission to read {path}") from None
+    except UnidentifiedImageError:
+        raise Mistake(f"{path} holds no picture that Pillow can read: convert it to PNG or JPEG") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise Mistake(f"{path} has more than {limit} million pixels: make it smaller first") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise Mistake(f"{path} is broken or truncated ({cause}): save it anew") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB; Pillow alone would clip 16-bit greys to white and paint transparency black."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # What white is, is not in the file: 1 in float pictures, 65535 in 16-bit ones.
+        white = next((top for top in (1.0, 255.0, 65535.0) if grey.max() <= top), grey.max())
+        white = 65535.0 if image.mode.startswith("I;16") else white
+        return Image.fromarray((grey.clip(0) * (255 / white)).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop_as_seen(picture: Image.Image, image_processor: Any) -> Image.Image:
+    """Cut away what the processor's centre crop hides from the model; tiling processors crop nothing."""
+    crop = getattr(image_processor, "crop_size", None)
+    tiled = getattr(image_processor, "image_grid_pinpoints", None)
+    if not getattr(image_processor, "do_center_crop", False) or not crop or tiled:
+        return picture
+    size = image_processor.size
+    if short := size.get("shortest_edge"):
+        resized = [side * short / min(picture.size) for side in picture.size]
+    else:
+        resized = [size["width"], size["height"]]
+    box = [0.0, 0.0, *map(float, picture.size)]
+    for i, name in enumerate(("width", "height")):
+        hidden = max(0.0, 1 - crop[name] / resized[i]) * picture.size[i]
+        box[i], box[i + 2] = hidden / 2, picture.size[i] - hidden / 2
+    return picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+
+
+def kept_shares(report: Any, sample: int = 0) -> tuple[list[Tensor], int, int]:
+    """How large a share of all layers and heads keeps each image token.
+
+    report: of a run with `record=True`. Returns per image a tensor (n,) in [0, 1], the number of layers that
+    read the image, and the number of heads that choose for themselves (1: the heads agree).
+    """
+    cross = [layer for layer in report.layers if layer.kind == "cross"]
+    kept = [layer.kept[sample].float() for layer in cross or report.layers]
+    heads = max(k.shape[0] for k in kept)
+    images = report.image_tokens[sample]
+    shares = [sum(k[:, image.positions.to(k.device)].mean(0) for k in kept) / len(kept) for image in images]
+    return [share.cpu() for share in shares], len(kept), heads
+
+
+def draw_kept(picture: Image.Image, tiles: Sequence[Any] = (), share: Tensor | None = None) -> Image.Image:
+    """Dim and grey each cell of the picture by how few keep its token.
+
+    tiles: `.index` (which of the image's tokens), `.grid` (rows, columns), `.box` (fractions of the picture).
+    Where tiles overlap, as the overview and the crops of tiled models do, the finer one is drawn.
+    share: (n,) in [0, 1]. Without tiles the picture stays as it is.
+    """
+    scale = min(HEIGHT / picture.height, 3 * HEIGHT / picture.width)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    light = Image.new("L", size, 255)
+    for tile in sorted(tiles, key=_cell_area, reverse=True):
+        assert share is not None
+        rows, columns = tile.grid
+        cells = (share[tile.index].view(rows, columns) * 255).round().byte().numpy()
+        x0, y0, x1, y1 = (round(side * size[i % 2]) for i, side in enumerate(tile.box))
+        if x1 > x0 and y1 > y0:
+            light.paste(Image.fromarray(cells).resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST), (x0, y0))
+    dropped = ImageEnhance.Brightness(ImageOps.grayscale(picture).convert("RGB")).enhance(DIM)
+    return Image.composite(picture, dropped, light)
+
+
+def _cell_area(tile: Any) -> float:
+    x0, y0, x1, y1 = tile.box
+    return (x1 - x0) * (y1 - y0) / (tile.grid[0] * tile.grid[1])
+
+
+def strip(pictures: Sequence[Image.Image], legend: str) -> Image.Image:
+    """Put drawn pictures side by side over one line of text (more lines where it is too long)."""
+    font = ImageFont.load_default(TEXT)
+    width = sum(p.width for p in pictures) + MARGIN * (len(pictures) - 1)
+    lines = _wrap(legend, font, width)
+    canvas = Image.new("RGB", (width, max(p.height for p in pictures) + (TEXT + 6) * len(lines) + 8), "white")
+    left = 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + MARGIN
+    top = canvas.height - (TEXT + 6) * len(lines)
+    ImageDraw.Draw(canvas).multiline_text((0, top), "\n".join(lines), "#333333", font, spacing=5)
+    return canvas
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def arrange(strips: Sequence[Image.Image], *, across: bool) -> Image.Image:
+    """Arrange strips beside (`across`) or below each other, with a margin around all."""
+    along = 0 if across else 1
+    size = [max(s.size[i] for s in strips) + 2 * MARGIN for i in (0, 1)]
+    size[along] = sum(s.size[along] for s in strips) + MARGIN * (len(strips) + 1)
+    canvas = Image.new("RGB", (size[0], size[1]), "white")
+    corner = [MARGIN, MARGIN]
+    for part in strips:
+        canvas.paste(part, (corner[0], corner[1]))
+        corner[along] += part.size[along] + MARGIN
+    return canvas

@@ -1,0 +1,427 @@
+"""The command line: ask a model about a picture, with and without pruning, and see what was kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ._asking import (
+    DTYPES,
+    RUNS,
+    TIMED_TOKENS,
+    Answer,
+    Asker,
+    hush,
+    load,
+    one_line,
+    read_config,
+    resolve_device,
+)
+from ._mistake import Mistake
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .methods.base import Method
+
+GLIMPSE = "glimpse"
+PLACES = {
+    "encoder": "before the LLM",
+    "layer": "inside the LLM",
+    "cache": "in the KV cache",
+    "cross": "in cross-attention",
+}
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+
+
+class OneLineErrors(TyperGroup):
+    """Ends every mistake of the user with exit status 2 and one line on stderr."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; what is not the user's fault still shows its traceback."""
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except Mistake as error:
+            status = _complain(str(error))
+        except Exception as error:
+            # typer's own errors, whichever click it stands on
+            if not hasattr(error, "format_message"):
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+                status = 2
+            else:
+                status = _complain(f"{error.format_message().rstrip('.')} (see: foveate --help)")
+        if kwargs.get("standalone_mode", True):
+            sys.exit(status if isinstance(status, int) else 0)
+        return status
+
+
+def _complain(message: str) -> int:
+    typer.echo(f"foveate: {' '.join(message.split())}", err=True)
+    return 2
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keep only the image tokens a vision-language model needs.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"foveate {installed_version('foveate')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def ask(
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False)],
+    model: Annotated[str, typer.Option(help="glimpse (built in), a hub id, or a model folder.")] = GLIMPSE,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="See: foveate methods. May be repeated.",
+            show_default="fopru, or what fits",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Fraction of each image's tokens (0.25), or tokens per image (64).")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Any other option of the method."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Ask the untouched model too, and measure.")
+    ] = False,
+    show: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw which tokens stayed.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"auto, {', '.join(DTYPES)}.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    attn: Annotated[
+        str | None,
+        typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own"),
+    ] = None,
+) -> None:
+    """Ask a vision-language model about pictures, keeping only part of their tokens.
+
+    foveate ask photo.jpg "What is in the picture?" --method plphp --keep 0.4 --compare
+    """
+    names, question = _split(words)
+    _check_output(show)
+    options = _parse_options(keep, option or [])
+    if dtype not in ("auto", *DTYPES):
+        raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
+
+    from ._pictures import open_picture
+
+    pictures = [open_picture(name) for name in names]
+    with _status("loading", quiet=as_json):
+        hush()
+        if method:
+            _build(method, options)  # a wrong name should not wait for the model
+        source, dtype = _built_in(dtype) if model == GLIMPSE else (model, dtype)
+        device = resolve_device(device)
+        config = read_config(source)
+        methods = _build(_fitting(config, method), options)
+        loaded, processor = load(source, config, device=device, dtype=dtype, attn=attn)
+        asker = Asker(loaded, processor, pictures, question, max_new_tokens)
+
+    with _status("answering", quiet=as_json):
+        answers = [asker.ask(m, own, record=show is not None) for m, own in methods]
+        variants: list[Method | None] = [m for m, _ in methods]
+        if compare:
+            answers.insert(0, asker.ask_untouched(answers[0].images))
+            variants.insert(0, None)
+    if len(answers) > 1:
+        with _status("measuring", quiet=as_json):
+            asker.time(answers, variants)
+    if show is not None:
+        _draw(pictures, processor, answers, show)
+
+    if as_json:
+        typer.echo(json.dumps(_as_json(model, device, loaded, names, question, answers), indent=2))
+    elif len(answers) > 1:
+        _print_table(answers, f"{device}, {str(loaded.dtype).removeprefix('torch.')}")
+    else:
+        Console().print(Text(answers[0].text))
+        Console().print(Text(str(answers[0].report), style="dim"))
+    if show is not None and not as_json:
+        Console(stderr=True).print(Text(f"wrote {show}", style="dim"))
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the pruning methods, where they act and where they come from."""
+    import foveate
+
+    classes = {name: foveate.method_class(name) for name in foveate.methods()}
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "place": cls.place,
+                "summary": cls.summary,
+                "source": cls.source,
+                "options": {f.name: _default(f) for f in dataclasses.fields(cls)},
+            }
+            for name, cls in classes.items()
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = _listing()
+    for name, cls in classes.items():
+        own = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(cls))
+        more = f"\n{PLACES[cls.place]}; {own}; {cls.source}"
+        table.add_row(name, Text.assemble(cls.summary, (more, "dim")))
+    Console().print(table)
+
+
+@app.command()
+def families(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the model families, the methods that fit each, and models of it."""
+    import foveate
+
+    rows: list[dict[str, Any]] = []
+    for name in foveate.families():
+        family = foveate.get_family(name)
+        assert family is not None
+        fitting = [m for m in foveate.methods() if foveate.method_class(m).place in family.places]
+        examples = list(family.examples)
+        rows.append({"model_type": name, "summary": family.summary, "methods": fitting, "examples": examples})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = _listing()
+    for row in rows:
+        more = f"\nmethods: {', '.join(row['methods'])}\nsuch as {', '.join(row['examples'])}"
+        table.add_row(row["model_type"], Text.assemble(row["summary"], (more, "dim")))
+    Console().print(table)
+
+
+def _listing() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 1, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    return None if option.default is dataclasses.MISSING else option.default
+
+
+def _split(words: Sequence[str]) -> tuple[Sequence[str], str]:
+    """Images and question; the question comes last."""
+    *images, question = words
+    looks_like_file = Path(question).suffix.lower() in PICTURES and len(question.split()) == 1
+    with contextlib.suppress(OSError):  # too long for a file name: a question
+        looks_like_file = looks_like_file or Path(question).exists()
+    if looks_like_file and question.strip():
+        raise Mistake(
+            f'no question: the last argument is {question}; write: foveate ask {question} "What is this?"'
+        )
+    if not images:
+        raise Mistake(f'no image: write the picture before the question: foveate ask photo.jpg "{question}"')
+    if not question.strip():
+        raise Mistake('the question is empty: write one after the image, such as "What is in the picture?"')
+    return images, question
+
+
+def _check_output(show: Path | None) -> None:
+    if show is None:
+        return
+    if show.suffix.lower() != ".png":
+        raise Mistake(f"--show writes PNG: {show} must end in .png")
+    if not show.absolute().parent.is_dir():
+        raise Mistake(f"--show {show}: no folder {show.parent}; make it first")
+    if show.is_dir():
+        raise Mistake(f"--show {show} is a folder: name a file in it")
+
+
+def _parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if keep is not None:
+        options["keep"] = _typed(keep)
+        if not isinstance(options["keep"], (int, float)) or isinstance(options["keep"], bool):
+            raise Mistake(f"--keep {keep} is no number: give a fraction (0.25) or tokens per image (64)")
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise Mistake(f"-o {pair}: write name=value, such as -o strategy=row")
+        if name in options:
+            raise Mistake(f"{name} is given twice: give it once, by --keep or -o")
+        options[name] = _typed(value.strip())
+    return options
+
+
+def _typed(text: str) -> Any:
+    """The value that `text` writes: an int, a finite float, a bool, None, or the text itself."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(number):
+        raise Mistake(f"{text} is not a finite number: give one, such as 0.25")
+    return number
+
+
+def _build(names: Sequence[str], options: dict[str, Any]) -> list[tuple[Method, dict[str, Any]]]:
+    """The methods, each with those of the options that it has; an option that none has is a mistake."""
+    import foveate
+
+    try:
+        classes = [foveate.method_class(name) for name in dict.fromkeys(names)]
+        fields = [[f.name for f in dataclasses.fields(cls)] for cls in classes]
+        for option in options:
+            if not any(option in own for own in fields):
+                known = "; ".join(
+                    f"{c.name} has {', '.join(own)}" for c, own in zip(classes, fields, strict=True)
+                )
+                raise Mistake(f"no option {option!r}: {known}")
+        own_options = [{name: options[name] for name in options if name in own} for own in fields]
+        built = [foveate.get_method(c.name, **own) for c, own in zip(classes, own_options, strict=True)]
+    except (ValueError, TypeError) as error:
+        raise Mistake(one_line(error)) from error
+    # `keep` belongs to every label, also where it is the default.
+    return [(m, {"keep": m.keep, **own}) for m, own in zip(built, own_options, strict=True)]
+
+
+def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
+    """The methods asked for, or the family's natural one; checked against the family before weights load."""
+    import foveate
+
+    family = foveate.get_family(config.model_type)
+    if family is None:
+        known = ", ".join(foveate.families())
+        raise Mistake(
+            f"{config.model_type} models cannot be pruned; known families: {known} (see: foveate families)"
+        )
+    fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]
+    if not names:
+        return ["fopru"] if "fopru" in fitting else [n for n in fitting if n not in ("random", "uniform")][:1]
+    for name in names:
+        if name not in fitting:
+            place = PLACES[foveate.method_class(name).place]
+            others = ", ".join(fitting)
+            raise Mistake(f"{name} drops tokens {place}, which {config.model_type} models lack: use {others}")
+    return names
+
+
+def _built_in(dtype: str) -> tuple[str, str]:
+    from . import glimpse
+
+    # bf16, in which its weights are stored, is slow on many CPUs, and the model is tiny.
+    return str(glimpse.PATH), "float32" if dtype == "auto" else dtype
+
+
+def _status(doing: str, *, quiet: bool) -> Any:
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    return console.status(doing)
+
+
+def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], path: Path) -> None:
+    from . import _pictures
+
+    seen = [_pictures.crop_as_seen(picture, processor.image_processor) for picture in pictures]
+    strips = []
+    for answer in answers:
+        tokens = sum(n for n, _ in answer.images)
+        if answer.report is None:
+            drawn = [_pictures.draw_kept(picture) for picture in seen]
+            legend = f"untouched: {tokens} of {tokens} image tokens"
+        else:
+            shares, layers, heads = _pictures.kept_shares(answer.report)
+            images = answer.report.image_tokens[0]
+            drawn = [
+                _pictures.draw_kept(*each)
+                for each in zip(seen, (i.tiles for i in images), shares, strict=True)
+            ]
+            kept = sum(n for _, n in answer.images)
+            legend = f"{answer.label}: {kept} of {tokens} image tokens"
+            if any(((share > 0) & (share < 1)).any() for share in shares):
+                each = f"{layers} layers x {heads} heads" if heads > 1 else f"{layers} layers"
+                legend += f"; the brighter, the more of {each} keep it"
+        strips.append(_pictures.strip(drawn, legend))
+    try:
+        _pictures.arrange(strips, across=len(pictures) == 1).save(path)
+    except OSError as error:
+        raise Mistake(f"cannot write {path}: {one_line(error)}") from error
+
+
+def _as_json(
+    model: str, device: str, loaded: Any, images: Sequence[str], question: str, answers: Sequence[Answer]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "device": device,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "images": list(images),
+        "question": question,
+        "timing": {"runs": RUNS, "tokens": TIMED_TOKENS} if len(answers) > 1 else None,
+        "answers": [answer.to_dict() for answer in answers],
+    }
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _print_table(answers: Sequence[Answer], where: str) -> None:
+    table = Table("", "answer", box=None, pad_edge=False)
+    for name in ("image tokens", "KV cache", "first token", "per token"):
+        table.add_column(name, justify="right")
+    for answer in answers:
+        kept, tokens = sum(n for _, n in answer.images), sum(n for n, _ in answer.images)
+        table.add_row(
+            Text(answer.label, "bold"),
+            Text(answer.text),
+            f"{kept} of {tokens}",
+            _human(answer.kv_bytes),
+            f"{1000 * (answer.first_token_s or 0):.1f} ms",
+            f"{answer.ms_per_token or 0:.2f} ms",
+        )
+    Console().print(table)
+    note = f"{where}; times: medians of {RUNS} runs in turn, {TIMED_TOKENS} tokens each, after a warm-up"
+    Console().print(Text(note, style="dim"))

@@ -1,0 +1,195 @@
+"""A KV cache layer whose entries can be evicted, while transformers still sees the full length."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from .compact import compact
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .forward import Forward
+
+
+class _Active(threading.local):
+    forward: Forward | None = None
+
+
+active = _Active()
+"""The pruned forward pass that this thread is in, if any."""
+
+
+class PrunedLayer(DynamicLayer):
+    """Holds fewer entries than it answers for.
+
+    `length` is logical: what `get_seq_length` and the mask sizes say. `keys` and `values` are physical. While
+    `index` is None the two agree. Otherwise `index` (batch, 1 | kv_heads, slots) says which logical position each of
+    the first slots holds, -1 for a filler; later slots are the newest positions, in order. Fillers come first and
+    are equally many in every head of a row.
+    """
+
+    def __init__(self, kind: Literal["self", "cross"] = "self") -> None:
+        super().__init__()
+        self.kind = kind
+        self.length = 0
+        self.index: Tensor | None = None
+        self.ragged = False
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, kind: Literal["self", "cross"]) -> PrunedLayer:
+        """Take over a plain layer with what it holds."""
+        new = cls(kind)
+        new.__dict__.update(layer.__dict__)
+        new.length = layer.get_seq_length()
+        return new
+
+    @property
+    def physical(self) -> int:
+        """Slots really held."""
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values."""
+        return 0 if self.keys is None else sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new entries; inside a pruned forward they may be only the surviving rows of it."""
+        forward = active.forward
+        if forward is None or not forward.owns(self):
+            if self.index is not None:
+                raise UnsupportedError(
+                    "this KV cache was pruned by foveate and only works while the model is pruned: call the model "
+                    "inside the same `with foveate.prune(...)` block, or start from a new cache"
+                )
+            new, rows = key_states.shape[-2], None
+        else:
+            new, rows = forward.incoming(self.kind, key_states.shape[-2])
+        if rows is not None:
+            old = self.full_index(rows.shape[0], rows.device)
+            added = torch.where(rows < 0, rows, rows + self.length).unsqueeze(1)
+            self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1)
+            self.ragged = self.ragged or forward.ragged(self.kind)
+        self.length += new
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def full_index(self, batch: int, device: torch.device) -> Tensor:
+        """(batch, 1 | kv_heads, slots) logical position of every slot, -1 for fillers."""
+        if self.index is None:
+            return torch.arange(self.length, device=device).expand(batch, 1, -1)
+        tail = self.physical - self.index.shape[-1]
+        if not tail:
+            return self.index
+        newest = torch.arange(self.length - tail, self.length, device=self.index.device)
+        return torch.cat([self.index, newest.expand(*self.index.shape[:2], -1)], dim=-1)
+
+    def filled(self) -> Tensor | None:
+        """bool (batch, slots), False at fillers; None when there are none."""
+        if self.index is None or not self.ragged:
+            return None
+        tail = self.physical - self.index.shape[-1]
+        return torch.nn.functional.pad(self.index[:, 0] >= 0, (0, tail), value=True)
+
+    def keep(self, mask: Tensor) -> bool:
+        """Evict every slot where `mask` (bool, (batch, 1 | kv_heads, slots)) is False; their memory is freed.
+
+        Every head of a row must keep equally many. Returns whether anything went.
+        """
+        index = self.full_index(mask.shape[0], mask.device)
+        present = index >= 0
+        choice = compact(mask & present, present.expand_as(mask))
+        if choice is None:
+            return False
+        self.index = torch.where(choice.real, index.expand_as(mask).gather(-1, choice.source), -1)
+        self.ragged = choice.ragged
+        source = choice.source.unsqueeze(-1).expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+        self.keys = self.keys.gather(2, source)
+        self.values = self.values.gather(2, source[..., :1].expand(*source.shape[:-1], self.values.shape[-1]))
+        return True
+
+    # -- what transformers asks for, answered logically -------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Logical length."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical length with the coming queries, and offset 0."""
+        return self.length + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.length, self.index, self.ragged = 0, None, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` logical positions (assisted decoding)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        if self.kind == "cross":
+            raise UnsupportedError(
+                "assisted decoding crops the image features of cross-attention layers too; generate without "
+                "prompt_lookup_num_tokens or an assistant model"
+            )
+        target = self.length + tokens_to_remove
+        tail = self.physical - (self.index.shape[-1] if self.index is not None else 0)
+        if -tokens_to_remove > tail:
+            # The cut reaches into evicted territory: what is left of it may differ from row to row.
+            self.keep(self.full_index(*self.keys.shape[:1], self.keys.device) < target)
+        else:
+            super().crop(tokens_to_remove)
+        self.length = target
+
+    def _reindex(self, change: Any) -> None:
+        if self.index is not None:
+            self.index = change(self.index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        self._reindex(lambda index: index.index_select(0, beam_idx.to(index.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)
+        self._reindex(lambda index: index.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select samples."""
+        super().batch_select_indices(indices)
+        self._reindex(lambda index: index[indices])
+
+
+def check_cache(cache: Any) -> None:
+    """Raise UnsupportedError for a cache whose entries cannot be evicted."""
+    advice = "use the default dynamic cache (no cache_implementation, no past_key_values of another kind)"
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedError(f"foveate cannot prune a {type(cache).__name__}; {advice}")
+    if cache.offloading:
+        raise UnsupportedError(f"foveate cannot prune an offloaded cache: evicted entries live elsewhere; {advice}")
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, PrunedLayer):
+            raise UnsupportedError(f"foveate cannot prune a cache of {type(layer).__name__}s; {advice}")
+    if not cache.layers and cache.layer_class_to_replicate is not DynamicLayer:
+        raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
+
+
+def adopt_cache(cache: Cache, kinds: list[Literal["self", "cross"]]) -> None:
+    """Swap pruned layers into `cache` in place; what the layers hold stays."""
+    for i, kind in enumerate(kinds):
+        if i == len(cache.layers):
+            cache.layers.append(PrunedLayer(kind))
+        elif type(cache.layers[i]) is DynamicLayer:
+            cache.layers[i] = PrunedLayer.adopt(cache.layers[i], kind)
+
+
+def new_cache(config: Any) -> Cache:
+    """The cache that the decoder would make for itself."""
+    return DynamicCache(config=config)

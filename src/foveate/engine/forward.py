@@ -1,0 +1,449 @@
+"""One forward pass of a pruned model: which rows are alive, and what each place drops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..families.base import ImageLayout
+from ..methods.base import EncoderMethod, EncoderTokens, ImageGroups, token_budget
+from .attention import physical_mask, received_by_features, row_attention
+from .cache import PrunedLayer
+from .compact import compact, gather_rows
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .session import Pruned
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What is known of an image once it is encoded; travels on the image's feature tensor.
+
+    keep: bool (tokens,), what an encoder method chose; None where all stay.
+    """
+
+    layout: ImageLayout
+    keep: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a layer still computes. source: (batch, width) index into this forward's tokens;
+    real: bool (batch, width), False at fillers; ragged: whether there is any filler."""
+
+    source: Tensor
+    real: Tensor
+    ragged: bool
+
+    @property
+    def index(self) -> Tensor:
+        """(batch, width) like `source`, -1 at fillers."""
+        return torch.where(self.real, self.source, -1)
+
+
+def choose_encoder_tokens(
+    method: EncoderMethod, layouts: Sequence[ImageLayout], scores: tuple[Tensor, Tensor] | None, device: Any
+) -> list[Tensor]:
+    """Ask a method for the tokens of all images, equally shaped tiles together.
+
+    scores: (received, given) of all patches, or None. Returns one bool (tokens,) per image.
+    """
+    keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
+    shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for i, layout in enumerate(layouts):
+        sizes = [len(tile.index) for tile in layout.tiles]
+        for t, budget in enumerate(apportion(token_budget(method.keep, layout.tokens) - layout.pinned, sizes)):
+            shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
+    for grid, members in shapes.items():
+        tokens = EncoderTokens(grid, len(members), device)
+        if scores is not None:
+            patches = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
+            tokens = dataclasses.replace(tokens, received=scores[0][patches], given=scores[1][patches])
+        chosen = method.select(tokens, torch.tensor([budget for *_, budget in members], device=device))
+        for (i, t, _), keep in zip(members, chosen, strict=True):
+            keeps[i][layouts[i].tiles[t].index.to(device)] = keep
+    return keeps
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share `total` among parts in proportion to their sizes (largest remainder); every part gets at least 1."""
+    total, whole = max(total, len(sizes)), sum(sizes)
+    shares = [total * size // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return [min(max(1, share), size) for share, size in zip(shares, sizes, strict=True)]
+
+
+def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:
+    """Find the images' tokens in the prompt.
+
+    is_image: bool (batch, q), the placeholders of this forward. Returns the groups of candidates and, per
+    image, its row and the positions of all its tokens.
+    """
+    spots = is_image.nonzero()
+    sizes = [image.layout.tokens for image in images]
+    if sum(sizes) != len(spots):
+        raise UnsupportedError(
+            f"the prompt has {len(spots)} image tokens but the images were encoded to {sum(sizes)}: pass prompt and "
+            "pixels that belong together (precomputed features must be encoded while the model is pruned)"
+        )
+    places = []
+    for part in spots.split(sizes):
+        row = int(part[0, 0])
+        if int(part[-1, 0]) != row:
+            raise UnsupportedError("the image tokens of one sample do not match its images: check the prompts")
+        places.append((row, part[:, 1]))
+    device = is_image.device
+    candidates = [place[i.layout.candidates.to(device)] for i, (_, place) in zip(images, places, strict=True)]
+    groups = ImageGroups(
+        torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True, padding_value=-1),
+        torch.tensor([row for row, _ in places], device=device),
+        torch.tensor([len(c) for c in candidates], device=device),
+        torch.tensor([i.layout.pinned for i in images], device=device),
+    )
+    return groups, places
+
+
+class Forward:
+    """State of one forward pass of a pruned model; lives between the base model's hooks."""
+
+    def __init__(self, session: Pruned, cache: Cache | None, input_ids: Tensor, mask: Tensor | None) -> None:
+        self.session = session
+        self.cache = cache
+        self.ids = input_ids
+        self.queries = input_ids.shape[1]
+        self.past = cache.layers[session.text_layers[0]].length if cache is not None else 0
+        self.layers = frozenset(map(id, cache.layers)) if cache is not None else frozenset()
+        # A single new token is never padding, and what earlier masks hid is gone from pruned layers.
+        decodes = self.past and self.queries == 1
+        self.mask = None if mask is None or decodes or bool(mask.all()) else mask.bool()
+        self.features: Sequence[Tensor] = ()
+        self.images: list[EncodedImage] = []
+        self.places: list[tuple[int, Tensor]] = []
+        self.groups: ImageGroups | None = None
+        self.rows: Rows | None = None
+        self.pending: Tensor | None = None
+        self.embeddings: tuple[Any, Any] | None = None
+        self.waiting: list[tuple[int, Tensor, Tensor]] = []
+        self.evicted: set[int] = set()
+        self.entered: dict[int, Tensor | None] = {}
+        self.cross_rows: Rows | None = None
+        self.cross_tokens = 0
+        self.cross_masks: dict[int, Tensor] = {}
+        self.cross_seen: Tensor | None = None
+        self.text_rows: Tensor | None = None
+        self.pixels: dict[str, Any] | None = None
+        self.outer: Forward | None = None
+        if self.past and self.mask is not None:
+            self.evict_masked()
+
+    # -- questions of the cache layers ------------------------------------------------------------------------
+
+    def owns(self, layer: PrunedLayer) -> bool:
+        """Whether `layer` belongs to this forward's cache."""
+        return id(layer) in self.layers
+
+    def incoming(self, kind: Literal["self", "cross"], states: int) -> tuple[int, Tensor | None]:
+        """How many logical positions arrive with `states` new entries, and which ones where some were dropped."""
+        rows = self.rows if kind == "self" else self.cross_rows
+        if rows is None:
+            return states, None
+        return (self.queries if kind == "self" else self.cross_tokens), rows.index
+
+    def ragged(self, kind: Literal["self", "cross"]) -> bool:
+        """Whether the incoming rows have fillers."""
+        rows = self.rows if kind == "self" else self.cross_rows
+        return rows is not None and rows.ragged
+
+    def layer(self, index: int) -> PrunedLayer | None:
+        """The cache layer of a decoder layer."""
+        return None if self.cache is None else self.cache.layers[index]
+
+    # -- rows -------------------------------------------------------------------------------------------------
+
+    def valid(self) -> Tensor:
+        """bool (batch, q): tokens of this forward that are no padding."""
+        if self.mask is None:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return self.mask[:, self.past :]
+
+    def last(self) -> Tensor:
+        """(batch,) index of each sample's last token in this forward."""
+        steps = torch.arange(self.queries, device=self.ids.device)
+        return (self.valid() * steps).argmax(-1)
+
+    def begin(self) -> None:
+        """Before layer 0: find the images, and drop what was chosen between encoder and LLM."""
+        if not self.features:
+            return
+        try:
+            self.images = [feature._foveate for feature in self.features]  # type: ignore[attr-defined]
+        except AttributeError:
+            raise UnsupportedError(
+                "these image features were not encoded while the model is pruned (precomputed features, or a chunked "
+                "prefill): pass pixel values, and generate without prefill_chunk_size"
+            ) from None
+        is_image = self.ids == self.session.image_token_id
+        self.groups, self.places = group_images(self.images, is_image)
+        if any(image.keep is not None for image in self.images):
+            keep = self.valid().clone()
+            for image, (row, place) in zip(self.images, self.places, strict=True):
+                if image.keep is not None:
+                    keep[row, place] &= image.keep
+            self.drop(keep)
+
+    def drop(self, keep: Tensor) -> None:
+        """Let only the rows where `keep` (bool, (batch, q)) go on, from the next layer."""
+        # The last token must go on even if it is an image token: its row becomes the next token.
+        keep = keep.scatter(1, self.last().unsqueeze(1), True) & self.valid()
+        self.pending = keep
+        assert self.groups is not None
+        positions, count = self.groups.positions, self.groups.count
+        alive = (positions >= 0) & keep[self.groups.row.unsqueeze(1), positions.clamp(min=0)]
+        choice = compact(alive.unsqueeze(1), (positions >= 0).unsqueeze(1))
+        if choice is not None:
+            left, real = choice.source[:, 0], choice.real[:, 0]
+            self.groups = dataclasses.replace(
+                self.groups,
+                positions=torch.where(real, positions.gather(1, left), -1),
+                count=torch.minimum(real.sum(-1), count),
+            )
+
+    def enter(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """In front of a decoder layer: drop the pending rows, and shorten what comes beside the hidden states."""
+        if self.pending is not None:
+            old, self.pending = self.pending, None
+            mask = old if self.rows is None else old.gather(1, self.rows.source) & self.rows.real
+            present = self.valid() if self.rows is None else self.rows.real
+            choice = compact(mask.unsqueeze(1), present.unsqueeze(1))
+            if choice is not None:
+                source, real = choice.source[:, 0], choice.real[:, 0]
+                hidden = gather_rows(hidden, source)
+                kept = source if self.rows is None else self.rows.source.gather(1, source)
+                self.rows, self.embeddings = Rows(kept, real, choice.ragged), None
+        if self.rows is None:
+            return hidden, kwargs
+        if self.embeddings is None or self.embeddings[0] is not kwargs["position_embeddings"]:
+            full = kwargs["position_embeddings"]
+            self.embeddings = (full, tuple(gather_rows(part, self.rows.source) for part in full))
+        # Flash attention would read the gaps in the position ids as packed sequences.
+        return hidden, {**kwargs, "position_embeddings": self.embeddings[1], "position_ids": None}
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Behind the last layer: back to the logical length, zeros where rows were dropped."""
+        if self.rows is None:
+            return hidden
+        rows = self.rows
+        full = hidden.new_zeros(hidden.shape[0], self.queries, hidden.shape[-1])
+        source = rows.source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return full.scatter(1, source, hidden * rows.real.unsqueeze(-1) if rows.ragged else hidden)
+
+    # -- attention --------------------------------------------------------------------------------------------
+
+    def visible(self, layer: PrunedLayer | None, keys: int) -> Tensor | None:
+        """bool (batch, keys): slots that hold a token that may be attended to; None when all do."""
+        if layer is not None and layer.index is not None:
+            filled = layer.filled()
+            if self.mask is not None:
+                index = layer.full_index(*self.ids.shape[:1], self.ids.device)[:, 0]
+                tokens = self.mask.gather(1, index.clamp(min=0)) & (index >= 0)
+                # Only text can be masked inside a pruned layer, and text has the same slots in every head.
+                filled = tokens if filled is None else filled & tokens
+            return filled
+        if self.rows is not None:
+            return self.rows.real if self.rows.ragged else None
+        return None if self.mask is None else self.mask[:, :keys]
+
+    def attend_self(
+        self, index: int, kernel: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of one decoder layer over its physical rows and slots."""
+        layer = self.layer(index)
+        if self.rows is not None or (layer is not None and layer.index is not None):
+            filled = self.visible(layer, key.shape[2])
+            implementation = module.config._attn_implementation
+            mask = physical_mask(implementation, query.shape[2], key.shape[2], filled, query.dtype, query)
+        out = kernel(module, query, key, value, mask, **kwargs)
+        if self.groups is not None:
+            self.entered[index] = None if self.rows is None else self.rows.index
+            self._after_self(index, layer, query, key, kwargs.get("scaling"))
+        return out
+
+    def _after_self(
+        self, index: int, layer: PrunedLayer | None, query: Tensor, key: Tensor, scaling: float | None
+    ) -> None:
+        stage, cached = self.session.layer_method, self.session.cache_method
+        ends = stage is not None and stage.layer - 1 == index
+        evicts = cached is not None and index >= cached.first_layer() and layer is not None
+        if not (ends or evicts):
+            return
+        scores, slots = self._image_attention(layer, query, key, scaling or query.shape[-1] ** -0.5)
+        if evicts:
+            assert cached is not None and layer is not None
+            heads = key.shape[1]
+            per_head = scores.reshape(scores.shape[0], heads, -1, scores.shape[-1]).mean(2)
+            if cached.needs_all_layers:
+                self.waiting.append((index, per_head, slots))
+            else:
+                self._evict(index, per_head, slots, cached.budgets(self._mass([per_head]), self.groups)[0])
+        if ends:
+            assert stage is not None and self.groups is not None
+            chosen = stage.select(scores, self.groups)
+            keep = self.valid().clone()
+            rows, positions = self.groups.row.unsqueeze(1), self.groups.positions
+            flat = torch.zeros(keep.shape[0], self.queries + 1, dtype=torch.bool, device=keep.device)
+            # Padding points one past the end.
+            flat[rows.expand_as(positions), torch.where(positions < 0, self.queries, positions)] = ~chosen
+            self.drop(keep & ~flat[:, :-1] & self._alive())
+
+    def _alive(self) -> Tensor:
+        """bool (batch, q): tokens of this forward that the current layer still computes."""
+        if self.rows is None:
+            return self.valid()
+        alive = torch.zeros(self.ids.shape[0], self.queries + 1, dtype=torch.bool, device=self.ids.device)
+        return alive.scatter(1, torch.where(self.rows.real, self.rows.source, self.queries), True)[:, :-1]
+
+    def _image_attention(
+        self, layer: PrunedLayer | None, query: Tensor, key: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the last prompt token on the images: (groups, heads, n), -inf at padding; and their slots."""
+        assert self.groups is not None
+        keys, width = key.shape[2], query.shape[2]
+        positions, row = self.groups.positions, self.groups.row
+        last = self.last()
+        if self.rows is None:
+            slots = positions
+        else:
+            # Slot of each logical position among the rows of this forward.
+            inverse = torch.full((self.ids.shape[0], self.queries + 1), -1, device=self.ids.device)
+            where = torch.where(self.rows.real, self.rows.source, self.queries)
+            steps = torch.arange(width, device=self.ids.device).expand_as(where)
+            inverse = inverse.scatter(1, where, steps)
+            slots = inverse[row.unsqueeze(1), positions.clamp(min=0)]
+            last = inverse.gather(1, last.unsqueeze(1))[:, 0]
+        slots = torch.where(positions < 0, -1, slots + keys - width)
+        picked = query.gather(2, last.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[3]))
+        attention = row_attention(picked, key, scaling, self.visible(layer, keys))[row]
+        scores = attention.gather(2, slots.clamp(min=0).unsqueeze(1).expand(-1, attention.shape[1], -1))
+        return scores.masked_fill((slots < 0).unsqueeze(1), -torch.inf), slots
+
+    def _mass(self, attention: list[Tensor]) -> Tensor:
+        """(layers, batch) attention on all image tokens, mean over heads."""
+        assert self.groups is not None
+        per_image = torch.stack([a.clamp(min=0).sum(-1).mean(1) for a in attention])
+        mass = per_image.new_zeros(len(attention), self.ids.shape[0])
+        return mass.index_add(1, self.groups.row, per_image)
+
+    def _evict(self, index: int, attention: Tensor, slots: Tensor, budget: Tensor) -> None:
+        assert self.session.cache_method is not None and self.groups is not None
+        layer = self.layer(index)
+        assert layer is not None
+        stays = self.session.cache_method.select(attention, budget)
+        heads, held = attention.shape[1], layer.physical
+        visible = self.visible(layer, held)
+        mask = torch.ones(self.ids.shape[0], heads, held + 1, dtype=torch.bool, device=self.ids.device)
+        if visible is not None:
+            mask[..., :-1] &= visible.unsqueeze(1)
+        row = self.groups.row[:, None, None].expand_as(stays)
+        head = torch.arange(heads, device=mask.device)[None, :, None].expand_as(stays)
+        # Padding points one past the end.
+        mask[row, head, torch.where(slots < 0, held, slots).unsqueeze(1).expand_as(stays)] = stays
+        if self._drops_image(layer, mask[..., :-1], visible) and layer.keep(mask[..., :-1]):
+            self.evicted.add(index)
+
+    def _drops_image(self, layer: PrunedLayer, mask: Tensor, visible: Tensor | None) -> bool:
+        """Whether more than padding would go: a layer that keeps every token is left exactly as it was."""
+        return layer.index is not None or visible is None or bool((visible.unsqueeze(1) & ~mask).any())
+
+    def finish(self) -> None:
+        """Behind the base model: evict what had to wait for all layers, and what later masks hide."""
+        cached = self.session.cache_method
+        if self.waiting and cached is not None and self.groups is not None:
+            budgets = cached.budgets(self._mass([attention for _, attention, _ in self.waiting]), self.groups)
+            for (index, attention, slots), budget in zip(self.waiting, budgets, strict=True):
+                self._evict(index, attention, slots, budget)
+        if self.past:
+            self.evict_masked()
+
+    def evict_masked(self) -> None:
+        """Free entries of pruned layers that the 2-D mask hides, so that what is held is always attended to."""
+        if self.mask is None or self.cache is None:
+            return
+        for layer in self.cache.layers:
+            if layer.kind == "self" and layer.index is not None:
+                index = layer.full_index(*self.ids.shape[:1], self.ids.device)
+                hidden = self.mask.unsqueeze(1).expand(-1, index.shape[1], -1)
+                known = torch.nn.functional.pad(hidden, (0, max(0, layer.length - hidden.shape[-1])), value=True)
+                layer.keep(known.gather(-1, index.clamp(min=0)) & (index >= 0))
+
+    # -- cross-attention --------------------------------------------------------------------------------------
+
+    def enter_cross(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """In front of a cross-attention layer: hand over only the features that stay."""
+        states, text = kwargs.get("cross_attention_states"), kwargs.get("full_text_row_masked_out_mask")
+        if states is None:
+            return kwargs
+        batch = self.ids.shape[0]
+        states = states.reshape(batch, -1, states.shape[-1])
+        if self.cross_rows is not None:
+            return {**kwargs, "cross_attention_states": gather_rows(states, self.cross_rows.source)}
+        self.cross_tokens = states.shape[1]
+        self.text_rows = self.valid() if text is None else self.valid() & (text[:, 0, :, 0] > 0)
+        return kwargs
+
+    def attend_cross(
+        self, index: int, kernel: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-attention of one decoder layer over the features that it holds."""
+        layer = self.layer(index)
+        if layer is not None and layer.index is not None:
+            mask = self._cross_mask(layer, mask, query)
+        out = kernel(module, query, key, value, mask, **kwargs)
+        method = self.session.cross_method
+        if method is None or layer is None or self.text_rows is None:
+            return out
+        if self.cross_rows is None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            self._trim(index, layer, received_by_features(query, key, scaling, mask, self.text_rows))
+        self.entered[index] = None if index in self.evicted or self.cross_rows is None else self.cross_rows.index
+        return out
+
+    def _cross_mask(self, layer: PrunedLayer, mask: Tensor | None, query: Tensor) -> Tensor:
+        index = layer.full_index(query.shape[0], query.device)[:, 0]
+        key = id(layer.index)
+        if key not in self.cross_masks:
+            low = torch.finfo(query.dtype).min
+            if mask is None:
+                columns = torch.zeros(*index.shape[:1], 1, query.shape[2], index.shape[1], device=query.device)
+            else:
+                at = index.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1)
+                columns = mask.gather(3, at)
+            self.cross_masks[key] = columns.to(query.dtype).masked_fill((index < 0)[:, None, None], low)
+        return self.cross_masks[key]
+
+    def _trim(self, index: int, layer: PrunedLayer, scores: tuple[Tensor, Tensor]) -> None:
+        method = self.session.cross_method
+        assert method is not None
+        attention, seen = (part[..., -self.cross_tokens :] for part in scores)
+        self.cross_seen = seen
+        images = self.session.pictures(seen)
+        chosen = method.select(attention, seen, images)
+        # A sample without a picture has nothing to prune, and its rows read every column in the untouched model.
+        chosen = chosen | ~seen.any(-1, keepdim=True)
+        if not bool((seen & ~chosen).any()):
+            return
+        choice = compact(chosen.unsqueeze(1), torch.ones_like(chosen).unsqueeze(1))
+        if choice is None:
+            return
+        self.cross_rows = Rows(choice.source[:, 0], choice.real[:, 0], choice.ragged)
+        old = layer.physical - self.cross_tokens
+        if layer.keep(torch.nn.functional.pad(chosen, (old, 0), value=True).unsqueeze(1)):
+            self.evicted.add(index)

@@ -1,0 +1,174 @@
+"""What a prefill kept: tokens, bytes, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..families.base import Tile
+from .forward import Forward
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Where an image's tokens are. positions: (n,) logical prompt positions (cross-attention: feature indices)."""
+
+    positions: Tensor
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer.
+
+    length: logical entries; kept_length: slots physically held (of the longest sample).
+    since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
+    kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
+    seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
+    """
+
+    index: int
+    kind: Literal["self", "cross"]
+    length: int
+    kept_length: int
+    since: Literal["prefill", "decode"]
+    kept: Tensor | None = None
+    seen: Tensor | None = None
+
+
+class PruneReport:
+    """What the last prefill with images kept.
+
+    methods: what was applied. layers: one record per decoder layer. kv_bytes: bytes of all keys and values
+    right after the prefill; kv_bytes_unpruned: what the untouched model would hold. image_tokens: per sample its
+    images' tokens, with record=True.
+    """
+
+    def __init__(self, forward: Forward, record: bool) -> None:
+        session = forward.session
+        self.methods = tuple(method.to_dict() for method in session.methods)
+        self._batch, self._kinds = forward.ids.shape[0], session.kinds
+        length = forward.past + forward.queries
+        self._length = {"self": length, "cross": forward.cross_tokens}
+        layers = forward.cache.layers if forward.cache is not None else [None] * len(self._kinds)
+        for layer in layers:
+            if layer is not None and layer.kind == "cross":
+                self._length["cross"] = layer.length
+        device = forward.ids.device
+        everything = torch.ones(self._batch, 1, length, dtype=torch.bool, device=device)
+        if forward.mask is not None:
+            everything = forward.mask[:, :length].unsqueeze(1)
+        features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
+        self._all = {"self": everything, "cross": features}
+        self._past = forward.past
+        self._entered = forward.entered
+        # References, not copies: the masks are only worked out when somebody asks.
+        self._index = [
+            (layer.full_index(self._batch, device) if layer.index is not None else None)
+            if layer is not None
+            else forward.entered[i].unsqueeze(1)  # type: ignore[union-attr]
+            if forward.entered.get(i) is not None
+            else None
+            for i, layer in enumerate(layers)
+        ]
+        self._physical = [
+            layer.physical if layer is not None else (everything.shape[-1] if index is None else index.shape[-1])
+            for layer, index in zip(layers, self._index, strict=True)
+        ]
+        self._evicted = forward.evicted
+        self._record = record
+        held = [layer for layer in layers if layer is not None and layer.physical]
+        self.kv_bytes = sum(layer.bytes for layer in held)
+        self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.length for layer in held)
+        self._places = session.places(forward)
+        self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
+
+    def _kept(self, layer: int) -> Tensor:
+        kind, index = self._kinds[layer], self._index[layer]
+        if index is None:
+            return self._all[kind]
+        return _spread(index, self._length[kind])
+
+    def _seen(self, layer: int) -> Tensor:
+        kind, rows = self._kinds[layer], self._entered.get(layer)
+        everything = self._all[kind]
+        if rows is None:
+            return everything
+        new = torch.where(rows < 0, -1, rows + self._past if kind == "self" else rows).unsqueeze(1)
+        old = torch.arange(everything.shape[-1], device=rows.device) < (self._past if kind == "self" else 0)
+        return (_spread(new, everything.shape[-1]) | old) & everything
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """One record per decoder layer."""
+        return [
+            LayerReport(
+                i,
+                kind,
+                self._length[kind],
+                self._physical[i],
+                "decode" if i in self._evicted else "prefill",
+                self._kept(i) if self._record else None,
+                self._seen(i) if self._record else None,
+            )
+            for i, kind in enumerate(self._kinds)
+        ]
+
+    @property
+    def images(self) -> list[list[tuple[int, int]]]:
+        """Per sample a `(tokens, kept)` for each image, `kept` as the mean over the layers that lost tokens of it."""
+        masks = [self._kept(i).float().mean(1) for i, index in enumerate(self._index) if index is not None]
+        counts = []
+        for row, places in enumerate(self._places):
+            sample = []
+            for positions, _ in places:
+                kept = [float(mask[row, positions.to(mask.device)].sum()) for mask in masks]
+                lost = [k for k in kept if k < len(positions)]
+                sample.append((len(positions), round(sum(lost) / len(lost)) if lost else len(positions)))
+            counts.append(sample)
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the masks, JSON-safe."""
+        return {
+            "methods": [dict(method) for method in self.methods],
+            "images": [[{"tokens": tokens, "kept": kept} for tokens, kept in sample] for sample in self.images],
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_unpruned": self.kv_bytes_unpruned,
+            "layers": [
+                {name: getattr(layer, name) for name in ("index", "kind", "length", "kept_length", "since")}
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        """One readable line."""
+        images = [image for sample in self.images for image in sample]
+        tokens, kept = (sum(column) for column in zip(*images, strict=True)) if images else (0, 0)
+        names = " + ".join(f"{method['method']} keep={method['keep']}" for method in self.methods)
+        line = f"{names}: {kept} of {tokens} image tokens in {len(images)} image{'s'[: len(images) != 1]}"
+        if self.kv_bytes_unpruned:
+            line += (
+                f", KV cache {_human(self.kv_bytes)} instead of {_human(self.kv_bytes_unpruned)}"
+                f" ({self.kv_bytes / self.kv_bytes_unpruned - 1:+.0%})"
+            )
+        return line
+
+    __repr__ = __str__
+
+
+def _spread(index: Tensor, length: int) -> Tensor:
+    """bool (batch, heads, length): True at the entries of `index`, whose -1 are fillers."""
+    mask = torch.zeros(*index.shape[:2], length + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter(2, torch.where(index < 0, length, index), True)[..., :length]
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

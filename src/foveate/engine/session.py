@@ -1,0 +1,351 @@
+"""`prune`: installing a method on a model, and taking it off again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..families import family_names, get_family
+from ..families.base import Family, Tile
+from ..methods import get_method, method_class, method_names
+from ..methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
+from .attention import add_routes, attention_marginals, remove_routes
+from .cache import active, adopt_cache, check_cache, new_cache
+from .errors import UnsupportedError
+from .forward import EncodedImage, Forward, choose_encoder_tokens
+from .report import PruneReport
+
+_pruned: weakref.WeakSet[Any] = weakref.WeakSet()
+_WHERE = {
+    "encoder": "between vision encoder and LLM",
+    "layer": "inside the LLM",
+    "cache": "in the KV cache",
+    "cross": "in cross-attention layers",
+}
+
+
+def prune(
+    model: PreTrainedModel, method: str | Method | Sequence[Method | str], *, record: bool = False, **options: Any
+) -> Pruned:
+    """Make `model` keep only the image tokens it needs, through its own `generate()` and forward.
+
+    Works from this call until `remove()`; as a context manager until the block ends, however it ends.
+
+    model: a transformers model of a supported family. method: a name (with its `options`), a method object, or a
+    list of them that act at different places; each chooses among the tokens that the ones before it left.
+    record: also keep boolean masks of what every layer and head kept in `report.layers`.
+
+    Raises:
+        ValueError: an unknown method or option, or a value outside its range.
+        UnsupportedError: a model, method or mode that cannot be pruned correctly. Modes that only show when
+            the model runs (cache kinds, custom masks, videos) raise then, before anything changes.
+    """
+    methods = _resolve(method, options)
+    return Pruned(model, *_check(model, methods), methods, record)
+
+
+def _resolve(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
+    if isinstance(method, str):
+        return (get_method(method, **options),)
+    if options:
+        raise ValueError(f"options ({', '.join(options)}) go with a method's name; give a method object its own")
+    methods = (method,) if isinstance(method, Method) else tuple(method)
+    if not methods:
+        raise ValueError(f"no method given; known: {', '.join(method_names())}")
+    built = tuple(get_method(m) if isinstance(m, str) else m for m in methods)
+    for m in built:
+        if not isinstance(m, Method):
+            raise ValueError(f"a method is a name or a method object such as foveate.FoPru(keep=0.25), not {m!r}")
+    return built
+
+
+def _check(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
+    """The family and base model, or the reason why this model cannot be pruned this way."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
+            "torch.compile or another wrapper)"
+        )
+    family = get_family(model.config.model_type)
+    if family is None:
+        raise UnsupportedError(
+            f"foveate does not know the model family {model.config.model_type!r}; supported: "
+            f"{', '.join(family_names())}. docs/adding-a-family.md shows how to add one"
+        )
+    base = family.base(model)
+    decoder = family.decoder(base)
+    if base in _pruned:
+        raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
+    if reason := family.check(base):
+        raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
+    taken: dict[str, str] = {}
+    for method in methods:
+        if method.place not in family.places:
+            fits = [name for name in method_names() if method_class(name).place in family.places]
+            raise UnsupportedError(
+                f"{method.name} acts {_WHERE[method.place]}, which {family.model_type} does not offer; methods that "
+                f"fit: {', '.join(fits)}"
+            )
+        if other := taken.get(method.place):
+            raise UnsupportedError(
+                f"{other} and {method.name} both act {_WHERE[method.place]}; use one of them, or methods of other places"
+            )
+        taken[method.place] = method.name
+        depth = len(decoder.layers)
+        if isinstance(method, LayerMethod) and method.layer >= depth:
+            raise ValueError(f"{method.name}: layer must be in [1, {depth - 1}] for this model, got {method.layer}")
+        if isinstance(method, CacheMethod) and method.first_layer() >= depth:
+            raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
+    implementation = decoder.config._attn_implementation
+    if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
+        raise UnsupportedError(
+            f"foveate does not know the attention implementation {implementation!r}; load the model with "
+            'attn_implementation="sdpa", "eager" or "flash_attention_2"'
+        )
+    layer_types = getattr(decoder.config, "layer_types", None) or []
+    if getattr(decoder.config, "sliding_window", None) and (
+        not layer_types or any("full" not in kind for kind in layer_types)
+    ):
+        raise UnsupportedError(
+            "this decoder uses sliding-window attention, whose window counts dropped tokens; use a model (or a "
+            "configuration) with full attention"
+        )
+    return family, base
+
+
+class Pruned:
+    """A pruned model: what `prune` returns.
+
+    report: what the last prefill with images kept, None before the first.
+    """
+
+    def __init__(self, model: Any, family: Family, base: Any, methods: tuple[Method, ...], record: bool) -> None:
+        self.model, self.family, self.base, self.methods = model, family, base, methods
+        self.decoder = family.decoder(base)
+        self.record = record
+        self.report: PruneReport | None = None
+        # With keep = 1.0 a method has nothing to say, and the model runs as it is.
+        acting = [m for m in methods if not m.keeps_all]
+        self.encoder_method = next((m for m in acting if isinstance(m, EncoderMethod)), None)
+        self.layer_method = next((m for m in acting if isinstance(m, LayerMethod)), None)
+        self.cache_method = next((m for m in acting if isinstance(m, CacheMethod)), None)
+        self.cross_method = next((m for m in acting if isinstance(m, CrossMethod)), None)
+        self.needs_cache = any(m.place != "encoder" for m in methods)
+        self.kinds: list[Any] = [
+            "cross" if hasattr(layer, family.cross_attention) else "self" for layer in self.decoder.layers
+        ]
+        self.text_layers = [i for i, kind in enumerate(self.kinds) if kind == "self"]
+        self.image_token_id = family.image_token_id(base)
+        self._parameters = list(inspect.signature(base.forward).parameters)
+        self._captured: Any = None
+        self._handles: list[Any] = []
+        self._routed: list[Any] = []
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    # -- installing -------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        _pruned.add(self.base)
+        hooks = self._handles
+        hooks.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
+        hooks.append(self.base.register_forward_hook(self._exit, always_call=True))
+        routes = {}
+        for index, layer in enumerate(self.decoder.layers):
+            hooks.append(
+                layer.register_forward_pre_hook(functools.partial(self._before_layer, index), with_kwargs=True)
+            )
+            kind = self.kinds[index]
+            attention = getattr(layer, getattr(self.family, f"{kind}_attention"))
+            routes[attention] = functools.partial(self._attend, kind, index)
+        hooks.append(self.decoder.norm.register_forward_hook(self._after_layers))
+        if "encoder" in self.family.places:
+            encode = self.base.get_image_features
+
+            # generate() reads the signature to know what to pass.
+            @functools.wraps(encode)
+            def get_image_features(*args: Any, **kwargs: Any) -> Any:
+                return self._encode(encode, args, kwargs)
+
+            self.base.get_image_features = get_image_features
+            if self.encoder_method is not None and self.encoder_method.uses_attention:
+                routes[self.family.vision_attention(self.base)] = self._attend_vision
+        self._routed = list(routes)
+        add_routes(routes)
+
+    def remove(self) -> None:
+        """Restore the model to what it was; harmless when done already."""
+        remove_routes(self._routed)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._routed = [], []
+        self.base.__dict__.pop("get_image_features", None)
+        _pruned.discard(self.base)
+
+    def __enter__(self) -> Pruned:
+        """The pruned model itself; pruning began when it was made."""
+        if not self._handles:
+            raise UnsupportedError("this pruning was removed already; call foveate.prune again")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """See `remove`."""
+        self.remove()
+
+    # -- vision -----------------------------------------------------------------------------------------------
+
+    def _encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the vision encoder, and note on each image's features what an encoder method keeps of it."""
+        inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
+        layouts = self.family.layouts(self.base, {**inputs.pop("kwargs", {}), **inputs})
+        outer, self._captured = self._captured, []
+        try:
+            output = encode(*args, **kwargs)
+            captured = self._captured
+        finally:
+            self._captured = outer
+        features = output.pooler_output
+        method = self.encoder_method
+        keeps: Sequence[Tensor | None] = [None] * len(layouts)
+        if method is not None:
+            scores = None
+            if method.uses_attention:
+                received, given = (
+                    self.family.patch_scores(self.base, part, layouts) for part in zip(*captured, strict=True)
+                )
+                scores = (received, given)
+            keeps = choose_encoder_tokens(method, layouts, scores, features[0].device)
+        for feature, layout, keep in zip(features, layouts, keeps, strict=True):
+            feature._foveate = EncodedImage(layout, keep)
+        if active.forward is not None and active.forward.session is self:
+            active.forward.features = features
+        return output
+
+    def _attend_vision(self, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._captured is not None:
+            prefix, scaling = self.family.prefix_tokens(self.base), kwargs.get("scaling") or query.shape[-1] ** -0.5
+            bounds = kwargs.get("cu_seq_lens_q")
+            sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
+            for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
+                self._captured.append(attention_marginals(q, k, scaling, prefix))
+        return kernel(module, query, key, *args, **kwargs)
+
+    # -- the forward pass -------------------------------------------------------------------------------------
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        brings_images = (
+            kwargs.get("pixel_values") is not None
+            or encoded.get("image") is not None
+            or kwargs.get("cross_attention_states") is not None
+        )
+        self._refuse(kwargs, encoded, brings_images)
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
+        if cache is None and use_cache:
+            cache = kwargs["past_key_values"] = new_cache(self.decoder.config)
+        if cache is not None:
+            check_cache(cache)
+            adopt_cache(cache, self.kinds)
+        elif self.needs_cache and brings_images:
+            raise UnsupportedError(
+                f"{', '.join(m.name for m in self.methods if m.place != 'encoder')} needs the KV cache: call the model "
+                "with use_cache=True"
+            )
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            embeds = kwargs["inputs_embeds"]
+            ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        forward = Forward(self, cache, ids, kwargs.get("attention_mask"))
+        if encoded.get("image") is not None:
+            forward.features = encoded["image"].pooler_output
+        forward.pixels = kwargs if brings_images and self.cross_method is not None else None
+        forward.outer, active.forward = active.forward, forward
+        return (), kwargs
+
+    def _refuse(self, kwargs: dict[str, Any], encoded: dict[str, Any], brings_images: bool) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise UnsupportedError("foveate needs the 2-D attention mask of the processor, not a prepared 4-D mask")
+        if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+            raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
+        if brings_images and "encoder" in self.family.places and kwargs.get("input_ids") is None:
+            raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
+        if kwargs.get("cache") is not None:
+            raise UnsupportedError("paged (continuous) batching cannot be pruned: use generate()")
+        for name in ("output_attentions", "output_hidden_states"):
+            asked = kwargs.get(name)
+            if asked or (asked is None and getattr(self.base.config, name, False)):
+                raise UnsupportedError(
+                    f"{name} would return tensors of different lengths per layer while tokens are dropped; ask for it "
+                    "outside the pruned block, or read the report (record=True)"
+                )
+
+    def _exit(self, module: Any, args: Any, output: Any) -> None:
+        forward = active.forward
+        if forward is None or forward.session is not self:
+            return
+        active.forward = forward.outer
+        if output is None:  # an exception is on its way
+            return
+        forward.finish()
+        if forward.images or forward.pixels is not None:
+            self.report = PruneReport(forward, self.record)
+
+    def _forward(self) -> Forward | None:
+        forward = active.forward
+        return forward if forward is not None and forward.session is self else None
+
+    def _before_layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self._forward()
+        if forward is None:
+            return None
+        if index == 0:
+            forward.begin()
+        if self.kinds[index] == "cross":
+            return args, forward.enter_cross(kwargs)
+        hidden, kwargs = forward.enter(index, args[0], kwargs)
+        return (hidden, *args[1:]), kwargs
+
+    def _after_layers(self, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
+        forward = self._forward()
+        return None if forward is None else forward.leave(hidden)
+
+    def _attend(self, kind: str, index: int, kernel: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = self._forward()
+        if forward is None:
+            return kernel(module, *args, **kwargs)
+        attend = forward.attend_cross if kind == "cross" else forward.attend_self
+        return attend(index, kernel, module, *args, **kwargs)
+
+    # -- for the report ---------------------------------------------------------------------------------------
+
+    def pictures(self, seen: Tensor) -> Tensor:
+        """(batch,) pictures of each sample. seen: bool (batch, features) of a cross-attending model."""
+        return seen.view(seen.shape[0], -1, self.family.features_per_image(self.base)).any(-1).sum(-1)
+
+    def places(self, forward: Forward) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
+        """Per sample the logical positions and tiles of each image of this forward."""
+        rows: list[list[tuple[Tensor, tuple[Tile, ...]]]] = [[] for _ in range(forward.ids.shape[0])]
+        for image, (row, positions) in zip(forward.images, forward.places, strict=True):
+            rows[row].append((positions + forward.past, image.layout.tiles))
+        if forward.pixels is not None and forward.cross_seen is not None:
+            size = self.family.features_per_image(self.base)
+            tiles = self.family.feature_tiles(self.base, forward.pixels)
+            for row, seen in enumerate(forward.cross_seen):
+                for slot, part in enumerate(seen.split(size)):
+                    if part.any():
+                        rows[row].append((part.nonzero()[:, 0] + slot * size, tiles[row][slot]))
+        return rows

@@ -1,0 +1,105 @@
+"""What a model family tells the engine: where things are, and which tokens form an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of image tokens that the vision encoder saw as one picture.
+
+    index: (n,) which of the image's tokens, in raster order. grid: (rows, columns), rows * columns = n.
+    patches: (n,) where each token's score stands in the family's `patch_scores`.
+    box: (left, top, right, bottom) of the tile as fractions of the picture.
+    """
+
+    index: Tensor
+    grid: tuple[int, int]
+    patches: Tensor
+    box: Box = WHOLE
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """One image: how many tokens it has in the prompt, and its tiles. Tokens outside tiles are structure."""
+
+    tokens: int
+    tiles: tuple[Tile, ...]
+    candidates: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
+        index = torch.cat([tile.index for tile in self.tiles]).sort().values
+        object.__setattr__(self, "candidates", index)
+
+    @property
+    def pinned(self) -> int:
+        """Tokens that always stay."""
+        return self.tokens - len(self.candidates)
+
+
+class Family:
+    """One model family. Subclasses say where things are and know no method.
+
+    model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
+    the attention module inside a decoder layer.
+    """
+
+    model_type: ClassVar[str]
+    summary: ClassVar[str]
+    examples: ClassVar[tuple[str, ...]]
+    places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "cache"})
+    self_attention: ClassVar[str] = "self_attn"
+    cross_attention: ClassVar[str] = "cross_attn"
+
+    def check(self, base: Any) -> str | None:
+        """Why this very model cannot be pruned, or None."""
+        return None
+
+    def base(self, model: Any) -> Any:
+        """The module whose forward receives token ids and pixels."""
+        return model.model
+
+    def decoder(self, base: Any) -> Any:
+        """The language model: has `layers` and a final `norm`."""
+        return base.language_model
+
+    def image_token_id(self, base: Any) -> int:
+        """The id of the image placeholder in the prompt."""
+        return base.config.image_token_id
+
+    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        """One layout per image, in order. inputs: the arguments of the model's `get_image_features`."""
+        raise NotImplementedError
+
+    def vision_attention(self, base: Any) -> nn.Module:
+        """The attention module of the vision encoder whose attention ranks patches."""
+        raise NotImplementedError
+
+    def prefix_tokens(self, base: Any) -> int:
+        """How many tokens of the vision encoder come before the patches ([CLS])."""
+        return 0
+
+    def patch_scores(self, base: Any, scores: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
+        """The encoder's per-patch scores in the order that `Tile.patches` counts in.
+
+        scores: one (pictures, patches) tensor per call of the vision attention. Returns (all patches,).
+        """
+        return torch.cat([part.flatten() for part in scores])
+
+    def features_per_image(self, base: Any) -> int:
+        """Cross-attention features that every image slot occupies, padded tiles included."""
+        raise NotImplementedError
+
+    def feature_tiles(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tile, ...]]]:
+        """Tiles of each image slot of each sample; `Tile.index` counts the slot's features."""
+        raise NotImplementedError

@@ -1,0 +1,69 @@
+"""LLaVA-NeXT (1.6): a base tile and crops at higher resolution, unpadded, with newline tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from . import register
+from .base import ImageLayout, Tile
+from .llava import Llava
+
+
+@register
+class LlavaNext(Llava):
+    """Base tile first, then the crops merged in whole-image raster order, one newline token after each row.
+
+    Unpadding removes whole rows or columns, so what is left of every crop is a rectangle again. The
+    newline tokens belong to no tile: they are structure and always stay.
+    """
+
+    model_type = "llava_next"
+    summary = "LLaVA-NeXT / 1.6 (tiles of any resolution, newline tokens)"
+    examples = ("llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf")
+
+    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        strategy = inputs.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
+        if (strategy == "default") != bool(self.prefix_tokens(base)):
+            raise ValueError(f"vision_feature_select_strategy {strategy!r} does not fit the vision encoder")
+        layouts, patches = [], 0
+        for size in inputs["image_sizes"]:
+            layout, used = self._layout(base, size, patches)
+            layouts.append(layout)
+            patches += used
+        return layouts
+
+    def _layout(self, base: Any, size: Tensor, first: int) -> tuple[ImageLayout, int]:
+        """The layout of an image of `size` (height, width), whose patch scores start at `first`; and how many."""
+        side = self.side(base)
+        rows, columns = get_anyres_image_grid_shape(
+            size, base.config.image_grid_pinpoints, base.config.vision_config.image_size
+        )
+        whole = torch.arange(side * side)
+        # The model itself says which positions survive: its own unpadding, run on their numbers.
+        numbers = torch.arange(rows * side * columns * side).view(1, rows * side, columns * side)
+        kept = unpad_image(numbers, size)[0]
+        height, width = kept.shape
+        y, x = kept // (columns * side), kept % (columns * side)
+        token = side * side + torch.arange(height)[:, None] * (width + 1) + torch.arange(width)
+        tiles = [Tile(whole, (side, side), first + whole)]
+        for row in range(rows):
+            for column in range(columns):
+                inside = (y // side == row) & (x // side == column)
+                if not inside.any():
+                    continue
+                crop = 1 + row * columns + column
+                spot = inside.nonzero()
+                (top, left), (bottom, right) = spot[0].tolist(), (spot[-1] + 1).tolist()
+                tiles.append(
+                    Tile(
+                        token[inside],
+                        (bottom - top, right - left),
+                        first + crop * side * side + (y % side * side + x % side)[inside],
+                        (left / width, top / height, right / width, bottom / height),
+                    )
+                )
+        return ImageLayout(side * side + height * (width + 1), tuple(tiles)), (1 + rows * columns) * side * side

@@ -1,0 +1,59 @@
+"""Qwen2.5-VL: any resolution, window attention without a [CLS] token, M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import register
+from .base import Family, ImageLayout, Tile
+
+
+@register
+class Qwen2_5_VL(Family):
+    """Every image is one grid of merged (usually 2 x 2) patches; the encoder works in window order."""
+
+    model_type = "qwen2_5_vl"
+    summary = "Qwen2.5-VL (any resolution, M-RoPE); images, not videos"
+    examples = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
+
+    def check(self, base: Any) -> str | None:
+        if self._full_blocks(base):
+            return None
+        return "its vision encoder has no full-attention block"
+
+    def _full_blocks(self, base: Any) -> list[int]:
+        return sorted(i for i in base.visual.fullatt_block_indexes if i < len(base.visual.blocks))
+
+    def vision_attention(self, base: Any) -> nn.Module:
+        full = self._full_blocks(base)
+        # The penultimate block, or the nearest full-attention block before it: windows see too little to rank.
+        inner = [i for i in full if i <= len(base.visual.blocks) - 2]
+        return base.visual.blocks[(inner or full)[-1]].attn
+
+    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        merge, layouts, first = base.visual.spatial_merge_size, [], 0
+        for frames, height, width in inputs["image_grid_thw"].tolist():
+            grid = (frames * height // merge, width // merge)
+            index = torch.arange(grid[0] * grid[1])
+            layouts.append(ImageLayout(len(index), (Tile(index, grid, first + index),)))
+            first += len(index)
+        return layouts
+
+    def patch_scores(self, base: Any, scores: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
+        visual = base.visual
+        merged = torch.cat([part.flatten() for part in scores]).view(-1, visual.spatial_merge_unit).mean(-1)
+        side = visual.window_size // visual.spatial_merge_size // visual.patch_size
+        order, first = [], 0
+        for layout in layouts:
+            (rows, columns) = layout.tiles[0].grid
+            index = torch.arange(rows * columns)
+            row, column = index // columns, index % columns
+            window = row // side * (columns // side + 1) + column // side
+            order.append(first + window.argsort(stable=True))
+            first += len(index)
+        # merged[i] belongs to token order[i]: the inverse of the window order.
+        return merged[torch.cat(order).argsort().to(merged.device)]
