@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from cases import BEFORE_LLM, FITS, PLACES, TOLERANCE, prune, pruned_run
-from oracle import Hide, hidden
+from oracle import hidden
 from transformers.generation.streamers import BaseStreamer
 
 import foveate
@@ -152,15 +152,6 @@ def test_two_methods_together(family, second, batch):
 # Several turns on one cache ---------------------------------------------------------------------------------
 
 
-def turn_hides(report, length: int) -> list[Hide]:
-    """Read the report of a later prefill, whether it describes the whole cache or the new tokens only."""
-    hides = hidden(report, length)
-    for hide, layer in zip(hides, report.layers, strict=True):
-        if layer.kind == "self":
-            hide.keys = torch.nn.functional.pad(hide.keys, (length - hide.keys.shape[-1], 0))
-    return hides
-
-
 def check_second_turn(family, name, batch, attn, image):
     model, dense = tiny.build(family, attn), tiny.build(family, "eager")
     with prune(model, name) as pruned:
@@ -170,7 +161,7 @@ def check_second_turn(family, name, batch, attn, image):
         second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=8)
         later = pruned.report
     _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
-    hides = hides + turn_hides(later, turn["input_ids"].shape[1])
+    hides = hides + hidden(later, turn["input_ids"].shape[1])
     assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
     for layer in second.cache.layers:
         for tensor in (layer.keys, layer.values):

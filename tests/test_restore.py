@@ -29,7 +29,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 inside = [id(v) for v in value.values()] if isinstance(value, dict) else None
                 state[f"{path}: {key}"] = id(value), inside
     for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-        state[type(registry).__name__] = dict(registry._global_mapping), dict(registry._local_mapping)
+        kind = type(registry)
+        state[kind.__name__] = dict(registry._global_mapping), dict(registry._local_mapping)
+        state[f"{kind.__name__}: class"] = {k: id(v) for k, v in vars(kind).items()}
     configs = [model.config, *(getattr(model.config, key) for key in model.config.sub_configs)]
     state["configs"] = [(config.to_json_string(), config._attn_implementation) for config in configs]
     state["generation config"] = model.generation_config.to_json_string()

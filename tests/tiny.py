@@ -288,10 +288,16 @@ BATCHES = {
 
 
 def image_counts(family: str, images: Iterable[int], seed: int = 0) -> list[list[int]]:
-    """Return how many tokens each image of `inputs(family, images, seed=seed)` has (mllama: features)."""
+    """Return how many tokens each image of `inputs(family, images, seed=seed)` has.
+
+    For mllama: how many features, without those of padded tiles.
+    """
     kind = count(seed)
-    per_image = (lambda k: 17 * MAX_TILES) if family == "mllama" else partial(_placeholders, family)
-    return [[per_image(next(kind) % 4) for _ in range(n)] for n in images]
+
+    def tokens(kind: int) -> int:
+        return 17 * MLLAMA_TILES[kind] if family == "mllama" else _placeholders(family, kind)
+
+    return [[tokens(next(kind) % 4) for _ in range(n)] for n in images]
 
 
 def next_turn(
