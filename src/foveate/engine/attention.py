@@ -83,7 +83,12 @@ def row_attention(query: Tensor, key: Tensor, scaling: float, visible: Tensor | 
 
 
 def received_by_features(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, rows: Tensor, chunk_elements: int = 1 << 24
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    rows: Tensor,
+    chunk_elements: int = 1 << 24,
 ) -> tuple[Tensor, Tensor]:
     """What each cross-attended feature receives from the text, computed in chunks of text rows.
 

@@ -39,6 +39,7 @@ class PrunedLayer(DynamicLayer):
         self.length = 0
         self.index: Tensor | None = None
         self.ragged = False
+        self.pruned_cache: set[str] = set()  # shared by the layers of a cache; filled once any of them lost entries
 
     @classmethod
     def adopt(cls, layer: DynamicLayer, kind: Literal["self", "cross"]) -> PrunedLayer:
@@ -56,25 +57,27 @@ class PrunedLayer(DynamicLayer):
     @property
     def bytes(self) -> int:
         """Bytes of keys and values."""
-        return 0 if self.keys is None else sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+        held = [t for t in (self.keys, self.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new entries; inside a pruned forward they may be only the surviving rows of it."""
         forward = active.forward
         if forward is None or not forward.owns(self):
-            if self.index is not None:
+            if self.pruned_cache:
                 raise UnsupportedError(
                     "this KV cache was pruned by foveate and only works while the model is pruned: call the model "
                     "inside the same `with foveate.prune(...)` block, or start from a new cache"
                 )
-            new, rows = key_states.shape[-2], None
+            new, rows, ragged = key_states.shape[-2], None, False
         else:
-            new, rows = forward.incoming(self.kind, key_states.shape[-2])
+            new, rows, ragged = forward.incoming(self.kind, key_states.shape[-2])
         if rows is not None:
             old = self.full_index(rows.shape[0], rows.device)
             added = torch.where(rows < 0, rows, rows + self.length).unsqueeze(1)
             self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1)
-            self.ragged = self.ragged or forward.ragged(self.kind)
+            self.ragged = self.ragged or ragged
+            self.pruned_cache.add("rows")
         self.length += new
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -102,9 +105,11 @@ class PrunedLayer(DynamicLayer):
         """
         index = self.full_index(mask.shape[0], mask.device)
         present = index >= 0
+        assert self.keys is not None and self.values is not None
         choice = compact(mask & present, present.expand_as(mask))
         if choice is None:
             return False
+        self.pruned_cache.add("entries")
         self.index = torch.where(choice.real, index.expand_as(mask).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
         source = choice.source.unsqueeze(-1).expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
@@ -126,6 +131,7 @@ class PrunedLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self.length, self.index, self.ragged = 0, None, False
+        self.pruned_cache.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` logical positions (assisted decoding)."""
@@ -142,7 +148,8 @@ class PrunedLayer(DynamicLayer):
         tail = self.physical - (self.index.shape[-1] if self.index is not None else 0)
         if -tokens_to_remove > tail:
             # The cut reaches into evicted territory: what is left of it may differ from row to row.
-            self.keep(self.full_index(*self.keys.shape[:1], self.keys.device) < target)
+            assert self.keys is not None
+            self.keep(self.full_index(self.keys.shape[0], self.keys.device) < target)
         else:
             super().crop(tokens_to_remove)
         self.length = target
@@ -153,7 +160,7 @@ class PrunedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._reindex(lambda index: index.index_select(0, beam_idx.to(index.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -181,13 +188,14 @@ def check_cache(cache: Any) -> None:
         raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
 
 
-def adopt_cache(cache: Cache, kinds: list[Literal["self", "cross"]]) -> None:
+def adopt_cache(cache: Any, kinds: list[Literal["self", "cross"]]) -> None:
     """Swap pruned layers into `cache` in place; what the layers hold stays."""
     for i, kind in enumerate(kinds):
         if i == len(cache.layers):
             cache.layers.append(PrunedLayer(kind))
         elif type(cache.layers[i]) is DynamicLayer:
             cache.layers[i] = PrunedLayer.adopt(cache.layers[i], kind)
+        cache.layers[i].pruned_cache = cache.layers[0].pruned_cache
 
 
 def new_cache(config: Any) -> Cache:

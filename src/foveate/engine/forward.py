@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from ..families.base import ImageLayout
 from ..methods.base import EncoderMethod, EncoderTokens, ImageGroups, token_budget
@@ -115,7 +114,7 @@ def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[Imag
 class Forward:
     """State of one forward pass of a pruned model; lives between the base model's hooks."""
 
-    def __init__(self, session: Pruned, cache: Cache | None, input_ids: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, session: Pruned, cache: Any, input_ids: Tensor, mask: Tensor | None) -> None:
         self.session = session
         self.cache = cache
         self.ids = input_ids
@@ -142,6 +141,8 @@ class Forward:
         self.text_rows: Tensor | None = None
         self.pixels: dict[str, Any] | None = None
         self.outer: Forward | None = None
+        self.prompt: Tensor | None = None
+        self.verifies = False
         if self.past and self.mask is not None:
             self.evict_masked()
 
@@ -151,17 +152,13 @@ class Forward:
         """Whether `layer` belongs to this forward's cache."""
         return id(layer) in self.layers
 
-    def incoming(self, kind: Literal["self", "cross"], states: int) -> tuple[int, Tensor | None]:
-        """How many logical positions arrive with `states` new entries, and which ones where some were dropped."""
+    def incoming(self, kind: Literal["self", "cross"], states: int) -> tuple[int, Tensor | None, bool]:
+        """What `states` new entries are: logical positions that arrive, which ones where some were dropped
+        (-1: fillers), and whether there are fillers."""
         rows = self.rows if kind == "self" else self.cross_rows
         if rows is None:
-            return states, None
-        return (self.queries if kind == "self" else self.cross_tokens), rows.index
-
-    def ragged(self, kind: Literal["self", "cross"]) -> bool:
-        """Whether the incoming rows have fillers."""
-        rows = self.rows if kind == "self" else self.cross_rows
-        return rows is not None and rows.ragged
+            return states, None, False
+        return (self.queries if kind == "self" else self.cross_tokens), rows.index, rows.ragged
 
     def layer(self, index: int) -> PrunedLayer | None:
         """The cache layer of a decoder layer."""
@@ -253,7 +250,7 @@ class Forward:
         if layer is not None and layer.index is not None:
             filled = layer.filled()
             if self.mask is not None:
-                index = layer.full_index(*self.ids.shape[:1], self.ids.device)[:, 0]
+                index = layer.full_index(self.ids.shape[0], self.ids.device)[:, 0]
                 tokens = self.mask.gather(1, index.clamp(min=0)) & (index >= 0)
                 # Only text can be masked inside a pruned layer, and text has the same slots in every head.
                 filled = tokens if filled is None else filled & tokens
@@ -263,7 +260,15 @@ class Forward:
         return None if self.mask is None else self.mask[:, :keys]
 
     def attend_self(
-        self, index: int, kernel: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        self,
+        index: int,
+        kernel: Any,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention of one decoder layer over its physical rows and slots."""
         layer = self.layer(index)
@@ -286,8 +291,9 @@ class Forward:
         if not (ends or evicts):
             return
         scores, slots = self._image_attention(layer, query, key, scaling or query.shape[-1] ** -0.5)
+        assert self.groups is not None
         if evicts:
-            assert cached is not None and layer is not None
+            assert cached is not None
             heads = key.shape[1]
             per_head = scores.reshape(scores.shape[0], heads, -1, scores.shape[-1]).mean(2)
             if cached.needs_all_layers:
@@ -295,7 +301,7 @@ class Forward:
             else:
                 self._evict(index, per_head, slots, cached.budgets(self._mass([per_head]), self.groups)[0])
         if ends:
-            assert stage is not None and self.groups is not None
+            assert stage is not None
             chosen = stage.select(scores, self.groups)
             keep = self.valid().clone()
             rows, positions = self.groups.row.unsqueeze(1), self.groups.positions
@@ -379,7 +385,7 @@ class Forward:
             return
         for layer in self.cache.layers:
             if layer.kind == "self" and layer.index is not None:
-                index = layer.full_index(*self.ids.shape[:1], self.ids.device)
+                index = layer.full_index(self.ids.shape[0], self.ids.device)
                 hidden = self.mask.unsqueeze(1).expand(-1, index.shape[1], -1)
                 known = torch.nn.functional.pad(hidden, (0, max(0, layer.length - hidden.shape[-1])), value=True)
                 layer.keep(known.gather(-1, index.clamp(min=0)) & (index >= 0))
@@ -400,7 +406,15 @@ class Forward:
         return kwargs
 
     def attend_cross(
-        self, index: int, kernel: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        self,
+        index: int,
+        kernel: Any,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-attention of one decoder layer over the features that it holds."""
         layer = self.layer(index)

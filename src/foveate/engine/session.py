@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,10 @@ from .errors import UnsupportedError
 from .forward import EncodedImage, Forward, choose_encoder_tokens
 from .report import PruneReport
 
+# What a forward over later tokens of the same prompt must not bring again.
+_IMAGE_INPUTS = (
+    "pixel_values", "mm_encoder_outputs", "image_sizes", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"
+)  # fmt: skip
 _pruned: weakref.WeakSet[Any] = weakref.WeakSet()
 _WHERE = {
     "encoder": "between vision encoder and LLM",
@@ -32,7 +37,11 @@ _WHERE = {
 
 
 def prune(
-    model: PreTrainedModel, method: str | Method | Sequence[Method | str], *, record: bool = False, **options: Any
+    model: PreTrainedModel,
+    method: str | Method | Sequence[Method | str],
+    *,
+    record: bool = False,
+    **options: Any,
 ) -> Pruned:
     """Make `model` keep only the image tokens it needs, through its own `generate()` and forward.
 
@@ -54,15 +63,15 @@ def prune(
 def _resolve(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
     if isinstance(method, str):
         return (get_method(method, **options),)
+    methods = tuple(method) if isinstance(method, (list, tuple)) else (method,)
+    built = tuple(get_method(m) if isinstance(m, str) else m for m in methods)
+    if not built or not all(isinstance(m, Method) for m in built):
+        raise ValueError(
+            f"a method is a name ({', '.join(method_names())}), a method object such as foveate.FoPru(keep=0.25), or a "
+            f"list of them, not {method!r}"
+        )
     if options:
         raise ValueError(f"options ({', '.join(options)}) go with a method's name; give a method object its own")
-    methods = (method,) if isinstance(method, Method) else tuple(method)
-    if not methods:
-        raise ValueError(f"no method given; known: {', '.join(method_names())}")
-    built = tuple(get_method(m) if isinstance(m, str) else m for m in methods)
-    for m in built:
-        if not isinstance(m, Method):
-            raise ValueError(f"a method is a name or a method object such as foveate.FoPru(keep=0.25), not {m!r}")
     return built
 
 
@@ -90,12 +99,13 @@ def _check(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
         if method.place not in family.places:
             fits = [name for name in method_names() if method_class(name).place in family.places]
             raise UnsupportedError(
-                f"{method.name} acts {_WHERE[method.place]}, which {family.model_type} does not offer; methods that "
-                f"fit: {', '.join(fits)}"
+                f"{method.name} acts {_WHERE[method.place]}, which {family.model_type} does not offer; "
+                f"methods that fit: {', '.join(fits)}"
             )
         if other := taken.get(method.place):
             raise UnsupportedError(
-                f"{other} and {method.name} both act {_WHERE[method.place]}; use one of them, or methods of other places"
+                f"{other} and {method.name} both act {_WHERE[method.place]}; use one of them, "
+                "or methods of other places"
             )
         taken[method.place] = method.name
         depth = len(decoder.layers)
@@ -118,6 +128,14 @@ def _check(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
             "configuration) with full attention"
         )
     return family, base
+
+
+class _Step(threading.local):
+    """What generate() announced about the forward it is about to make."""
+
+    first: bool | None = None
+    candidates = 0
+    verifies = False
 
 
 class Pruned:
@@ -145,6 +163,7 @@ class Pruned:
         self.image_token_id = family.image_token_id(base)
         self._parameters = list(inspect.signature(base.forward).parameters)
         self._captured: Any = None
+        self._step = _Step()
         self._handles: list[Any] = []
         self._routed: list[Any] = []
         try:
@@ -160,7 +179,10 @@ class Pruned:
         hooks = self._handles
         hooks.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         hooks.append(self.base.register_forward_hook(self._exit, always_call=True))
-        routes = {}
+        if self.model is not self.base:
+            hooks.append(self.model.register_forward_pre_hook(self._announce, with_kwargs=True))
+            self._wrap(self.model, "prepare_inputs_for_generation", self._prepare)
+        routes: dict[Any, Any] = {}
         for index, layer in enumerate(self.decoder.layers):
             hooks.append(
                 layer.register_forward_pre_hook(functools.partial(self._before_layer, index), with_kwargs=True)
@@ -170,18 +192,21 @@ class Pruned:
             routes[attention] = functools.partial(self._attend, kind, index)
         hooks.append(self.decoder.norm.register_forward_hook(self._after_layers))
         if "encoder" in self.family.places:
-            encode = self.base.get_image_features
-
-            # generate() reads the signature to know what to pass.
-            @functools.wraps(encode)
-            def get_image_features(*args: Any, **kwargs: Any) -> Any:
-                return self._encode(encode, args, kwargs)
-
-            self.base.get_image_features = get_image_features
+            self._wrap(self.base, "get_image_features", self._encode)
             if self.encoder_method is not None and self.encoder_method.uses_attention:
                 routes[self.family.vision_attention(self.base)] = self._attend_vision
         self._routed = list(routes)
         add_routes(routes)
+
+    def _wrap(self, module: Any, name: str, wrapper: Any) -> None:
+        original = getattr(module, name)
+
+        # generate() reads the signatures of both methods to know what to pass.
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, args, kwargs)
+
+        setattr(module, name, wrapped)
 
     def remove(self) -> None:
         """Restore the model to what it was; harmless when done already."""
@@ -190,6 +215,7 @@ class Pruned:
             handle.remove()
         self._handles, self._routed = [], []
         self.base.__dict__.pop("get_image_features", None)
+        self.model.__dict__.pop("prepare_inputs_for_generation", None)
         _pruned.discard(self.base)
 
     def __enter__(self) -> Pruned:
@@ -233,12 +259,42 @@ class Pruned:
 
     def _attend_vision(self, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._captured is not None:
-            prefix, scaling = self.family.prefix_tokens(self.base), kwargs.get("scaling") or query.shape[-1] ** -0.5
+            prefix, scaling = (
+                self.family.prefix_tokens(self.base),
+                kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            )
             bounds = kwargs.get("cu_seq_lens_q")
             sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
             for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
                 self._captured.append(attention_marginals(q, k, scaling, prefix))
         return kernel(module, query, key, *args, **kwargs)
+
+    # -- what generate() is about to do -----------------------------------------------------------------------
+
+    def _prepare(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._step.first = bool(kwargs.get("is_first_iteration", False))
+        return prepare(*args, **kwargs)
+
+    def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Assisted decoding guesses tokens ahead; only here it says how many of the coming ones are guesses."""
+        first, self._step.first = self._step.first, None
+        wanted = kwargs.get("logits_to_keep")
+        self._step.candidates = wanted - 1 if first is not None and isinstance(wanted, int) and wanted > 1 else 0
+        self._step.verifies = first is False
+
+    def _prefill_prompt(self, kwargs: dict[str, Any], candidates: int) -> tuple[dict[str, Any], Tensor]:
+        """Run the prompt without the guessed tokens behind it, so that methods see its true end.
+
+        Returns the arguments of the forward over the guesses, and the prompt's hidden states.
+        """
+        prompt = kwargs["input_ids"].shape[1] - candidates
+        head, tail = dict(kwargs), {k: v for k, v in kwargs.items() if k not in _IMAGE_INPUTS}
+        for name, dim in (("input_ids", 1), ("position_ids", -1), ("mm_token_type_ids", -1)):
+            if kwargs.get(name) is not None:
+                head[name], tail[name] = kwargs[name].tensor_split([prompt], dim=dim)
+        if kwargs.get("attention_mask") is not None:
+            head["attention_mask"] = kwargs["attention_mask"][:, :-candidates]
+        return tail, self.base(**head).last_hidden_state
 
     # -- the forward pass -------------------------------------------------------------------------------------
 
@@ -250,20 +306,31 @@ class Pruned:
             or encoded.get("image") is not None
             or kwargs.get("cross_attention_states") is not None
         )
-        self._refuse(kwargs, encoded, brings_images)
         cache = kwargs.get("past_key_values")
+        if cache is not None:
+            check_cache(cache)
+        self._refuse(kwargs, encoded, brings_images)
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = kwargs["past_key_values"] = new_cache(self.decoder.config)
         if cache is not None:
-            check_cache(cache)
             adopt_cache(cache, self.kinds)
         elif self.needs_cache and brings_images:
             raise UnsupportedError(
                 f"{', '.join(m.name for m in self.methods if m.place != 'encoder')} needs the KV cache: call the model "
                 "with use_cache=True"
             )
+        candidates, self._step.candidates = self._step.candidates, 0
+        if candidates and self.cross_method is not None:
+            raise UnsupportedError(
+                "assisted decoding would crop the image features of cross-attention layers: generate without "
+                "prompt_lookup_num_tokens or an assistant model"
+            )
+        prompt = None
+        if candidates and brings_images:
+            kwargs, prompt = self._prefill_prompt(kwargs, candidates)
+            encoded, brings_images = {}, False
         ids = kwargs.get("input_ids")
         if ids is None:
             embeds = kwargs["inputs_embeds"]
@@ -272,6 +339,7 @@ class Pruned:
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
         forward.pixels = kwargs if brings_images and self.cross_method is not None else None
+        forward.prompt, forward.verifies = prompt, prompt is not None or self._step.verifies
         forward.outer, active.forward = active.forward, forward
         return (), kwargs
 
@@ -293,16 +361,19 @@ class Pruned:
                     "outside the pruned block, or read the report (record=True)"
                 )
 
-    def _exit(self, module: Any, args: Any, output: Any) -> None:
+    def _exit(self, module: Any, args: Any, output: Any) -> Any:
         forward = active.forward
         if forward is None or forward.session is not self:
-            return
+            return None
         active.forward = forward.outer
         if output is None:  # an exception is on its way
-            return
+            return None
         forward.finish()
-        if forward.images or forward.pixels is not None:
+        if not forward.verifies and (forward.queries > 1 or not forward.past):
             self.report = PruneReport(forward, self.record)
+        if forward.prompt is not None:
+            output.last_hidden_state = torch.cat([forward.prompt, output.last_hidden_state], dim=1)
+        return output
 
     def _forward(self) -> Forward | None:
         forward = active.forward

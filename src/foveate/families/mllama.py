@@ -26,15 +26,14 @@ class Mllama(Family):
         vision = base.config.vision_config
         side, n = vision.image_size // vision.patch_size, base.vision_model.num_patches
         patches = 1 + torch.arange(side * side)  # the first feature of a tile is its [CLS]
-        result = []
+        images: list[list[tuple[Tile, ...]]] = []
         for sample in inputs["aspect_ratio_ids"].tolist():
-            result.append([])
+            images.append([])
             for ratio in sample:
                 rows, columns = vision.supported_aspect_ratios[max(ratio, 1) - 1]
-                result[-1].append(
-                    tuple(
-                        Tile(t * n + patches, (side, side), t * n + patches, (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows))
-                        for t, (y, x) in enumerate((y, x) for y in range(rows) for x in range(columns))
-                    )
-                )  # fmt: skip
-        return result
+                tiles = []
+                for t, (y, x) in enumerate((y, x) for y in range(rows) for x in range(columns)):
+                    box = (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows)
+                    tiles.append(Tile(t * n + patches, (side, side), t * n + patches, box))
+                images[-1].append(tuple(tiles))
+        return images

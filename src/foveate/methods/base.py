@@ -58,13 +58,11 @@ class EncoderTokens:
 
 def check_keep(keep: object) -> None:
     """Raise ValueError unless `keep` is a float in (0, 1] or an int >= 1."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise ValueError(f"keep must be a float in (0, 1] or an int >= 1 (tokens per image), got {keep!r}")
-    if isinstance(keep, int):
-        if keep < 1:
-            raise ValueError(f"keep as an int is a number of tokens per image and must be >= 1, got {keep}")
-    elif not 0 < keep <= 1:
-        raise ValueError(f"keep as a float is the fraction that stays and must lie in (0, 1], got {keep}")
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not is_count and not (isinstance(keep, float) and 0 < keep <= 1):
+        raise ValueError(
+            f"keep must be a float in (0, 1], the fraction that stays, or an int >= 1, tokens per image; got {keep!r}"
+        )
 
 
 def check_range(name: str, value: object, low: float, high: float = math.inf, *, integer: bool = False) -> None:

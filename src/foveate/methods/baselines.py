@@ -42,7 +42,6 @@ class Random(EncoderMethod):
         check_range("seed", self.seed, 0, 2**63 - 1, integer=True)
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        """See `EncoderMethod.select`."""
         # Drawn on the CPU, so that every device keeps the same tokens.
         scores = torch.rand(tokens.grid[0] * tokens.grid[1], generator=torch.Generator().manual_seed(self.seed))
         return topk_mask(scores.to(tokens.device).expand(tokens.tiles, -1), budget)
@@ -64,5 +63,4 @@ class Uniform(EncoderMethod):
     keep: float | int = 0.25
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        """See `EncoderMethod.select`."""
         return strided(budget, tokens.grid[0] * tokens.grid[1])

@@ -42,5 +42,4 @@ class FastV(LayerMethod):
         check_range("layer", self.layer, 1, integer=True)
 
     def select(self, attention: Tensor, groups: ImageGroups) -> Tensor:
-        """See `LayerMethod.select`."""
         return topk_mask(received_attention(attention), floor_budget(self.share(groups), groups))

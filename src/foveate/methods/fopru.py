@@ -68,7 +68,6 @@ class FoPru(EncoderMethod):
             raise ValueError(f'strategy must be "rank" or "row", got {self.strategy!r}')
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        """See `EncoderMethod.select`."""
         assert tokens.received is not None and tokens.given is not None
         scores = significance(tokens.received, tokens.given)
         return top_tokens(scores, budget) if self.strategy == "rank" else top_rows(scores, budget, tokens.grid)

@@ -80,9 +80,11 @@ class PLPHP(CacheMethod):
         check_range("start_layer", self.start_layer, 0, integer=True)
         if (self.alpha is None) != (self.beta is None):
             raise ValueError("give both alpha and beta, or neither (thresholds from the scores' own terciles)")
-        if self.alpha is not None:
+        if self.alpha is not None and self.beta is not None:
             check_range("alpha", self.alpha, 0, 1)
-            check_range("beta", self.beta, 0, self.alpha)
+            check_range("beta", self.beta, 0, 1)
+            if self.beta > self.alpha:
+                raise ValueError(f"beta must not exceed alpha, got beta={self.beta} and alpha={self.alpha}")
 
     @property
     def needs_all_layers(self) -> bool:
@@ -90,14 +92,11 @@ class PLPHP(CacheMethod):
         return self.alpha is None
 
     def first_layer(self) -> int:
-        """See `CacheMethod.first_layer`."""
         return self.start_layer
 
     def budgets(self, mass: Tensor, groups: ImageGroups) -> Tensor:
-        """See `CacheMethod.budgets`."""
         classes = layer_classes(mass, self.alpha, self.beta)[:, groups.row]
         return floor_budget(retention_rates(classes, self.share(groups), self.delta), groups)
 
     def select(self, attention: Tensor, budget: Tensor) -> Tensor:
-        """See `CacheMethod.select`."""
         return topk_mask(attention, budget.unsqueeze(-1).expand(attention.shape[:-1]))

@@ -44,7 +44,6 @@ class TrimmedLlama(CrossMethod):
     keep: float | int = 0.25
 
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
-        """See `CrossMethod.select`."""
         n = valid.sum(-1)
         if isinstance(self.keep, int):
             k = torch.minimum(self.keep * images, n)
