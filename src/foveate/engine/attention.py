@@ -60,9 +60,11 @@ def physical_mask(
         return filled
     if filled is None and (queries == 1 or (queries == keys and implementation == "sdpa")):
         return None
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
-    if filled is not None:
-        mask = mask & filled[:, None, None, :]
+    visible = None if filled is None else filled[:, None, None, :]
+    if queries > 1 or visible is None:
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
+        visible = causal if visible is None else causal & visible
+    mask = visible
     if implementation == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -46,6 +46,24 @@ def compact(mask: Tensor, present: Tensor) -> Compaction | None:
     return Compaction(source, mask.gather(-1, source), low < high)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The surviving rows of a forward pass: a compaction shared by all heads.
+
+    source: (batch, width) index into the forward's tokens (or image features). real: bool (batch, width), False at
+    fillers. ragged: whether there is any filler.
+    """
+
+    source: Tensor
+    real: Tensor
+    ragged: bool
+
+    @property
+    def index(self) -> Tensor:
+        """(batch, width) like `source`, -1 at fillers."""
+        return torch.where(self.real, self.source, -1)
+
+
 def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
     """Rows of a (batch | 1, n, d) tensor. source: (batch, width). Returns (batch, width, d)."""
     tensor = tensor.expand(source.shape[0], -1, -1)

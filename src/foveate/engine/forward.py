@@ -4,111 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..families.base import ImageLayout
-from ..methods.base import EncoderMethod, EncoderTokens, ImageGroups, token_budget
-from .attention import physical_mask, received_by_features, row_attention
+from ..methods.base import ImageGroups
+from .attention import physical_mask, row_attention
 from .cache import PrunedLayer
-from .compact import compact, gather_rows
+from .compact import Rows, compact, gather_rows
+from .cross import CrossState
 from .errors import UnsupportedError
+from .images import EncodedImage, group_images
 
 if TYPE_CHECKING:
     from .session import Pruned
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """What is known of an image once it is encoded; travels on the image's feature tensor.
-
-    keep: bool (tokens,), what an encoder method chose; None where all stay.
-    """
-
-    layout: ImageLayout
-    keep: Tensor | None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows that a layer still computes. source: (batch, width) index into this forward's tokens;
-    real: bool (batch, width), False at fillers; ragged: whether there is any filler."""
-
-    source: Tensor
-    real: Tensor
-    ragged: bool
-
-    @property
-    def index(self) -> Tensor:
-        """(batch, width) like `source`, -1 at fillers."""
-        return torch.where(self.real, self.source, -1)
-
-
-def choose_encoder_tokens(
-    method: EncoderMethod, layouts: Sequence[ImageLayout], scores: tuple[Tensor, Tensor] | None, device: Any
-) -> list[Tensor]:
-    """Ask a method for the tokens of all images, equally shaped tiles together.
-
-    scores: (received, given) of all patches, or None. Returns one bool (tokens,) per image.
-    """
-    keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
-    shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for i, layout in enumerate(layouts):
-        sizes = [len(tile.index) for tile in layout.tiles]
-        for t, budget in enumerate(apportion(token_budget(method.keep, layout.tokens) - layout.pinned, sizes)):
-            shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
-    for grid, members in shapes.items():
-        tokens = EncoderTokens(grid, len(members), device)
-        if scores is not None:
-            patches = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
-            tokens = dataclasses.replace(tokens, received=scores[0][patches], given=scores[1][patches])
-        chosen = method.select(tokens, torch.tensor([budget for *_, budget in members], device=device))
-        for (i, t, _), keep in zip(members, chosen, strict=True):
-            keeps[i][layouts[i].tiles[t].index.to(device)] = keep
-    return keeps
-
-
-def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """Share `total` among parts in proportion to their sizes (largest remainder); every part gets at least 1."""
-    total, whole = max(total, len(sizes)), sum(sizes)
-    shares = [total * size // whole for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return [min(max(1, share), size) for share, size in zip(shares, sizes, strict=True)]
-
-
-def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:
-    """Find the images' tokens in the prompt.
-
-    is_image: bool (batch, q), the placeholders of this forward. Returns the groups of candidates and, per
-    image, its row and the positions of all its tokens.
-    """
-    spots = is_image.nonzero()
-    sizes = [image.layout.tokens for image in images]
-    if sum(sizes) != len(spots):
-        raise UnsupportedError(
-            f"the prompt has {len(spots)} image tokens but the images were encoded to {sum(sizes)}: pass prompt and "
-            "pixels that belong together (precomputed features must be encoded while the model is pruned)"
-        )
-    places = []
-    for part in spots.split(sizes):
-        row = int(part[0, 0])
-        if int(part[-1, 0]) != row:
-            raise UnsupportedError("the image tokens of one sample do not match its images: check the prompts")
-        places.append((row, part[:, 1]))
-    device = is_image.device
-    candidates = [place[i.layout.candidates.to(device)] for i, (_, place) in zip(images, places, strict=True)]
-    groups = ImageGroups(
-        torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True, padding_value=-1),
-        torch.tensor([row for row, _ in places], device=device),
-        torch.tensor([len(c) for c in candidates], device=device),
-        torch.tensor([i.layout.pinned for i in images], device=device),
-    )
-    return groups, places
 
 
 class Forward:
@@ -131,14 +41,10 @@ class Forward:
         self.rows: Rows | None = None
         self.pending: Tensor | None = None
         self.embeddings: tuple[Any, Any] | None = None
-        self.waiting: list[tuple[int, Tensor, Tensor]] = []
+        self.waiting: list[tuple[int, Tensor, Tensor, ImageGroups]] = []
         self.evicted: set[int] = set()
         self.entered: dict[int, Tensor | None] = {}
-        self.cross_rows: Rows | None = None
-        self.cross_tokens = 0
-        self.cross_masks: dict[int, Tensor] = {}
-        self.cross_seen: Tensor | None = None
-        self.text_rows: Tensor | None = None
+        self.cross = CrossState(session.cross_method, session.features_per_image)
         self.pixels: dict[str, Any] | None = None
         self.outer: Forward | None = None
         self.prompt: Tensor | None = None
@@ -155,10 +61,8 @@ class Forward:
     def incoming(self, kind: Literal["self", "cross"], states: int) -> tuple[int, Tensor | None, bool]:
         """What `states` new entries are: logical positions that arrive, which ones where some were dropped
         (-1: fillers), and whether there are fillers."""
-        rows = self.rows if kind == "self" else self.cross_rows
-        if rows is None:
-            return states, None, False
-        return (self.queries if kind == "self" else self.cross_tokens), rows.index, rows.ragged
+        rows, tokens = (self.rows, self.queries) if kind == "self" else (self.cross.rows, self.cross.tokens)
+        return (states, None, False) if rows is None else (tokens, rows.index, rows.ragged)
 
     def layer(self, index: int) -> PrunedLayer | None:
         """The cache layer of a decoder layer."""
@@ -188,8 +92,7 @@ class Forward:
                 "these image features were not encoded while the model is pruned (precomputed features, or a chunked "
                 "prefill): pass pixel values, and generate without prefill_chunk_size"
             ) from None
-        is_image = self.ids == self.session.image_token_id
-        self.groups, self.places = group_images(self.images, is_image)
+        self.groups, self.places = group_images(self.images, self.ids.eq(self.session.image_token_id))
         if any(image.keep is not None for image in self.images):
             keep = self.valid().clone()
             for image, (row, place) in zip(self.images, self.places, strict=True):
@@ -241,7 +144,7 @@ class Forward:
         rows = self.rows
         full = hidden.new_zeros(hidden.shape[0], self.queries, hidden.shape[-1])
         source = rows.source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return full.scatter(1, source, hidden * rows.real.unsqueeze(-1) if rows.ragged else hidden)
+        return full.scatter(1, source, hidden.masked_fill(~rows.real.unsqueeze(-1), 0) if rows.ragged else hidden)
 
     # -- attention --------------------------------------------------------------------------------------------
 
@@ -260,15 +163,7 @@ class Forward:
         return None if self.mask is None else self.mask[:, :keys]
 
     def attend_self(
-        self,
-        index: int,
-        kernel: Any,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, index: int, kernel: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention of one decoder layer over its physical rows and slots."""
         layer = self.layer(index)
@@ -297,7 +192,7 @@ class Forward:
             heads = key.shape[1]
             per_head = scores.reshape(scores.shape[0], heads, -1, scores.shape[-1]).mean(2)
             if cached.needs_all_layers:
-                self.waiting.append((index, per_head, slots))
+                self.waiting.append((index, per_head, slots, self.groups))
             else:
                 self._evict(index, per_head, slots, cached.budgets(self._mass([per_head]), self.groups)[0])
         if ends:
@@ -372,10 +267,10 @@ class Forward:
     def finish(self) -> None:
         """Behind the base model: evict what had to wait for all layers, and what later masks hide."""
         cached = self.session.cache_method
-        if self.waiting and cached is not None and self.groups is not None:
-            budgets = cached.budgets(self._mass([attention for _, attention, _ in self.waiting]), self.groups)
-            for (index, attention, slots), budget in zip(self.waiting, budgets, strict=True):
-                self._evict(index, attention, slots, budget)
+        if self.waiting and cached is not None:
+            mass = self._mass([attention for _, attention, *_ in self.waiting])
+            for i, (index, attention, slots, groups) in enumerate(self.waiting):
+                self._evict(index, attention, slots, cached.budgets(mass, groups)[i])
         if self.past:
             self.evict_masked()
 
@@ -390,74 +285,17 @@ class Forward:
                 known = torch.nn.functional.pad(hidden, (0, max(0, layer.length - hidden.shape[-1])), value=True)
                 layer.keep(known.gather(-1, index.clamp(min=0)) & (index >= 0))
 
-    # -- cross-attention --------------------------------------------------------------------------------------
-
-    def enter_cross(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """In front of a cross-attention layer: hand over only the features that stay."""
-        states, text = kwargs.get("cross_attention_states"), kwargs.get("full_text_row_masked_out_mask")
-        if states is None:
-            return kwargs
-        batch = self.ids.shape[0]
-        states = states.reshape(batch, -1, states.shape[-1])
-        if self.cross_rows is not None:
-            return {**kwargs, "cross_attention_states": gather_rows(states, self.cross_rows.source)}
-        self.cross_tokens = states.shape[1]
-        self.text_rows = self.valid() if text is None else self.valid() & (text[:, 0, :, 0] > 0)
-        return kwargs
-
     def attend_cross(
-        self,
-        index: int,
-        kernel: Any,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, index: int, kernel: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-attention of one decoder layer over the features that it holds."""
         layer = self.layer(index)
         if layer is not None and layer.index is not None:
-            mask = self._cross_mask(layer, mask, query)
+            mask = self.cross.mask(layer, mask, query)
         out = kernel(module, query, key, value, mask, **kwargs)
-        method = self.session.cross_method
-        if method is None or layer is None or self.text_rows is None:
-            return out
-        if self.cross_rows is None:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            self._trim(index, layer, received_by_features(query, key, scaling, mask, self.text_rows))
-        self.entered[index] = None if index in self.evicted or self.cross_rows is None else self.cross_rows.index
-        return out
-
-    def _cross_mask(self, layer: PrunedLayer, mask: Tensor | None, query: Tensor) -> Tensor:
-        index = layer.full_index(query.shape[0], query.device)[:, 0]
-        key = id(layer.index)
-        if key not in self.cross_masks:
-            low = torch.finfo(query.dtype).min
-            if mask is None:
-                columns = torch.zeros(*index.shape[:1], 1, query.shape[2], index.shape[1], device=query.device)
-            else:
-                at = index.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1)
-                columns = mask.gather(3, at)
-            self.cross_masks[key] = columns.to(query.dtype).masked_fill((index < 0)[:, None, None], low)
-        return self.cross_masks[key]
-
-    def _trim(self, index: int, layer: PrunedLayer, scores: tuple[Tensor, Tensor]) -> None:
-        method = self.session.cross_method
-        assert method is not None
-        attention, seen = (part[..., -self.cross_tokens :] for part in scores)
-        self.cross_seen = seen
-        images = self.session.pictures(seen)
-        chosen = method.select(attention, seen, images)
-        # A sample without a picture has nothing to prune, and its rows read every column in the untouched model.
-        chosen = chosen | ~seen.any(-1, keepdim=True)
-        if not bool((seen & ~chosen).any()):
-            return
-        choice = compact(chosen.unsqueeze(1), torch.ones_like(chosen).unsqueeze(1))
-        if choice is None:
-            return
-        self.cross_rows = Rows(choice.source[:, 0], choice.real[:, 0], choice.ragged)
-        old = layer.physical - self.cross_tokens
-        if layer.keep(torch.nn.functional.pad(chosen, (old, 0), value=True).unsqueeze(1)):
+        self.entered[index] = None if self.cross.rows is None else self.cross.rows.index
+        if layer is not None and self.cross.trim(
+            layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5, mask
+        ):
             self.evicted.add(index)
+        return out

@@ -52,7 +52,7 @@ class PruneReport:
         self.methods = tuple(method.to_dict() for method in session.methods)
         self._batch, self._kinds = forward.ids.shape[0], session.kinds
         length = forward.past + forward.queries
-        self._length = {"self": length, "cross": forward.cross_tokens}
+        self._length = {"self": length, "cross": forward.cross.tokens}
         layers = forward.cache.layers if forward.cache is not None else [None] * len(self._kinds)
         for layer in layers:
             if layer is not None and layer.kind == "cross":

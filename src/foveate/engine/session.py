@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,27 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..families import family_names, get_family
 from ..families.base import Family, Tile
-from ..methods import get_method, method_class, method_names
 from ..methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
 from .attention import add_routes, attention_marginals, remove_routes
 from .cache import active, adopt_cache, check_cache, new_cache
 from .errors import UnsupportedError
-from .forward import EncodedImage, Forward, choose_encoder_tokens
+from .forward import Forward
+from .images import EncodedImage, choose_encoder_tokens
 from .report import PruneReport
+from .support import check_inputs, check_model, pruned_models, resolve_methods
 
 # What a forward over later tokens of the same prompt must not bring again.
 _IMAGE_INPUTS = (
     "pixel_values", "mm_encoder_outputs", "image_sizes", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"
 )  # fmt: skip
-_pruned: weakref.WeakSet[Any] = weakref.WeakSet()
-_WHERE = {
-    "encoder": "between vision encoder and LLM",
-    "layer": "inside the LLM",
-    "cache": "in the KV cache",
-    "cross": "in cross-attention layers",
-}
 
 
 def prune(
@@ -56,78 +48,8 @@ def prune(
         UnsupportedError: a model, method or mode that cannot be pruned correctly. Modes that only show when
             the model runs (cache kinds, custom masks, videos) raise then, before anything changes.
     """
-    methods = _resolve(method, options)
-    return Pruned(model, *_check(model, methods), methods, record)
-
-
-def _resolve(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
-    if isinstance(method, str):
-        return (get_method(method, **options),)
-    methods = tuple(method) if isinstance(method, (list, tuple)) else (method,)
-    built = tuple(get_method(m) if isinstance(m, str) else m for m in methods)
-    if not built or not all(isinstance(m, Method) for m in built):
-        raise ValueError(
-            f"a method is a name ({', '.join(method_names())}), a method object such as foveate.FoPru(keep=0.25), or a "
-            f"list of them, not {method!r}"
-        )
-    if options:
-        raise ValueError(f"options ({', '.join(options)}) go with a method's name; give a method object its own")
-    return built
-
-
-def _check(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
-    """The family and base model, or the reason why this model cannot be pruned this way."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(
-            f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
-            "torch.compile or another wrapper)"
-        )
-    family = get_family(model.config.model_type)
-    if family is None:
-        raise UnsupportedError(
-            f"foveate does not know the model family {model.config.model_type!r}; supported: "
-            f"{', '.join(family_names())}. docs/adding-a-family.md shows how to add one"
-        )
-    base = family.base(model)
-    decoder = family.decoder(base)
-    if base in _pruned:
-        raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
-    if reason := family.check(base):
-        raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
-    taken: dict[str, str] = {}
-    for method in methods:
-        if method.place not in family.places:
-            fits = [name for name in method_names() if method_class(name).place in family.places]
-            raise UnsupportedError(
-                f"{method.name} acts {_WHERE[method.place]}, which {family.model_type} does not offer; "
-                f"methods that fit: {', '.join(fits)}"
-            )
-        if other := taken.get(method.place):
-            raise UnsupportedError(
-                f"{other} and {method.name} both act {_WHERE[method.place]}; use one of them, "
-                "or methods of other places"
-            )
-        taken[method.place] = method.name
-        depth = len(decoder.layers)
-        if isinstance(method, LayerMethod) and method.layer >= depth:
-            raise ValueError(f"{method.name}: layer must be in [1, {depth - 1}] for this model, got {method.layer}")
-        if isinstance(method, CacheMethod) and method.first_layer() >= depth:
-            raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
-    implementation = decoder.config._attn_implementation
-    if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
-        raise UnsupportedError(
-            f"foveate does not know the attention implementation {implementation!r}; load the model with "
-            'attn_implementation="sdpa", "eager" or "flash_attention_2"'
-        )
-    layer_types = getattr(decoder.config, "layer_types", None) or []
-    if getattr(decoder.config, "sliding_window", None) and (
-        not layer_types or any("full" not in kind for kind in layer_types)
-    ):
-        raise UnsupportedError(
-            "this decoder uses sliding-window attention, whose window counts dropped tokens; use a model (or a "
-            "configuration) with full attention"
-        )
-    return family, base
+    methods = resolve_methods(method, options)
+    return Pruned(model, *check_model(model, methods), methods, record)
 
 
 class _Step(threading.local):
@@ -160,7 +82,9 @@ class Pruned:
             "cross" if hasattr(layer, family.cross_attention) else "self" for layer in self.decoder.layers
         ]
         self.text_layers = [i for i, kind in enumerate(self.kinds) if kind == "self"]
-        self.image_token_id = family.image_token_id(base)
+        crosses = "cross" in self.kinds
+        self.features_per_image = family.features_per_image(base) if crosses else 0
+        self.image_token_id = -1 if crosses else family.image_token_id(base)
         self._parameters = list(inspect.signature(base.forward).parameters)
         self._captured: Any = None
         self._step = _Step()
@@ -175,7 +99,7 @@ class Pruned:
     # -- installing -------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        _pruned.add(self.base)
+        pruned_models.add(self.base)
         hooks = self._handles
         hooks.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         hooks.append(self.base.register_forward_hook(self._exit, always_call=True))
@@ -216,7 +140,7 @@ class Pruned:
         self._handles, self._routed = [], []
         self.base.__dict__.pop("get_image_features", None)
         self.model.__dict__.pop("prepare_inputs_for_generation", None)
-        _pruned.discard(self.base)
+        pruned_models.discard(self.base)
 
     def __enter__(self) -> Pruned:
         """The pruned model itself; pruning began when it was made."""
@@ -309,7 +233,7 @@ class Pruned:
         cache = kwargs.get("past_key_values")
         if cache is not None:
             check_cache(cache)
-        self._refuse(kwargs, encoded, brings_images)
+        check_inputs(self.family, self.base.config, kwargs, brings_images)
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
@@ -343,24 +267,6 @@ class Pruned:
         forward.outer, active.forward = active.forward, forward
         return (), kwargs
 
-    def _refuse(self, kwargs: dict[str, Any], encoded: dict[str, Any], brings_images: bool) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise UnsupportedError("foveate needs the 2-D attention mask of the processor, not a prepared 4-D mask")
-        if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-            raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
-        if brings_images and "encoder" in self.family.places and kwargs.get("input_ids") is None:
-            raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
-        if kwargs.get("cache") is not None:
-            raise UnsupportedError("paged (continuous) batching cannot be pruned: use generate()")
-        for name in ("output_attentions", "output_hidden_states"):
-            asked = kwargs.get(name)
-            if asked or (asked is None and getattr(self.base.config, name, False)):
-                raise UnsupportedError(
-                    f"{name} would return tensors of different lengths per layer while tokens are dropped; ask for it "
-                    "outside the pruned block, or read the report (record=True)"
-                )
-
     def _exit(self, module: Any, args: Any, output: Any) -> Any:
         forward = active.forward
         if forward is None or forward.session is not self:
@@ -386,7 +292,7 @@ class Pruned:
         if index == 0:
             forward.begin()
         if self.kinds[index] == "cross":
-            return args, forward.enter_cross(kwargs)
+            return args, forward.cross.enter(kwargs, forward.valid())
         hidden, kwargs = forward.enter(index, args[0], kwargs)
         return (hidden, *args[1:]), kwargs
 
@@ -403,19 +309,15 @@ class Pruned:
 
     # -- for the report ---------------------------------------------------------------------------------------
 
-    def pictures(self, seen: Tensor) -> Tensor:
-        """(batch,) pictures of each sample. seen: bool (batch, features) of a cross-attending model."""
-        return seen.view(seen.shape[0], -1, self.family.features_per_image(self.base)).any(-1).sum(-1)
-
     def places(self, forward: Forward) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
         """Per sample the logical positions and tiles of each image of this forward."""
         rows: list[list[tuple[Tensor, tuple[Tile, ...]]]] = [[] for _ in range(forward.ids.shape[0])]
         for image, (row, positions) in zip(forward.images, forward.places, strict=True):
             rows[row].append((positions + forward.past, image.layout.tiles))
-        if forward.pixels is not None and forward.cross_seen is not None:
-            size = self.family.features_per_image(self.base)
+        if forward.pixels is not None and forward.cross.seen is not None:
+            size = self.features_per_image
             tiles = self.family.feature_tiles(self.base, forward.pixels)
-            for row, seen in enumerate(forward.cross_seen):
+            for row, seen in enumerate(forward.cross.seen):
                 for slot, part in enumerate(seen.split(size)):
                     if part.any():
                         rows[row].append((part.nonzero()[:, 0] + slot * size, tiles[row][slot]))

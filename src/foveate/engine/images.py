@@ -1,0 +1,90 @@
+"""Images between encoder and decoder: which of their tokens an encoder method keeps, and where they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families.base import ImageLayout
+from ..methods.base import EncoderMethod, EncoderTokens, ImageGroups, token_budget
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What is known of an image once it is encoded; travels on the image's feature tensor.
+
+    keep: bool (tokens,), what an encoder method chose; None where all stay.
+    """
+
+    layout: ImageLayout
+    keep: Tensor | None
+
+
+def choose_encoder_tokens(
+    method: EncoderMethod, layouts: Sequence[ImageLayout], scores: tuple[Tensor, Tensor] | None, device: Any
+) -> list[Tensor]:
+    """Ask a method for the tokens of all images, equally shaped tiles together.
+
+    scores: (received, given) of all patches, or None. Returns one bool (tokens,) per image.
+    """
+    keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
+    shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for i, layout in enumerate(layouts):
+        sizes = [len(tile.index) for tile in layout.tiles]
+        for t, budget in enumerate(apportion(token_budget(method.keep, layout.tokens) - layout.pinned, sizes)):
+            shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
+    for grid, members in shapes.items():
+        tokens = EncoderTokens(grid, len(members), device)
+        if scores is not None:
+            patches = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
+            tokens = dataclasses.replace(tokens, received=scores[0][patches], given=scores[1][patches])
+        chosen = method.select(tokens, torch.tensor([budget for *_, budget in members], device=device))
+        for (i, t, _), keep in zip(members, chosen, strict=True):
+            keeps[i][layouts[i].tiles[t].index.to(device)] = keep
+    return keeps
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share `total` among parts in proportion to their sizes (largest remainder); every part gets at least 1."""
+    total, whole = max(total, len(sizes)), sum(sizes)
+    shares = [total * size // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return [min(max(1, share), size) for share, size in zip(shares, sizes, strict=True)]
+
+
+def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:
+    """Find the images' tokens in the prompt.
+
+    is_image: bool (batch, q), the placeholders of this forward. Returns the groups of candidates and, per
+    image, its row and the positions of all its tokens.
+    """
+    spots = is_image.nonzero()
+    sizes = [image.layout.tokens for image in images]
+    if sum(sizes) != len(spots):
+        raise UnsupportedError(
+            f"the prompt has {len(spots)} image tokens but the images were encoded to {sum(sizes)}: pass prompt and "
+            "pixels that belong together (precomputed features must be encoded while the model is pruned)"
+        )
+    places = []
+    for part in spots.split(sizes):
+        row = int(part[0, 0])
+        if int(part[-1, 0]) != row:
+            raise UnsupportedError("the image tokens of one sample do not match its images: check the prompts")
+        places.append((row, part[:, 1]))
+    device = is_image.device
+    candidates = [place[i.layout.candidates.to(device)] for i, (_, place) in zip(images, places, strict=True)]
+    groups = ImageGroups(
+        torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True, padding_value=-1),
+        torch.tensor([row for row, _ in places], device=device),
+        torch.tensor([len(c) for c in candidates], device=device),
+        torch.tensor([i.layout.pinned for i in images], device=device),
+    )
+    return groups, places

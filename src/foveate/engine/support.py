@@ -1,0 +1,118 @@
+"""What can be pruned, and the refusals of everything else."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..families import family_names, get_family
+from ..families.base import Family
+from ..methods import get_method, method_class, method_names
+from ..methods.base import CacheMethod, LayerMethod, Method
+from .errors import UnsupportedError
+
+pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
+_WHERE = {
+    "encoder": "between vision encoder and LLM",
+    "layer": "inside the LLM",
+    "cache": "in the KV cache",
+    "cross": "in cross-attention layers",
+}
+
+
+def resolve_methods(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
+    """The method objects that the arguments of `prune` ask for."""
+    if isinstance(method, str):
+        return (get_method(method, **options),)
+    methods = tuple(method) if isinstance(method, (list, tuple)) else (method,)
+    built = tuple(get_method(m) if isinstance(m, str) else m for m in methods)
+    if not built or not all(isinstance(m, Method) for m in built):
+        raise ValueError(
+            f"a method is a name ({', '.join(method_names())}), a method object such as foveate.FoPru(keep=0.25), or a "
+            f"list of them, not {method!r}"
+        )
+    if options:
+        raise ValueError(f"options ({', '.join(options)}) go with a method's name; give a method object its own")
+    return built
+
+
+def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
+    """The family and base model, or the reason why this model cannot be pruned this way."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
+            "torch.compile or another wrapper)"
+        )
+    family = get_family(model.config.model_type)
+    if family is None:
+        raise UnsupportedError(
+            f"foveate does not know the model family {model.config.model_type!r}; supported: "
+            f"{', '.join(family_names())}. docs/adding-a-family.md shows how to add one"
+        )
+    base = family.base(model)
+    decoder = family.decoder(base)
+    if base in pruned_models:
+        raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
+    if reason := family.check(base):
+        raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
+    taken: dict[str, str] = {}
+    for method in methods:
+        if method.place not in family.places:
+            fits = [name for name in method_names() if method_class(name).place in family.places]
+            raise UnsupportedError(
+                f"{method.name} acts {_WHERE[method.place]}, which {family.model_type} does not offer; "
+                f"methods that fit: {', '.join(fits)}"
+            )
+        if other := taken.get(method.place):
+            raise UnsupportedError(
+                f"{other} and {method.name} both act {_WHERE[method.place]}; use one of them, "
+                "or methods of other places"
+            )
+        taken[method.place] = method.name
+        depth = len(decoder.layers)
+        if isinstance(method, LayerMethod) and method.layer >= depth:
+            raise ValueError(f"{method.name}: layer must be in [1, {depth - 1}] for this model, got {method.layer}")
+        if isinstance(method, CacheMethod) and method.first_layer() >= depth:
+            raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
+    implementation = decoder.config._attn_implementation
+    if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
+        raise UnsupportedError(
+            f"foveate does not know the attention implementation {implementation!r}; load the model with "
+            'attn_implementation="sdpa", "eager" or "flash_attention_2"'
+        )
+    layer_types = getattr(decoder.config, "layer_types", None) or []
+    if getattr(decoder.config, "sliding_window", None) and (
+        not layer_types or any("full" not in kind for kind in layer_types)
+    ):
+        raise UnsupportedError(
+            "this decoder uses sliding-window attention, whose window counts dropped tokens; use a model (or a "
+            "configuration) with full attention"
+        )
+    return family, base
+
+
+def check_inputs(family: Family, config: Any, kwargs: dict[str, Any], brings_images: bool) -> None:
+    """Refuse what a forward of the base model cannot do while tokens are dropped. kwargs: its arguments."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise UnsupportedError("foveate needs the 2-D attention mask of the processor, not a prepared 4-D mask")
+    if (
+        kwargs.get("pixel_values_videos") is not None
+        or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None
+    ):
+        raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
+    if brings_images and "encoder" in family.places and kwargs.get("input_ids") is None:
+        raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
+    if kwargs.get("cache") is not None:
+        raise UnsupportedError("paged (continuous) batching cannot be pruned: use generate()")
+    for name in ("output_attentions", "output_hidden_states"):
+        asked = kwargs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            raise UnsupportedError(
+                f"{name} would return tensors of different lengths per layer while tokens are dropped; ask for it "
+                "outside the pruned block, or read the report (record=True)"
+            )
