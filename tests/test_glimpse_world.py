@@ -29,10 +29,7 @@ def test_a_seed_says_everything():
         scene, again = imagine(np.random.default_rng(seed)), imagine(np.random.default_rng(seed))
         assert scene == again
         assert render(scene).tobytes() == render(again).tobytes()
-    assert (
-        render(imagine(np.random.default_rng(0))).tobytes()
-        != render(imagine(np.random.default_rng(1))).tobytes()
-    )
+    assert render(imagine(np.random.default_rng(0))).tobytes() != render(imagine(np.random.default_rng(1))).tobytes()
 
 
 def test_things_lie_in_their_own_cells():
@@ -93,9 +90,9 @@ def test_heldout_is_what_it_was():
     questions = heldout(18)
     assert [question.kind for question in questions] == [*KINDS, *KINDS]
     text = "\n".join(f"{item.kind} {item.question} {item.answer}" for item in questions)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "28412fef0449eedd", "raise HELDOUT_VERSION"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d7f70d35641011d1", "raise HELDOUT_VERSION"
     means = [np.asarray(item.image, np.float64).mean() for item in questions]
-    expected = [152, 122, 134, 140, 79, 114, 63, 107, 136, 190, 125, 141, 132, 103, 140, 90, 121, 140]
+    expected = [152, 122, 161, 124, 85, 125, 165, 165, 141, 164, 123, 115, 165, 76, 149, 117, 151, 144]
     # another version of Pillow may round pixels another way, but not draw another picture
     np.testing.assert_allclose(means, expected, atol=1.5)
 

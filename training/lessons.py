@@ -37,7 +37,7 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
     An example holds `pixels` (3, 168, 168) uint8; `ids`, `labels` and `turn` (n,) of the sequence after its
     first 146 tokens, which are the same for all; `patches` (4, 144): vocabulary ids of what lies on each
     patch (thing, detail, row, column; -100: none); and `present` (names,) of what is in the picture.
-    `silent` examples have fuller pictures, and no questions.
+    `silent` examples have fuller pictures with more print, and no questions.
     """
 
     def __init__(self, processor: LlavaProcessor, start: int, stop: int, silent: bool = False) -> None:
@@ -67,7 +67,7 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng(FIRST_SEED + self.start + index)
-        scene = world.imagine(rng, least=6, most=9) if self.silent else world.imagine(rng)
+        scene = world.imagine(rng, 6, 9, more_print=0.35) if self.silent else world.imagine(rng)
         present = np.zeros(len(self.names), np.float32)
         present[[self.names.index(thing.kind) for thing in scene.things]] = 1
         example = {

@@ -102,18 +102,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     digits = [str(digit) for digit in range(10)]
     names = [*world.SPRITES, *world.SHAPES, *world.COLOURS, *world.WORDS, *world.ROWS, *world.COLUMNS]
     asked = " ".join(template for templates in world.ASK.values() for template in templates).lower()
-    words = sorted(
-        {*re.findall(r"[a-z]+", asked), *["a", "an", "and", "nothing", "yes", "no", "number", "word"]}
-    )
+    words = sorted({*re.findall(r"[a-z]+", asked), *["a", "an", "and", "nothing", "yes", "no", "number", "word"]})
     special = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT]
     inside = [f"##{digit}" for digit in digits]
     pieces = dict.fromkeys([*special, "?", ".", ",", *digits, *inside, *names, *words])
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
 
     things = [*world.SPRITES, *world.SHAPES]
-    normal = "|".join(
-        thing for thing in things if not world.plural(thing).endswith("es") or thing.endswith("e")
-    )
+    normal = "|".join(thing for thing in things if not world.plural(thing).endswith("es") or thing.endswith("e"))
     hissing = "|".join(thing for thing in things if world.plural(thing) == thing + "es")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(

@@ -48,9 +48,7 @@ class Pupil(nn.Module):
         pixels = (pixels.float() / 255 - MEAN.to(pixels.device)) / DEVIATION.to(pixels.device)
         core = self.model.model
         states = core.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return core.multi_modal_projector(states[-2][:, 1:]), torch.stack(
-            [states[-2][:, 0], states[-1][:, 0]], 1
-        )
+        return core.multi_modal_projector(states[-2][:, 1:]), torch.stack([states[-2][:, 0], states[-1][:, 0]], 1)
 
     def vision_loss(self, tokens: torch.Tensor, cls: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """One loss each for things, details, rows, columns and CLS."""
@@ -58,17 +56,13 @@ class Pupil(nn.Module):
         logits = (F.rms_norm(tokens.float(), tokens.shape[-1:]) @ embeddings.float().T).flatten(0, 1)
         losses = {}
         targets = batch["patches"].unbind(1)
-        for name, words, target in zip(
-            ("thing", "detail", "row", "column"), self.words, targets, strict=True
-        ):
+        for name, words, target in zip(("thing", "detail", "row", "column"), self.words, targets, strict=True):
             chosen = torch.full_like(logits[:1], float("-inf"))
             chosen[:, words] = 0
             loss = F.cross_entropy(logits + chosen, target.flatten(), ignore_index=IGNORE, reduction="sum")
             losses[name] = loss / (target != IGNORE).sum().clamp(min=1)
         guess = self.present(F.rms_norm(cls.float(), cls.shape[-1:]))
-        losses["cls"] = (
-            F.binary_cross_entropy_with_logits(guess, batch["present"][:, None].expand_as(guess)) * 10
-        )
+        losses["cls"] = F.binary_cross_entropy_with_logits(guess, batch["present"][:, None].expand_as(guess)) * 10
         return losses
 
     def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,9 +78,7 @@ class Pupil(nn.Module):
         order = torch.arange(turn.shape[1], device=ids.device)
         visible = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
         visible &= order[None] <= order[:, None]
-        mask = torch.zeros(visible.shape, dtype=torch.bfloat16, device=ids.device).masked_fill_(
-            ~visible, -1e4
-        )
+        mask = torch.zeros(visible.shape, dtype=torch.bfloat16, device=ids.device).masked_fill_(~visible, -1e4)
         begins = torch.where(turn[:, 1:] != turn[:, :-1], order[1:], 0).cummax(1).values
         positions = torch.where(turn == 0, order, order - F.pad(begins, (1, 0)) + head)
         hidden = core.language_model(
@@ -249,9 +241,7 @@ def export(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the checkpoint, and of the model beside it")
     add("--resume", action="store_true", help="go on from the checkpoint in the folder")

@@ -26,9 +26,7 @@ def prepare(
     Alike questions share a batch, so that short answers do not wait for long ones.
     """
     if len(images) != len(questions):
-        raise ValueError(
-            f"{len(images)} images for {len(questions)} questions; give one image for each question"
-        )
+        raise ValueError(f"{len(images)} images for {len(questions)} questions; give one image for each question")
     order = sorted(range(len(questions)), key=questions.__getitem__)
     batches = []
     for start in range(0, len(order), batch_size):

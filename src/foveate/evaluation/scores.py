@@ -40,9 +40,7 @@ def blind(questions: Sequence[Question]) -> list[Image.Image]:
     for index, question in enumerate(questions):
         by_kind.setdefault(question.kind, []).append(index)
     successor = {
-        own: other
-        for group in by_kind.values()
-        for own, other in zip(group, group[1:] + group[:1], strict=True)
+        own: other for group in by_kind.values() for own, other in zip(group, group[1:] + group[:1], strict=True)
     }
     return [questions[successor[index]].image for index in range(len(questions))]
 

@@ -138,18 +138,24 @@ def plural(name: str) -> str:
     return name + ("es" if name.endswith(("s", "x")) else "s")
 
 
-def imagine(rng: np.random.Generator, least: int = 1, most: int = 6) -> Scene:
-    """Draw the content of a picture at random: `least` to `most` (at most 9) things."""
+def imagine(rng: np.random.Generator, least: int = 1, most: int = 6, more_print: float = 0.0) -> Scene:
+    """Draw the content of a picture at random: `least` to `most` (at most 9) things.
+
+    One number and one word are as much print as questions can be asked about; `more_print` is the share of further
+    things that become print as well, for learning to read.
+    """
     cells = rng.permutation(9)[: rng.integers(least, most + 1)]
     special = {}
-    if rng.random() < 0.4:
-        special[0] = ("number", str(rng.integers(10, 1000) if rng.random() < 0.7 else rng.integers(10, 100)))
-    if rng.random() < 0.4 and len(cells) > len(special):
-        special[len(special)] = ("word", str(rng.choice(WORDS)))
+    if rng.random() < 0.55:
+        special[0] = _print_out("number", rng)
+    if rng.random() < 0.55 and len(cells) > len(special):
+        special[len(special)] = _print_out("word", rng)
     things: list[Thing] = []
     for index, cell in enumerate(cells):
         if index in special:
             kind, detail = special[index]
+        elif rng.random() < more_print:
+            kind, detail = _print_out(str(rng.choice(["number", "word"])), rng)
         elif things and things[-1].kind in SPRITES and rng.random() < 0.25:
             kind, detail = things[-1].kind, ""
         elif rng.random() < 0.22:
@@ -165,8 +171,8 @@ def imagine(rng: np.random.Generator, least: int = 1, most: int = 6) -> Scene:
                 int(cell),
                 float(x),
                 float(y),
-                size=float(rng.uniform(0.115, 0.14) if printed else rng.uniform(0.24, 0.33)),
-                angle=float(rng.uniform(-6, 6) if printed else rng.uniform(-15, 15)),
+                size=float(rng.uniform(0.145, 0.175) if printed else rng.uniform(0.24, 0.33)),
+                angle=float(rng.uniform(-4, 4) if printed else rng.uniform(-15, 15)),
                 brightness=float(rng.uniform(0.8, 1.15)),
             )
         )
@@ -250,6 +256,12 @@ def question(seed: int, kind: str) -> Question:
 def _bottom_up(scene: Scene) -> list[Thing]:
     """Things in the order they are painted: print comes last, so that nothing covers it."""
     return sorted(scene.things, key=lambda thing: thing.kind in ("number", "word"))
+
+
+def _print_out(kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    if kind == "word":
+        return kind, str(rng.choice(WORDS))
+    return kind, str(rng.integers(10, 1000 if rng.random() < 0.7 else 100))
 
 
 def _absent(kinds: list[str], rng: np.random.Generator) -> str:
@@ -364,7 +376,5 @@ def _is_dark(picture: Image.Image, thing: Thing, size: int) -> bool:
         return False  # only print minds
     column, row = int(thing.x * size), int(thing.y * size)
     reach = max(size // 10, 1)
-    around = picture.crop(
-        (max(column - reach, 0), max(row - reach // 2, 0), column + reach, row + reach // 2)
-    )
+    around = picture.crop((max(column - reach, 0), max(row - reach // 2, 0), column + reach, row + reach // 2))
     return float(np.asarray(around.convert("L")).mean()) < 128
