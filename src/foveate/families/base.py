@@ -67,7 +67,7 @@ class Family:
 
     def base(self, model: Any) -> Any:
         """The module whose forward receives token ids and pixels."""
-        return model.model
+        return getattr(model, "model", model)
 
     def decoder(self, base: Any) -> Any:
         """The language model: has `layers` and a final `norm`."""
