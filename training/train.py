@@ -78,7 +78,7 @@ class Pupil(nn.Module):
         order = torch.arange(turn.shape[1], device=ids.device)
         visible = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
         visible &= order[None] <= order[:, None]
-        mask = torch.zeros(visible.shape, dtype=torch.bfloat16, device=ids.device).masked_fill_(~visible, -1e4)
+        mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=ids.device).masked_fill_(~visible, -1e4)
         begins = torch.where(turn[:, 1:] != turn[:, :-1], order[1:], 0).cummax(1).values
         positions = torch.where(turn == 0, order, order - F.pad(begins, (1, 0)) + head)
         hidden = core.language_model(
