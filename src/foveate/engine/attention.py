@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ Handler = Callable[..., tuple[Tensor, Tensor | None]]
 
 _routes: dict[nn.Module, Handler] = {}
 _lock = threading.Lock()
-_original = AttentionInterface.get_interface
+_original: Any = None
 
 
 def _dispatch(kernel: Kernel, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -31,20 +31,23 @@ def _get_interface(self: AttentionInterface, attn_implementation: str, default: 
 def add_routes(routes: dict[nn.Module, Handler]) -> None:
     """Send the attention of these modules through their handlers, `handler(kernel, module, query, ...)`.
 
-    The lookup of kernels is shadowed while any route exists, instead of any registry entry: names, masks and "eager"
-    (which is no entry) keep their meaning, and modules without a route get their kernel unchanged.
+    The lookup of kernels is shadowed while any route exists, instead of any registry entry: names, masks and
+    "eager" (which is no entry) keep their meaning, and modules without a route get their kernel unchanged.
     """
+    global _original
     with _lock:
+        if AttentionInterface.get_interface is not _get_interface:
+            _original = AttentionInterface.get_interface
+            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
         _routes.update(routes)
-        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
 
 
-def remove_routes(modules: Any) -> None:
-    """Undo `add_routes`; with the last route the lookup is transformers' own again."""
+def remove_routes(modules: Iterable[nn.Module]) -> None:
+    """Undo `add_routes`; with the last route the lookup is what it was before the first."""
     with _lock:
         for module in modules:
             _routes.pop(module, None)
-        if not _routes:
+        if not _routes and AttentionInterface.get_interface is _get_interface:
             AttentionInterface.get_interface = _original  # type: ignore[method-assign]
 
 

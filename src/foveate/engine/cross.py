@@ -16,8 +16,7 @@ from .compact import Rows, compact, gather_rows
 class CrossState:
     """The image features of one forward pass.
 
-    tokens: features per sample that came with this forward. rows: those that stay, None while all do. seen: bool
-    (batch, tokens), features of real tiles.
+    tokens: features per sample that came with this forward. rows: those that stay, None while all do.
     """
 
     def __init__(self, method: CrossMethod | None, features_per_image: int) -> None:
@@ -25,7 +24,6 @@ class CrossState:
         self.features_per_image = features_per_image
         self.tokens = 0
         self.rows: Rows | None = None
-        self.seen: Tensor | None = None
         self._text: Tensor | None = None
         self._masks: dict[int, Tensor] = {}
 
@@ -65,7 +63,7 @@ class CrossState:
         attention, seen = (part[..., -self.tokens :] for part in scores)
         images = seen.view(seen.shape[0], -1, self.features_per_image).any(-1).sum(-1)
         chosen = self.method.select(attention, seen, images)
-        self.seen, self._text = seen, None
+        self._text = None
         if not bool((seen & ~chosen).any()):
             return False
         # A sample without a picture has nothing to prune, and its rows read every column in the untouched model.

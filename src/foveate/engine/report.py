@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,7 @@ class PruneReport:
         old = torch.arange(everything.shape[-1], device=rows.device) < (self._past if kind == "self" else 0)
         return (_spread(new, everything.shape[-1]) | old) & everything
 
-    @property
+    @cached_property
     def layers(self) -> list[LayerReport]:
         """One record per decoder layer."""
         return [
@@ -117,7 +118,7 @@ class PruneReport:
             for i, kind in enumerate(self._kinds)
         ]
 
-    @property
+    @cached_property
     def images(self) -> list[list[tuple[int, int]]]:
         """Per sample a `(tokens, kept)` for each image, `kept` as the mean over the layers that lost tokens of it."""
         masks = [self._kept(i).float().mean(1) for i, index in enumerate(self._index) if index is not None]

@@ -52,9 +52,14 @@ def prune(
     return Pruned(model, *check_model(model, methods), methods, record)
 
 
-class _Step(threading.local):
-    """What generate() announced about the forward it is about to make."""
+class _Thread(threading.local):
+    """What one thread is doing with the model.
 
+    captured: scores read from the vision encoder while it runs. first: what generate() said of the step it is about
+    to make. candidates: guessed tokens at the end of the coming forward. verifies: whether it checks guesses.
+    """
+
+    captured: list[tuple[Tensor, Tensor]] | None = None
     first: bool | None = None
     candidates = 0
     verifies = False
@@ -86,8 +91,8 @@ class Pruned:
         self.features_per_image = family.features_per_image(base) if crosses else 0
         self.image_token_id = -1 if crosses else family.image_token_id(base)
         self._parameters = list(inspect.signature(base.forward).parameters)
-        self._captured: Any = None
-        self._step = _Step()
+        self._thread = _Thread()
+        self._replaced: list[tuple[Any, str, Any]] = []
         self._handles: list[Any] = []
         self._routed: list[Any] = []
         try:
@@ -130,6 +135,7 @@ class Pruned:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, args, kwargs)
 
+        self._replaced.append((module, name, module.__dict__.get(name)))
         setattr(module, name, wrapped)
 
     def remove(self) -> None:
@@ -137,10 +143,17 @@ class Pruned:
         remove_routes(self._routed)
         for handle in self._handles:
             handle.remove()
-        self._handles, self._routed = [], []
-        self.base.__dict__.pop("get_image_features", None)
-        self.model.__dict__.pop("prepare_inputs_for_generation", None)
+        for module, name, previous in self._replaced:
+            if previous is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, previous)
+        self._handles, self._routed, self._replaced = [], [], []
         pruned_models.discard(self.base)
+
+    def __repr__(self) -> str:
+        state = "active" if self._handles else "removed"
+        return f"<foveate.Pruned {self.family.model_type} model, {state}: {self.report or 'no prefill yet'}>"
 
     def __enter__(self) -> Pruned:
         """The pruned model itself; pruning began when it was made."""
@@ -158,12 +171,12 @@ class Pruned:
         """Run the vision encoder, and note on each image's features what an encoder method keeps of it."""
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
         layouts = self.family.layouts(self.base, {**inputs.pop("kwargs", {}), **inputs})
-        outer, self._captured = self._captured, []
+        outer, self._thread.captured = self._thread.captured, []
         try:
             output = encode(*args, **kwargs)
-            captured = self._captured
+            captured = self._thread.captured
         finally:
-            self._captured = outer
+            self._thread.captured = outer
         features = output.pooler_output
         method = self.encoder_method
         keeps: Sequence[Tensor | None] = [None] * len(layouts)
@@ -182,7 +195,7 @@ class Pruned:
         return output
 
     def _attend_vision(self, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._captured is not None:
+        if self._thread.captured is not None:
             prefix, scaling = (
                 self.family.prefix_tokens(self.base),
                 kwargs.get("scaling") or query.shape[-1] ** -0.5,
@@ -190,21 +203,21 @@ class Pruned:
             bounds = kwargs.get("cu_seq_lens_q")
             sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
             for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
-                self._captured.append(attention_marginals(q, k, scaling, prefix))
+                self._thread.captured.append(attention_marginals(q, k, scaling, prefix))
         return kernel(module, query, key, *args, **kwargs)
 
     # -- what generate() is about to do -----------------------------------------------------------------------
 
     def _prepare(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._step.first = bool(kwargs.get("is_first_iteration", False))
+        self._thread.first = bool(kwargs.get("is_first_iteration", False))
         return prepare(*args, **kwargs)
 
     def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Assisted decoding guesses tokens ahead; only here it says how many of the coming ones are guesses."""
-        first, self._step.first = self._step.first, None
+        first, self._thread.first = self._thread.first, None
         wanted = kwargs.get("logits_to_keep")
-        self._step.candidates = wanted - 1 if first is not None and isinstance(wanted, int) and wanted > 1 else 0
-        self._step.verifies = first is False
+        self._thread.candidates = wanted - 1 if first is not None and isinstance(wanted, int) and wanted > 1 else 0
+        self._thread.verifies = first is False
 
     def _prefill_prompt(self, kwargs: dict[str, Any], candidates: int) -> tuple[dict[str, Any], Tensor]:
         """Run the prompt without the guessed tokens behind it, so that methods see its true end.
@@ -245,7 +258,7 @@ class Pruned:
                 f"{', '.join(m.name for m in self.methods if m.place != 'encoder')} needs the KV cache: call the model "
                 "with use_cache=True"
             )
-        candidates, self._step.candidates = self._step.candidates, 0
+        candidates, self._thread.candidates = self._thread.candidates, 0
         if candidates and self.cross_method is not None:
             raise UnsupportedError(
                 "assisted decoding would crop the image features of cross-attention layers: generate without "
@@ -255,15 +268,16 @@ class Pruned:
         if candidates and brings_images:
             kwargs, prompt = self._prefill_prompt(kwargs, candidates)
             encoded, brings_images = {}, False
-        ids = kwargs.get("input_ids")
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is None:
-            embeds = kwargs["inputs_embeds"]
+            if embeds is None:
+                return (), kwargs  # the model has its own words for this
             ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
         forward = Forward(self, cache, ids, kwargs.get("attention_mask"))
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
-        forward.pixels = kwargs if brings_images and self.cross_method is not None else None
-        forward.prompt, forward.verifies = prompt, prompt is not None or self._step.verifies
+        forward.pixels = kwargs if brings_images and self.features_per_image else None
+        forward.prompt, forward.verifies = prompt, prompt is not None or self._thread.verifies
         forward.outer, active.forward = active.forward, forward
         return (), kwargs
 
@@ -314,11 +328,7 @@ class Pruned:
         rows: list[list[tuple[Tensor, tuple[Tile, ...]]]] = [[] for _ in range(forward.ids.shape[0])]
         for image, (row, positions) in zip(forward.images, forward.places, strict=True):
             rows[row].append((positions + forward.past, image.layout.tiles))
-        if forward.pixels is not None and forward.cross.seen is not None:
-            size = self.features_per_image
-            tiles = self.family.feature_tiles(self.base, forward.pixels)
-            for row, seen in enumerate(forward.cross.seen):
-                for slot, part in enumerate(seen.split(size)):
-                    if part.any():
-                        rows[row].append((part.nonzero()[:, 0] + slot * size, tiles[row][slot]))
+        if forward.pixels is not None:
+            for row, images in enumerate(self.family.feature_places(self.base, forward.pixels)):
+                rows[row].extend(images)
         return rows

@@ -100,6 +100,6 @@ class Family:
         """Cross-attention features that every image slot occupies, padded tiles included."""
         raise NotImplementedError
 
-    def feature_tiles(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tile, ...]]]:
-        """Tiles of each image slot of each sample; `Tile.index` counts the slot's features."""
+    def feature_places(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
+        """Per sample the indices of each image's features among the sample's, and its tiles. inputs: of the forward."""
         raise NotImplementedError

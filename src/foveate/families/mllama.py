@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import register
 from .base import Family, Tile
@@ -22,18 +23,27 @@ class Mllama(Family):
     def features_per_image(self, base: Any) -> int:
         return base.config.vision_config.max_num_tiles * base.vision_model.num_patches
 
-    def feature_tiles(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tile, ...]]]:
-        vision = base.config.vision_config
+    def feature_places(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
+        ratios, mask = inputs.get("aspect_ratio_ids"), inputs.get("cross_attention_mask")
+        if ratios is None:
+            return []
+        vision, size = base.config.vision_config, self.features_per_image(base)
         side, n = vision.image_size // vision.patch_size, base.vision_model.num_patches
         patches = 1 + torch.arange(side * side)  # the first feature of a tile is its [CLS]
-        images: list[list[tuple[Tile, ...]]] = []
-        for sample in inputs["aspect_ratio_ids"].tolist():
-            images.append([])
-            for ratio in sample:
+        samples = []
+        for row, sample in enumerate(ratios.tolist()):
+            # The mask has columns for the images of earlier turns, too; the new ones come last.
+            seen = None if mask is None else mask[row].any(0)
+            earlier = 0 if seen is None else len(seen) - len(sample)
+            images = []
+            for slot, ratio in enumerate(sample, start=earlier):
                 rows, columns = vision.supported_aspect_ratios[max(ratio, 1) - 1]
+                real = torch.arange(vision.max_num_tiles) < rows * columns if seen is None else seen[slot].cpu() > 0
                 tiles = []
                 for t, (y, x) in enumerate((y, x) for y in range(rows) for x in range(columns)):
                     box = (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows)
                     tiles.append(Tile(t * n + patches, (side, side), t * n + patches, box))
-                images[-1].append(tuple(tiles))
-        return images
+                if real.any():
+                    images.append((slot * size + real.repeat_interleave(n).nonzero()[:, 0], tuple(tiles)))
+            samples.append(images)
+        return samples
