@@ -17,15 +17,16 @@ from foveate.glimpse import world
 GRID = world.SIZE // world.PATCH
 TEXT = 152  # tokens of questions and answers a picture
 IGNORE = -100
-# Going from a name to a place, or to whether it is there, is learned last: these are asked more often.
+# How often each kind is asked: more where it is learned late, or where few scenes have anything to ask about.
 APPETITE = {
-    "where": 2.0,
-    "exists": 1.3,
+    "where": 1.5,
+    "exists": 1.2,
     "count": 1.0,
+    "several": 5.0,  # a count above one: without this, "one" is always the better guess
     "what": 1.2,
-    "total": 1.0,
+    "total": 3.0,
     "colour": 1.5,
-    "number": 1.5,
+    "number": 1.0,
     "word": 1.0,
 }
 FIRST_SEED = 10_000_000  # everything below is held out
@@ -82,7 +83,9 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
 
     def _talk(self, scene: world.Scene, rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
         facts = list(world.facts(scene, rng))
-        order = sorted(facts[:-1], key=lambda fact: rng.random() ** (1 / APPETITE[fact[0]]), reverse=True)
+        kinds = ["several" if kind == "count" and answer > "1" else kind for kind, _, _, answer in facts[:-1]]
+        ranks = [rng.random() ** (1 / APPETITE[kind]) for kind in kinds]
+        order = [facts[index] for index in np.argsort(ranks)[::-1]]
         ids: list[int] = []
         labels: list[int] = []
         turn: list[int] = []
