@@ -20,13 +20,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", dict(keep=0.25)),
     "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
 }
+# Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
+METHODS["plphp_fixed"] = ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3))
 BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform")
 FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name != "trimmed_llama"]
 FITS.append(("mllama", "trimmed_llama"))
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
-PLACES = [
-    (family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")
-]
+PLACES = [(family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")]
 TOLERANCE = 1e-4
 
 

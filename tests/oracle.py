@@ -39,8 +39,7 @@ class Hide:
 def hidden(report: Any, prompt_length: int) -> list[Hide]:
     """Read what a report says was dropped. "decode" means: evicted once the prompt had been read."""
     return [
-        Hide(layer.index, ~layer.kept, {"prefill": 0, "decode": prompt_length}[layer.since])
-        for layer in report.layers
+        Hide(layer.index, ~layer.kept, {"prefill": 0, "decode": prompt_length}[layer.since]) for layer in report.layers
     ]
 
 

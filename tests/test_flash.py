@@ -6,8 +6,9 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, TOLERANCE, pruned_run
+from cases import FITS, PLACES, TOLERANCE, pruned_run
 from oracle import hidden
+from test_modes import check_second_turn
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
@@ -97,4 +98,13 @@ def test_flash_equals_the_dense_reference(family, name, batch, decoding, flash):
     # The kernel really worked on the short tensors.
     assert min(keys for queries, keys in flash.lengths if queries == 1) < batch["input_ids"].shape[1]
     prompts = {queries for queries, keys in flash.lengths if queries > 1}
-    assert (min(prompts) < batch["input_ids"].shape[1]) == (name != "plphp")
+    assert (min(prompts) < batch["input_ids"].shape[1]) == ("plphp" not in name)
+
+
+@pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[0] != "mllama"])
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_a_second_turn_under_flash_equals_the_dense_reference(family, name, batch, image, flash):
+    """Many queries meet more keys, some of them fillers: the case where flash aligns masks in its own way."""
+    check_second_turn(flash_model(family), name, tiny.inputs(family, **tiny.BATCHES[batch]), image)
+    assert any(1 < queries < keys for queries, keys in flash.lengths)

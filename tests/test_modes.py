@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import oracle
@@ -9,7 +10,8 @@ import pytest
 import tiny
 import torch
 from cases import BEFORE_LLM, FITS, PLACES, TOLERANCE, prune, pruned_run
-from oracle import hidden
+from oracle import Hide, hidden
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
 import foveate
@@ -86,9 +88,7 @@ def test_forward_by_hand_goes_on_like_generate(family, name):
             more = {}
             if family == "mllama":
                 more["cross_attention_mask"] = batch["cross_attention_mask"][:, -1:]
-            out = model(
-                input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True, **more
-            )
+            out = model(input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True, **more)
 
 
 @pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
@@ -131,6 +131,113 @@ def test_a_static_cache_is_right_or_refused(family, name, attn):
     assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
 
 
+@decoder_places
+def test_guesses_accepted_at_once_were_not_read_with_the_prompt(family, name):
+    """The first forward of prompt lookup holds guesses, too; right ones must see the same as in greedy decoding."""
+    batch, model = tiny.inputs(family, text=(30,)), tiny.build(family)
+    batch["input_ids"][:, -3:] = batch["input_ids"][:, -30:-27]
+    script = torch.cat([batch["input_ids"], batch["input_ids"][:, -27:-17]], 1)  # what came then comes again
+    said = dict(max_new_tokens=6, logits_processor=[oracle.Replay(script)])
+    greedy, _ = pruned_run(model, name, batch, **said)
+    forwards = []
+    handle = model.lm_head.register_forward_hook(lambda *_: forwards.append(1))
+    lookup, report = pruned_run(model, name, batch, **said, prompt_lookup_num_tokens=3)
+    handle.remove()
+    assert torch.equal(lookup.sequences, script[:, :-4]) and len(forwards) < 6, "guesses were accepted"
+    assert (lookup.logits - greedy.logits).abs().max() < TOLERANCE
+    hides = hidden(report, batch["input_ids"].shape[1])
+    assert oracle.errors(tiny.build(family, "eager"), batch, lookup, hides).max() < TOLERANCE
+
+
+@decoder_places
+def test_chunked_prefill_is_right_or_refused(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    try:
+        run, report = pruned_run(model, name, batch, **oracle.GREEDY, prefill_chunk_size=16)
+    except foveate.UnsupportedError as error:
+        assert "prefill_chunk_size" in str(error)
+        return
+    hides = hidden(report, batch["input_ids"].shape[1])
+    assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
+
+
+@decoder_places
+@backends
+@torch.no_grad()
+def test_a_forward_padded_on_the_right_equals_the_dense_reference(family, name, attn):
+    batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family, attn)
+    real = batch["attention_mask"].sum(1).tolist()
+    for key in batch.keys() & {"input_ids", "attention_mask", "mm_token_type_ids"}:
+        batch[key] = torch.stack([row.roll(n) for row, n in zip(batch[key], real, strict=True)])
+    assert batch["attention_mask"][:, 0].all() and not batch["attention_mask"][:, -1].all()
+    with prune(model, name) as pruned:
+        out = model(**batch)
+    dense_model = tiny.build(family, "eager")
+    with oracle.masked(dense_model, hidden(pruned.report, batch["input_ids"].shape[1])):
+        dense = dense_model(**batch)
+    alive = batch["attention_mask"].bool()
+    for layer in pruned.report.layers:
+        if layer.since == "prefill":
+            alive = alive & layer.kept[:, 0]
+    assert (out.logits - dense.logits)[alive].abs().max() < TOLERANCE
+
+
+class Largest(TorchDispatchMode):
+    """Watches how large tensors get."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@decoder_places
+def test_no_attention_map_of_the_prompt_is_made(family, name):
+    batch, model = tiny.inputs(family, text=(600,)), tiny.build(family, "sdpa")
+    length = batch["input_ids"].shape[1]
+    with prune(model, name), Largest() as watch:
+        oracle.run(model, batch, max_new_tokens=2)
+    assert watch.size < length**2 / 2
+
+
+def seen_and_kept(report, length: int) -> list[Hide]:
+    """Read a report of several methods: what a layer never saw, and what it lost after its prefill."""
+    hides = [Hide(layer.index, ~layer.seen) for layer in report.layers]
+    return hides + [Hide(layer.index, ~layer.kept, length) for layer in report.layers]
+
+
+TOGETHER = {
+    "before and inside": [foveate.FoPru(keep=0.5), foveate.FastV(keep=0.25, layer=2)],
+    "before and after": [foveate.FoPru(keep=0.5), foveate.PLPHP(keep=0.25, start_layer=0)],
+    "inside and after": [foveate.FastV(keep=0.5, layer=2), foveate.PLPHP(keep=0.25, start_layer=0)],
+    "inside and at once": [
+        foveate.FastV(keep=0.5, layer=2),
+        foveate.PLPHP(keep=0.25, start_layer=0, alpha=0.6, beta=0.3),
+    ],
+    "everywhere": [
+        foveate.FoPru(keep=0.75),
+        foveate.FastV(keep=0.5, layer=1),
+        foveate.PLPHP(keep=0.25, start_layer=0),
+    ],
+}
+
+
+@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("together", TOGETHER)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@backends
+def test_methods_together_equal_the_dense_reference(family, together, batch, attn):
+    batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
+    with foveate.prune(model, TOGETHER[together], record=True) as pruned:
+        run = oracle.run(model, batch, **oracle.GREEDY)
+    hides = seen_and_kept(pruned.report, batch["input_ids"].shape[1])
+    assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
+
+
 @pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
 @pytest.mark.parametrize("second", ["fastv", "plphp"])
 @pytest.mark.parametrize("batch", tiny.BATCHES)
@@ -152,8 +259,8 @@ def test_two_methods_together(family, second, batch):
 # Several turns on one cache ---------------------------------------------------------------------------------
 
 
-def check_second_turn(family, name, batch, attn, image):
-    model, dense = tiny.build(family, attn), tiny.build(family, "eager")
+def check_second_turn(model, name, batch, image):
+    dense = tiny.build(model.config.model_type, "eager")
     with prune(model, name) as pruned:
         first = oracle.run(model, batch, max_new_tokens=6)
         hides = hidden(pruned.report, batch["input_ids"].shape[1])
@@ -174,7 +281,7 @@ def check_second_turn(family, name, batch, attn, image):
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 def test_a_second_turn_of_text(family, name, batch, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
-    check_second_turn(family, name, batch, attn, image=False)
+    check_second_turn(tiny.build(family, attn), name, batch, image=False)
 
 
 @places
@@ -182,11 +289,83 @@ def test_a_second_turn_of_text(family, name, batch, attn):
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 def test_a_second_turn_with_a_new_image(family, name, batch, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
-    hides, later = check_second_turn(family, name, batch, attn, image=True)
+    hides, later = check_second_turn(tiny.build(family, attn), name, batch, image=True)
     if family != "mllama":
         prompt = batch["input_ids"].shape[1]
         assert any(hide.keys[..., prompt + 6 :].any() for hide in hides[4:]), "the new image was pruned, too"
         assert all(later.images), "the report tells of the new images"
+
+
+@places
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+def test_seen_tells_what_a_later_prefill_saw(family, name, batch):
+    batch, model, dense = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family), tiny.build(family, "eager")
+    with prune(model, name) as pruned:
+        first = oracle.run(model, batch, max_new_tokens=6)
+        hides = seen_and_kept(pruned.report, batch["input_ids"].shape[1])
+        turn = tiny.next_turn(model, batch, first.sequences, image=True)
+        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=6)
+        later = seen_and_kept(pruned.report, turn["input_ids"].shape[1])
+    _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
+    error = oracle.errors(dense, turn | {"past_key_values": cache}, second, hides + later)
+    assert error.max() < TOLERANCE
+
+
+@decoder_places
+def test_the_first_image_may_come_in_a_later_turn(family, name):
+    batch, model, dense = tiny.inputs(family, images=(0,)), tiny.build(family), tiny.build(family, "eager")
+    with prune(model, name) as pruned:
+        first = oracle.run(model, batch, max_new_tokens=4)
+        no_grids = {"image_grid_thw": torch.zeros(0, 3, dtype=torch.long)} if family == "qwen2_5_vl" else {}
+        turn = tiny.next_turn(model, batch | no_grids, first.sequences, image=True)
+        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+        hides = hidden(pruned.report, turn["input_ids"].shape[1])
+    assert any(hide.keys.any() for hide in hides)
+    _, cache = oracle.dense_logits(dense, batch, first.sequences)
+    assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
+
+
+@places
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+def test_a_copied_cache_goes_on_by_itself(family, name, batch):
+    """As when many questions follow one picture: the copies must not share what they drop and append."""
+    batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family)
+    with prune(model, name):
+        first = oracle.run(model, batch, max_new_tokens=4)
+        spare = copy.deepcopy(first.cache)
+        turn = tiny.next_turn(model, batch, first.sequences)
+        a = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+        b = oracle.run(model, turn | {"past_key_values": spare}, max_new_tokens=4)
+    assert torch.equal(a.logits, b.logits)
+
+
+@places
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+def test_a_cache_cut_selected_and_repeated_stays_right(family, name, batch):
+    """`crop`, `batch_select_indices` and `batch_repeat_interleave`, as users and decoding strategies call them."""
+    batch, model, dense = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family), tiny.build(family, "eager")
+    last = torch.tensor([len(batch["input_ids"]) - 1])
+    rows, length = last.repeat_interleave(2), batch["input_ids"].shape[1]
+
+    def reshape(model, cache):
+        if family != "mllama":  # transformers would crop its image features, too
+            cache.crop(-3)
+        cache.batch_select_indices(last)
+        cache.batch_repeat_interleave(2)
+        if family == "qwen2_5_vl":
+            model.model.rope_deltas = model.model.rope_deltas[rows]
+        return cache
+
+    with prune(model, name) as pruned:
+        first = oracle.run(model, batch, max_new_tokens=6)
+        hides = hidden(pruned.report, length)
+        ids = first.sequences if family == "mllama" else first.sequences[:, : length + 2]
+        picked = {k: v[rows] for k, v in batch.items() if k in ("attention_mask", "cross_attention_mask")}
+        turn = tiny.next_turn(model, picked, ids[rows])
+        second = oracle.run(model, turn | {"past_key_values": reshape(model, first.cache)}, max_new_tokens=4)
+    _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
+    turn["past_key_values"] = reshape(dense, cache)
+    assert oracle.errors(dense, turn, second, [hide.rows(rows) for hide in hides]).max() < TOLERANCE
 
 
 @places
@@ -200,7 +379,7 @@ def test_one_block_serves_many_prompts(family, name):
     assert all(torch.equal(a.logits, b.logits) for a, b in zip(alone, together, strict=True))
 
 
-@decoder_places
+@places
 def test_a_prompt_without_images_is_untouched(family, name):
     model, batch = tiny.build(family), tiny.inputs(family, images=(0,))
     untouched = oracle.run(model, batch, max_new_tokens=4)
@@ -255,4 +434,35 @@ def test_models_in_several_threads(family, name):
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
+    assert wrong == []
+
+
+@places
+def test_one_pruned_model_serves_several_threads(family, name):
+    """As an untouched model does: every thread gets the answer to its own picture."""
+    model = tiny.build(family)
+    prompts = [tiny.inputs(family, images=(1 + i % 2,), seed=i) for i in range(4)]
+    wrong: list[str] = []
+    start = threading.Barrier(len(prompts))
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+    def generate(i: int) -> torch.Tensor:
+        return torch.stack(model.generate(**prompts[i], **options).logits)
+
+    def work(i: int) -> None:
+        try:
+            start.wait(timeout=30)
+            for _ in range(6):
+                if not torch.equal(generate(i), alone[i]):
+                    wrong.append(f"prompt {i} got another answer")
+        except Exception as error:
+            wrong.append(f"prompt {i}: {error!r}")
+
+    with prune(model, name):
+        alone = [generate(i) for i in range(len(prompts))]
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
     assert wrong == []

@@ -91,9 +91,7 @@ def test_trimmed_cross_attention_is_a_shorter_image():
     batch, model = tiny.inputs("mllama"), tiny.build("mllama", "eager")
     keep = random_keep((1, 1, 68), 20, torch.ones(68, dtype=torch.bool), seed=3)
     untouched = oracle.run(model, batch, **oracle.GREEDY)
-    dense, _ = oracle.dense_logits(
-        model, batch, untouched.sequences, [Hide(layer, ~keep) for layer in (3, 5)]
-    )
+    dense, _ = oracle.dense_logits(model, batch, untouched.sequences, [Hide(layer, ~keep) for layer in (3, 5)])
 
     def trim(module, args, kwargs):
         if (states := kwargs["cross_attention_states"]) is not None:
@@ -104,8 +102,7 @@ def test_trimmed_cross_attention_is_a_shorter_image():
     for layer in (3, 5):
         model.model.language_model.layers[layer].cross_attn.register_forward_pre_hook(trim, with_kwargs=True)
     assert (
-        oracle.errors(model, batch, oracle.Run(untouched.sequences, dense, untouched.rows, None), []).max()
-        < TOLERANCE
+        oracle.errors(model, batch, oracle.Run(untouched.sequences, dense, untouched.rows, None), []).max() < TOLERANCE
     )
 
 

@@ -90,6 +90,56 @@ def test_a_pruned_cache_is_of_no_use_outside_the_block(family, name):
         model.generate(**turn, max_new_tokens=4, past_key_values=first.cache)
 
 
+@places
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+def test_tensors_of_every_layer_are_refused(family, name, asked):
+    """Their lengths would differ from layer to layer."""
+    batch, model = tiny.inputs(family), tiny.build(family, "eager")
+    with prune(model, name), pytest.raises(foveate.UnsupportedError, match=asked):
+        model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True, **{asked: True})
+
+
+@pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[0] != "mllama"])
+def test_prompts_whose_image_tokens_cannot_be_found_are_refused(family, name):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+    with prune(model, name), pytest.raises(foveate.UnsupportedError, match="input_ids"):
+        model.generate(**embeds, **{k: v for k, v in batch.items() if k != "input_ids"}, max_new_tokens=2)
+    pixels = {k: batch[k] for k in batch.keys() & {"pixel_values", "image_sizes", "image_grid_thw"}}
+    features = model.model.get_image_features(**pixels, return_dict=True)
+    rest = {k: v for k, v in batch.items() if k != "pixel_values"}
+    with prune(model, name), pytest.raises(foveate.UnsupportedError, match="encoded"):
+        model.generate(**rest, mm_encoder_outputs={"image": features}, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["fopru_rank", "fastv", "plphp"])
+def test_videos_are_refused(name):
+    batch, model = tiny.inputs("qwen2_5_vl"), tiny.build("qwen2_5_vl")
+    video = {
+        "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMAGE, tiny.VIDEO),
+        "attention_mask": batch["attention_mask"],
+        "mm_token_type_ids": 2 * batch["mm_token_type_ids"],
+        "pixel_values_videos": batch["pixel_values"],
+        "video_grid_thw": batch["image_grid_thw"],
+    }
+    assert oracle.run(model, video, max_new_tokens=2).logits.isfinite().all()
+    with prune(model, name), pytest.raises(foveate.UnsupportedError, match="video"):
+        model.generate(**video, max_new_tokens=2)
+
+
+def test_sliding_windows_are_refused():
+    model = tiny.build("llava_sliding")
+    before = snapshot(model)
+    with pytest.raises(foveate.UnsupportedError, match="sliding"):
+        foveate.prune(model, "fopru", keep=0.5)
+    assert changes(before, snapshot(model)) == []
+
+
+def test_a_compiled_wrapper_is_refused():
+    with pytest.raises(foveate.UnsupportedError, match="compile"):
+        foveate.prune(torch.compile(tiny.build("llava"), backend="eager"), "fopru", keep=0.5)
+
+
 def test_an_unknown_family_is_told_the_known_ones():
     model = LlamaForCausalLM(LlamaConfig(**tiny.LLM))
     before = snapshot(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import oracle
@@ -118,9 +119,7 @@ def test_an_exception_while_decoding_restores_everything(world, name):
 
 PARTS = {
     "vision": lambda model: (
-        getattr(model.model, "vision_tower", None)
-        or getattr(model.model, "visual", None)
-        or model.model.vision_model
+        getattr(model.model, "vision_tower", None) or getattr(model.model, "visual", None) or model.model.vision_model
     ),
     "layer 0": lambda model: model.model.language_model.layers[0].mlp,
     "layer 3": lambda model: model.model.language_model.layers[3].mlp,
@@ -162,6 +161,34 @@ def test_interleaved_blocks_of_two_models_end_in_any_order(family, name, attn):
     assert torch.equal(oracle.run(b, batch, max_new_tokens=4).logits, expected.logits)
     second.remove()
     assert changes(before[0], snapshot(a)) == changes(before[1], snapshot(b)) == []
+
+
+@places
+def test_attributes_that_were_set_before_are_set_again(family, name):
+    """Somebody else may have wrapped methods of the model; theirs must survive, and work meanwhile."""
+    batch, model = tiny.inputs(family), tiny.build(family)
+    calls = []
+
+    def wrap(module: nn.Module, method: str) -> None:
+        original = getattr(module, method)
+
+        @functools.wraps(original)
+        def wrapped(*args, **kwargs):
+            calls.append(method)
+            return original(*args, **kwargs)
+
+        setattr(module, method, wrapped)
+
+    wrap(model, "prepare_inputs_for_generation")
+    if hasattr(model.model, "get_image_features"):
+        wrap(model.model, "get_image_features")
+    oracle.run(model, batch, max_new_tokens=2)
+    before, expected = snapshot(model), set(calls)
+    calls.clear()
+    with prune(model, name):
+        oracle.run(model, batch, max_new_tokens=2)
+    assert set(calls) == expected
+    assert changes(before, snapshot(model)) == []
 
 
 @places

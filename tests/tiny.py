@@ -22,11 +22,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    MistralConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
@@ -36,9 +39,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "mllama")
-DECODER_FAMILIES = FAMILIES[
-    :3
-]  # image tokens sit in the prompt; mllama looks at them through cross-attention
+DECODER_FAMILIES = FAMILIES[:3]  # image tokens sit in the prompt; mllama looks at them through cross-attention
 
 PAD, TEXT, VOCAB = 0, 90, 96  # text ids are 1..89, so that nothing special appears by accident
 VISION_START, VISION_END, VIDEO, IMAGE = 92, 93, 94, 95
@@ -69,19 +70,34 @@ MLLAMA_RATIOS = [
 MLLAMA_TILES = [2, 2, 4, 1]
 
 
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+
+
 def _clip(image_size: int) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=image_size,
-        patch_size=PATCH,
-        projection_dim=32,
-    )
+    return CLIPVisionConfig(**VISION, image_size=image_size, patch_size=PATCH, projection_dim=32)
+
+
+# Other encoders and decoders in the architecture of LLaVA, as the hub has them. Build them by these names; their
+# inputs are those of "llava", but "llava_cls" hands its [CLS] token to the LLM as a 37th image token.
+VARIANTS = ("llava_siglip", "llava_cls", "llava_mistral", "llava_qwen2", "llava_sliding")
+
+
+def _variant(name: str) -> LlavaConfig:
+    vision, text, options = _clip(24), LlamaConfig(**LLM), {}
+    if name in ("llava_siglip", "llava_cls"):
+        options["vision_feature_select_strategy"] = "full"
+    if name == "llava_siglip":
+        vision = SiglipVisionConfig(**{k: getattr(vision, k) for k in VISION}, image_size=24, patch_size=PATCH)
+    if name in ("llava_mistral", "llava_sliding"):
+        text = MistralConfig(**LLM, sliding_window=8 if name == "llava_sliding" else None)
+    if name == "llava_qwen2":
+        text = Qwen2Config(**LLM)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **options)
 
 
 def _config(family: str):
+    if family in VARIANTS:
+        return _variant(family)
     if family == "llava":  # 6 x 6 tokens an image
         return LlavaConfig(vision_config=_clip(24), text_config=LlamaConfig(**LLM), image_token_index=IMAGE)
     if family == "llava_next":  # 4 x 4 tokens a tile
@@ -166,7 +182,7 @@ def _randomize(model: nn.Module, seed: int, peak: float) -> None:
 
 @cache
 def _template(family: str, seed: int, peak: float) -> PreTrainedModel:
-    model = CLASSES[family](_config(family)).eval().requires_grad_(False)
+    model = CLASSES.get(family, LlavaForConditionalGeneration)(_config(family)).eval().requires_grad_(False)
     _randomize(model, seed, peak)
     # No end token: all steps run.
     model.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=None, bos_token_id=1)
@@ -182,8 +198,8 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, peak: float = 1.5) -> 
 
 def _placeholders(family: str, kind: int) -> int:
     """Return how many image tokens the processor writes into the prompt for an image of this kind."""
-    if family == "llava":
-        return 36
+    if family.startswith("llava") and family != "llava_next":
+        return 37 if family == "llava_cls" else 36
     if family == "llava_next":
         this = SimpleNamespace(
             image_processor=SimpleNamespace(image_grid_pinpoints=PINPOINTS),
@@ -191,9 +207,7 @@ def _placeholders(family: str, kind: int) -> int:
             num_additional_image_tokens=1,
             _get_unpadded_features=partial(LlavaNextProcessor._get_unpadded_features, None),
         )
-        return (
-            LlavaNextProcessor._get_number_of_features(this, *NEXT_SIZES[kind], 16, 16) - 1
-        )  # without the CLS
+        return LlavaNextProcessor._get_number_of_features(this, *NEXT_SIZES[kind], 16, 16) - 1  # without the CLS
     if family == "qwen2_5_vl":
         t, h, w = QWEN_GRIDS[kind]
         return t * h * w // 4
@@ -205,7 +219,7 @@ def _pixels(family: str, kinds: Sequence[int], rng: torch.Generator) -> dict[str
         # Smooth and rough parts, so that patches of one picture differ from each other.
         return torch.randn(shape, generator=rng) * torch.rand((*shape[:-2], 1, 1), generator=rng).mul(2)
 
-    if family == "llava":
+    if family.startswith("llava") and family != "llava_next":
         return {"pixel_values": torch.cat([noise(1, 3, 24, 24) for _ in kinds])}
     if family == "llava_next":
         sizes = [NEXT_SIZES[k] for k in kinds]
@@ -313,9 +327,7 @@ def next_turn(
     if family == "mllama":
         seen = batch["cross_attention_mask"]
         since = seen[:, -1:].expand(-1, ids.shape[1] - seen.shape[1], -1, -1)
-        if (
-            image
-        ):  # as the processor does: text looks at the image in front of it, and no longer at earlier ones
+        if image:  # as the processor does: text looks at the image in front of it, and no longer at earlier ones
             since = since.clone()
             since[:, length - seen.shape[1] :] = 0
             fresh = torch.nn.functional.pad(new["cross_attention_mask"], (0, 0, 0, 0, length, 0))
@@ -324,12 +336,8 @@ def next_turn(
             turn["cross_attention_mask"] = torch.cat([seen, since], 1)
     if family == "qwen2_5_vl":
         types = turn.pop("mm_token_type_ids")
-        if (
-            image
-        ):  # transformers wants the grids of the whole talk for positions, of the new image for features
-            pad = torch.nn.functional.pad(
-                batch["mm_token_type_ids"], (0, length - batch["input_ids"].shape[1])
-            )
+        if image:  # transformers wants the grids of the whole talk for positions, of the new image for features
+            pad = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, length - batch["input_ids"].shape[1]))
             per_row = (batch["input_ids"] == VISION_START).sum(1).tolist()
             grids = zip(batch["image_grid_thw"].split(per_row), new["image_grid_thw"].split(1), strict=True)
             vision, _ = model.model.get_rope_index(
