@@ -91,9 +91,7 @@ def read_config(model: str) -> Any:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise Mistake(f"{model} is no model folder: it has no config.json")
     if not folder.exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
-        raise Mistake(
-            f"no such model folder: {model} (--model takes a folder or a hub id such as owner/name)"
-        )
+        raise Mistake(f"no such model folder: {model} (--model takes a folder or a hub id such as owner/name)")
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:
@@ -130,9 +128,7 @@ def load(model: str, config: Any, *, device: str, dtype: str, attn: str | None) 
         # transformers would go on with random weights.
         raise Mistake(f"the weights of {model} are incomplete: {len(missing)} are missing, e.g. {missing[0]}")
     if not getattr(processor, "chat_template", None):
-        raise Mistake(
-            f"{model} has no chat template, so it cannot be asked: choose an instruction-tuned model"
-        )
+        raise Mistake(f"{model} has no chat template, so it cannot be asked: choose an instruction-tuned model")
     return loaded.to(device).eval(), processor
 
 
@@ -178,9 +174,7 @@ class Asker:
     def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
         """The answer of the model as it is; its cache is measured, not computed."""
         out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
-        tensors = [
-            t for layer in out.past_key_values.layers for t in (layer.keys, layer.values) if t is not None
-        ]
+        tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values) if t is not None]
         size = sum(t.numel() * t.element_size() for t in tensors)
         return Answer(None, {}, self._text(), [(tokens, tokens) for tokens, _ in images], size, size)
 

@@ -118,9 +118,7 @@ def ask(
         list[str] | None,
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Any other option of the method."),
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Ask the untouched model too, and measure.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model too, and measure.")] = False,
     show: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw which tokens stayed.", show_default=False)
     ] = None,
@@ -247,9 +245,7 @@ def _split(words: Sequence[str]) -> tuple[Sequence[str], str]:
     with contextlib.suppress(OSError):  # too long for a file name: a question
         looks_like_file = looks_like_file or Path(question).exists()
     if looks_like_file and question.strip():
-        raise Mistake(
-            f'no question: the last argument is {question}; write: foveate ask {question} "What is this?"'
-        )
+        raise Mistake(f'no question: the last argument is {question}; write: foveate ask {question} "What is this?"')
     if not images:
         raise Mistake(f'no image: write the picture before the question: foveate ask photo.jpg "{question}"')
     if not question.strip():
@@ -312,9 +308,7 @@ def _build(names: Sequence[str], options: dict[str, Any]) -> list[tuple[Method, 
         fields = [[f.name for f in dataclasses.fields(cls)] for cls in classes]
         for option in options:
             if not any(option in own for own in fields):
-                known = "; ".join(
-                    f"{c.name} has {', '.join(own)}" for c, own in zip(classes, fields, strict=True)
-                )
+                known = "; ".join(f"{c.name} has {', '.join(own)}" for c, own in zip(classes, fields, strict=True))
                 raise Mistake(f"no option {option!r}: {known}")
         own_options = [{name: options[name] for name in options if name in own} for own in fields]
         built = [foveate.get_method(c.name, **own) for c, own in zip(classes, own_options, strict=True)]
@@ -331,9 +325,7 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     family = foveate.get_family(config.model_type)
     if family is None:
         known = ", ".join(foveate.families())
-        raise Mistake(
-            f"{config.model_type} models cannot be pruned; known families: {known} (see: foveate families)"
-        )
+        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known} (see: foveate families)")
     fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]
     if not names:
         return ["fopru"] if "fopru" in fitting else [n for n in fitting if n not in ("random", "uniform")][:1]
@@ -370,10 +362,7 @@ def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], 
         else:
             shares, layers, heads = _pictures.kept_shares(answer.report)
             images = answer.report.image_tokens[0]
-            drawn = [
-                _pictures.draw_kept(*each)
-                for each in zip(seen, (i.tiles for i in images), shares, strict=True)
-            ]
+            drawn = [_pictures.draw_kept(*each) for each in zip(seen, (i.tiles for i in images), shares, strict=True)]
             kept = sum(n for _, n in answer.images)
             legend = f"{answer.label}: {kept} of {tokens} image tokens"
             if any(((share > 0) & (share < 1)).any() for share in shares):

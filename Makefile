@@ -1,0 +1,49 @@
+# make demo: set up .venv, ask the built-in model about a picture, draw what was kept
+# make test: set up .venv, lint, type-check, run the tests
+#
+# PyPI's torch for Linux brings CUDA libraries. Without a GPU, the CPU build is 10 times smaller:
+#   make demo PIP_EXTRA_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+PIP_EXTRA_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA_ARGS)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.runtime
+	@mkdir -p demo-output
+	$(BIN)/foveate ask examples/demo.png "What is in the picture?" \
+	    --method fopru --method plphp --compare --show demo-output/kept.png
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache
+
+# The stamps make a second run quick; a changed pyproject.toml installs anew.
+$(VENV)/.runtime: pyproject.toml | $(BIN)/python
+	@echo "installing foveate into $(VENV) (torch is large: the first time takes minutes)"
+	@$(PIP) -e ".[pinned]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "installing foveate and its development tools into $(VENV) (torch is large: the first time takes minutes)"
+	@$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.runtime
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "foveate needs Python 3.10 or newer: sudo apt install python3.11, or make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "this Python cannot make virtual environments: sudo apt install python3-venv"; exit 1; }
