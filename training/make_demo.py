@@ -5,12 +5,12 @@ python training/make_demo.py
 
 from pathlib import Path
 
-from foveate.glimpse.world import Scene, Thing, render
+from foveate.glimpse.world import PRINT, Scene, Thing, render
 
 THINGS = (
     Thing("dog", "", 0, 0.19, 0.18, 0.30, -6, 1.0),
     Thing("sunflower", "", 2, 0.82, 0.17, 0.28, 8, 1.0),
-    Thing("word", "park", 3, 0.17, 0.50, 0.13, 3, 1.0),
+    Thing("word", "park", 3, 0.17, 0.50, PRINT, 0, 1.0),
     Thing("circle", "red", 4, 0.51, 0.49, 0.28, 0, 1.0),
     Thing("owl", "", 6, 0.18, 0.82, 0.29, 0, 1.0),
     Thing("bicycle", "", 8, 0.81, 0.83, 0.32, 4, 1.0),
