@@ -43,6 +43,24 @@ def pruned_run(model, name: str, batch: dict, seed: int = 0, **kwargs) -> tuple[
         return run, pruned.report
 
 
+def check_second_turn(model, name: str, batch: dict, image: bool) -> tuple[list[oracle.Hide], Any]:
+    """Go on after a pruned turn, compare with the dense reference, and return what was hidden and reported."""
+    dense = tiny.build(model.config.model_type, "eager")
+    with prune(model, name) as pruned:
+        first = oracle.run(model, batch, max_new_tokens=6)
+        hides = oracle.hidden(pruned.report, batch["input_ids"].shape[1])
+        turn = tiny.next_turn(model, batch, first.sequences, image)
+        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=8)
+        later = pruned.report
+    _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
+    hides = hides + oracle.hidden(later, turn["input_ids"].shape[1])
+    assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
+    for layer in second.cache.layers:
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return hides, later
+
+
 def image_tokens(batch: dict) -> torch.Tensor:
     """Return which prompt positions hold an image token."""
     return batch["input_ids"] == tiny.IMAGE

@@ -43,6 +43,12 @@ def hidden(report: Any, prompt_length: int) -> list[Hide]:
     ]
 
 
+def seen_and_kept(report: Any, prompt_length: int) -> list[Hide]:
+    """Read a report of several methods: what a layer never saw, and what it lost after its prefill."""
+    hides = [Hide(layer.index, ~layer.seen) for layer in report.layers]
+    return hides + [Hide(layer.index, ~layer.kept, prompt_length) for layer in report.layers]
+
+
 @contextmanager
 def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
     """Let an eager model run with these keys invisible, by rewriting the mask each attention module gets."""

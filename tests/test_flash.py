@@ -6,9 +6,8 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, PLACES, TOLERANCE, pruned_run
+from cases import FITS, PLACES, TOLERANCE, check_second_turn, pruned_run
 from oracle import hidden
-from test_modes import check_second_turn
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 

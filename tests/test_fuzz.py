@@ -8,7 +8,7 @@ import tiny
 from cases import TOLERANCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_modes import seen_and_kept
+from oracle import seen_and_kept
 
 import foveate
 

@@ -9,8 +9,8 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import BEFORE_LLM, FITS, PLACES, TOLERANCE, prune, pruned_run
-from oracle import Hide, hidden
+from cases import BEFORE_LLM, FITS, PLACES, TOLERANCE, check_second_turn, prune, pruned_run
+from oracle import hidden, seen_and_kept
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -204,12 +204,6 @@ def test_no_attention_map_of_the_prompt_is_made(family, name):
     assert watch.size < length**2 / 2
 
 
-def seen_and_kept(report, length: int) -> list[Hide]:
-    """Read a report of several methods: what a layer never saw, and what it lost after its prefill."""
-    hides = [Hide(layer.index, ~layer.seen) for layer in report.layers]
-    return hides + [Hide(layer.index, ~layer.kept, length) for layer in report.layers]
-
-
 TOGETHER = {
     "before and inside": [foveate.FoPru(keep=0.5), foveate.FastV(keep=0.25, layer=2)],
     "before and after": [foveate.FoPru(keep=0.5), foveate.PLPHP(keep=0.25, start_layer=0)],
@@ -257,23 +251,6 @@ def test_two_methods_together(family, second, batch):
 
 
 # Several turns on one cache ---------------------------------------------------------------------------------
-
-
-def check_second_turn(model, name, batch, image):
-    dense = tiny.build(model.config.model_type, "eager")
-    with prune(model, name) as pruned:
-        first = oracle.run(model, batch, max_new_tokens=6)
-        hides = hidden(pruned.report, batch["input_ids"].shape[1])
-        turn = tiny.next_turn(model, batch, first.sequences, image)
-        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=8)
-        later = pruned.report
-    _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
-    hides = hides + hidden(later, turn["input_ids"].shape[1])
-    assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
-    for layer in second.cache.layers:
-        for tensor in (layer.keys, layer.values):
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return hides, later
 
 
 @places

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from cases import FITS, METHODS, PLACES, prune, pruned_run
-from test_restore import changes, snapshot
+from traces import changes, snapshot
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import BaseQuantizedLayer, Cache
 
