@@ -172,8 +172,8 @@ def ask(
     elif len(answers) > 1:
         _print_table(answers, f"{device}, {str(loaded.dtype).removeprefix('torch.')}")
     else:
-        Console().print(Text(answers[0].text))
-        Console().print(Text(str(answers[0].report), style="dim"))
+        Console().print(Text(answers[0].text), soft_wrap=True)
+        Console().print(Text(str(answers[0].report), style="dim"), soft_wrap=True)
     if show is not None and not as_json:
         Console(stderr=True).print(Text(f"wrote {show}", style="dim"))
 
@@ -338,9 +338,13 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
 
 
 def _built_in(dtype: str) -> tuple[str, str]:
+    import torch
+
     from . import glimpse
 
-    # bf16, in which its weights are stored, is slow on many CPUs, and the model is tiny.
+    # So small a model is fastest on one thread: more of them wait for each other longer than they compute.
+    torch.set_num_threads(1)
+    # bf16, in which its weights are stored, is slow on many CPUs.
     return str(glimpse.PATH), "float32" if dtype == "auto" else dtype
 
 
@@ -398,9 +402,11 @@ def _human(size: float) -> str:
 
 
 def _print_table(answers: Sequence[Answer], where: str) -> None:
-    table = Table("", "answer", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column("answer")
     for name in ("image tokens", "KV cache", "first token", "per token"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for answer in answers:
         kept, tokens = sum(n for _, n in answer.images), sum(n for n, _ in answer.images)
         table.add_row(

@@ -1,0 +1,5 @@
+"""`python -m foveate` is the command `foveate`."""
+
+from .cli import app
+
+app(prog_name="foveate")
