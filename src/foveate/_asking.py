@@ -68,13 +68,13 @@ def one_line(error: BaseException) -> str:
 
 def hush() -> None:
     """Silence what upstream libraries print while all is well; downloads still show their progress."""
-    # Must precede their import.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if sys.stderr.isatty():
