@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import dataclass
 
 import oracle
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
 import foveate
+from foveate.methods.base import CacheMethod
 
 places = pytest.mark.parametrize(("family", "name"), PLACES)
 decoder_places = pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[0] != "mllama"])
@@ -93,9 +95,10 @@ def test_forward_by_hand_goes_on_like_generate(family, name):
 
 @pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
 @pytest.mark.parametrize("name", BEFORE_LLM)
-def test_without_a_cache_the_logits_are_the_same(family, name):
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+def test_without_a_cache_the_logits_are_the_same(family, name, batch):
     """What is dropped before the LLM needs no cache; every step is then a prefill with the same choice."""
-    batch, model = tiny.inputs(family), tiny.build(family)
+    batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family)
     cached, _ = pruned_run(model, name, batch, max_new_tokens=5)
     uncached, _ = pruned_run(model, name, batch, max_new_tokens=5, use_cache=False)
     assert (cached.logits - uncached.logits).abs().max() < TOLERANCE
@@ -218,6 +221,38 @@ TOGETHER = {
         foveate.PLPHP(keep=0.25, start_layer=0),
     ],
 }
+
+
+@dataclass
+class EverySecondLayer(CacheMethod):
+    """Evicts half of each image in layers 0, 2, ... and nothing in the others, which still need full masks."""
+
+    name = "every_second_layer"
+    needs_all_layers = True
+
+    def first_layer(self):
+        return 0
+
+    def budgets(self, mass, groups):
+        return torch.stack([groups.count if i % 2 else groups.count // 2 for i in range(len(mass))])
+
+    def select(self, attention, budget):
+        ranks = attention.argsort(-1, descending=True).argsort(-1)
+        return (ranks < budget[:, None, None]) & (attention > -torch.inf)
+
+
+@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@backends
+@pytest.mark.parametrize("decoding", oracle.DECODING)
+def test_pruned_and_full_layers_live_side_by_side(family, batch, decoding, attn):
+    batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
+    with foveate.prune(model, EverySecondLayer(keep=0.5), record=True) as pruned:
+        run = oracle.run(model, batch, **oracle.DECODING[decoding])
+        report = pruned.report
+    assert [layer.kept_length < layer.length for layer in report.layers] == [True, False, True, False]
+    hides = hidden(report, batch["input_ids"].shape[1])
+    assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
