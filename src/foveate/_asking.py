@@ -108,7 +108,7 @@ def resolve_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except Exception as error:  # torch raises many types here
-        raise Mistake(f"no device {name!r} here: try --device cpu ({one_line(error)})") from error
+        raise Mistake(f"no device {name!r} here: try --device cpu") from error
     return name
 
 

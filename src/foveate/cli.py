@@ -402,21 +402,22 @@ def _human(size: float) -> str:
 
 
 def _print_table(answers: Sequence[Answer], where: str) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column("answer")
+    said, cost = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
+    for table in (said, cost):
+        table.add_column(style="bold", no_wrap=True)
+    said.add_column("answer")
     for name in ("image tokens", "KV cache", "first token", "per token"):
-        table.add_column(name, justify="right", no_wrap=True)
+        cost.add_column(name, justify="right", no_wrap=True)
     for answer in answers:
         kept, tokens = sum(n for _, n in answer.images), sum(n for n, _ in answer.images)
-        table.add_row(
-            Text(answer.label, "bold"),
-            Text(answer.text),
+        said.add_row(Text(answer.label), Text(answer.text))
+        cost.add_row(
+            Text(answer.label),
             f"{kept} of {tokens}",
             _human(answer.kv_bytes),
             f"{1000 * (answer.first_token_s or 0):.1f} ms",
             f"{answer.ms_per_token or 0:.2f} ms",
         )
-    Console().print(table)
     note = f"{where}; times: medians of {RUNS} runs in turn, {TIMED_TOKENS} tokens each, after a warm-up"
-    Console().print(Text(note, style="dim"))
+    console = Console()
+    console.print(said, "", cost, Text(note, style="dim"), sep="\n")
