@@ -47,12 +47,12 @@ class CrossState:
         index = layer.full_index(query.shape[0], query.device)[:, 0]
         key = id(layer.index)
         if key not in self._masks:
-            low = torch.finfo(query.dtype).min
             if mask is None:
                 columns = torch.zeros(index.shape[0], 1, query.shape[2], index.shape[1], device=query.device)
             else:
                 columns = mask.gather(3, index.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1))
-            self._masks[key] = columns.to(query.dtype).masked_fill((index < 0)[:, None, None], low)
+            # Below even the lowest float: a row that sees none of the kept features must not see fillers instead.
+            self._masks[key] = columns.to(query.dtype).masked_fill((index < 0)[:, None, None], -torch.inf)
         return self._masks[key]
 
     def trim(self, layer: PrunedLayer, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> bool:

@@ -41,7 +41,7 @@ class Forward:
         self.rows: Rows | None = None
         self.pending: Tensor | None = None
         self.embeddings: tuple[Any, Any] | None = None
-        self.waiting: list[tuple[int, Tensor, Tensor, ImageGroups]] = []
+        self.waiting: list[tuple[int, Tensor, Tensor, Tensor | None, ImageGroups]] = []
         self.evicted: set[int] = set()
         self.entered: dict[int, Tensor | None] = {}
         self.cross = CrossState(session.cross_method, session.features_per_image)
@@ -191,10 +191,11 @@ class Forward:
             assert cached is not None
             heads = key.shape[1]
             per_head = scores.reshape(scores.shape[0], heads, -1, scores.shape[-1]).mean(2)
+            visible = self.visible(layer, key.shape[2])
             if cached.needs_all_layers:
-                self.waiting.append((index, per_head, slots, self.groups))
+                self.waiting.append((index, per_head, slots, visible, self.groups))
             else:
-                self._evict(index, per_head, slots, cached.budgets(self._mass([per_head]), self.groups)[0])
+                self._evict(index, per_head, slots, visible, cached.budgets(self._mass([per_head]), self.groups)[0])
         if ends:
             assert stage is not None
             chosen = stage.select(scores, self.groups)
@@ -243,13 +244,12 @@ class Forward:
         mass = per_image.new_zeros(len(attention), self.ids.shape[0])
         return mass.index_add(1, self.groups.row, per_image)
 
-    def _evict(self, index: int, attention: Tensor, slots: Tensor, budget: Tensor) -> None:
+    def _evict(self, index: int, attention: Tensor, slots: Tensor, visible: Tensor | None, budget: Tensor) -> None:
         assert self.session.cache_method is not None and self.groups is not None
         layer = self.layer(index)
         assert layer is not None
         stays = self.session.cache_method.select(attention, budget)
         heads, held = attention.shape[1], layer.physical
-        visible = self.visible(layer, held)
         mask = torch.ones(self.ids.shape[0], heads, held + 1, dtype=torch.bool, device=self.ids.device)
         if visible is not None:
             mask[..., :-1] &= visible.unsqueeze(1)
@@ -269,8 +269,8 @@ class Forward:
         cached = self.session.cache_method
         if self.waiting and cached is not None:
             mass = self._mass([attention for _, attention, *_ in self.waiting])
-            for i, (index, attention, slots, groups) in enumerate(self.waiting):
-                self._evict(index, attention, slots, cached.budgets(mass, groups)[i])
+            for i, (index, attention, slots, visible, groups) in enumerate(self.waiting):
+                self._evict(index, attention, slots, visible, cached.budgets(mass, groups)[i])
         if self.past:
             self.evict_masked()
 

@@ -64,7 +64,7 @@ class PruneReport:
             everything = forward.mask[:, :length].unsqueeze(1)
         features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
         self._all = {"self": everything, "cross": features}
-        self._past = forward.past
+        self._past = {"self": forward.past, "cross": self._length["cross"] - forward.cross.tokens}
         self._entered = forward.entered
         # References, not copies: the masks are only worked out when somebody asks.
         self._index = [
@@ -98,8 +98,8 @@ class PruneReport:
         everything = self._all[kind]
         if rows is None:
             return everything
-        new = torch.where(rows < 0, -1, rows + self._past if kind == "self" else rows).unsqueeze(1)
-        old = torch.arange(everything.shape[-1], device=rows.device) < (self._past if kind == "self" else 0)
+        new = torch.where(rows < 0, -1, rows + self._past[kind]).unsqueeze(1)
+        old = torch.arange(everything.shape[-1], device=rows.device) < self._past[kind]
         return (_spread(new, everything.shape[-1]) | old) & everything
 
     @cached_property

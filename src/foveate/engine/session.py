@@ -155,6 +155,9 @@ class Pruned:
         state = "active" if self._handles else "removed"
         return f"<foveate.Pruned {self.family.model_type} model, {state}: {self.report or 'no prefill yet'}>"
 
+    def __deepcopy__(self, memo: object) -> Pruned:
+        raise UnsupportedError("a pruned model cannot be copied: copy it before foveate.prune or after remove()")
+
     def __enter__(self) -> Pruned:
         """The pruned model itself; pruning began when it was made."""
         if not self._handles:

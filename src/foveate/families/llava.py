@@ -23,6 +23,11 @@ class Llava(Family):
         if not hasattr(base.vision_tower, "encoder"):
             kind = base.config.vision_config.model_type
             return f"its vision encoder {kind!r} lays image tokens out in a way foveate does not know"
+        if base.config.vision_feature_select_strategy == "default" and not self.prefix_tokens(base):
+            return (
+                'vision_feature_select_strategy "default" drops a [CLS] token that its vision encoder does not have; '
+                'set it to "full"'
+            )
         return None
 
     def side(self, base: Any) -> int:

@@ -25,6 +25,11 @@ class LlavaNext(Llava):
     summary = "LLaVA-NeXT / 1.6 (tiles of any resolution, newline tokens)"
     examples = ("llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf")
 
+    def check(self, base: Any) -> str | None:
+        if base.config.vision_feature_select_strategy == "full" and self.prefix_tokens(base):
+            return 'vision_feature_select_strategy "full" puts a [CLS] token into every tile; set it to "default"'
+        return super().check(base)
+
     def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         strategy = inputs.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
         if (strategy == "default") != bool(self.prefix_tokens(base)):
