@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
     args = parser.parse_args()
     model = build(args.layers, args.width, args.device, getattr(torch, args.dtype))
-    table = Table("method", "untouched ms", "keep 1.0 ms", "ratio of medians", "median of paired ratios (quartiles)")
+    table = Table("method", "untouched ms", "keep 1.0 ms", "ratio of medians", "paired ratios: median, quartiles")
     rows = {}
     for method in args.methods.split(","):
         rows[method] = row = measure(model, method, args.steps, args.device)

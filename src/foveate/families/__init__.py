@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .base import Family
+if TYPE_CHECKING:
+    from .base import Family
 
 _MODULES = ("llava", "llava_next", "qwen2_5_vl", "mllama")
 _registry: dict[str, Family] = {}

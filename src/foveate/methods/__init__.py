@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .base import Method
+if TYPE_CHECKING:
+    from .base import Method
 
 _BUILT_IN = ("fopru", "plphp", "trimmed_llama", "fastv", "baselines")
 _registry: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
+M = TypeVar("M", bound="type[Method]")
 
 
 def register(name: str) -> Callable[[M], M]:
