@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EX
 
 demo: $(VENV)/.runtime
 	@mkdir -p demo-output
-	$(BIN)/foveate ask examples/demo.png "Describe the picture." \
+	$(BIN)/foveate ask examples/demo.png "Where is the owl?" \
 	    --method fopru --method plphp --compare --show demo-output/kept.png
 
 test: lint
