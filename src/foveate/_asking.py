@@ -106,7 +106,7 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).item()  # "meta" has no numbers
     except Exception as error:  # torch raises many types here
         raise Mistake(f"no device {name!r} here: try --device cpu") from error
     return name

@@ -136,7 +136,7 @@ def ask(
     foveate ask photo.jpg "What is in the picture?" --method plphp --keep 0.4 --compare
     """
     names, question = _split(words)
-    _check_output(show)
+    _check_output(show, names)
     options = _parse_options(keep, option or [])
     if dtype not in ("auto", *DTYPES):
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
@@ -253,13 +253,15 @@ def _split(words: Sequence[str]) -> tuple[Sequence[str], str]:
     return images, question
 
 
-def _check_output(show: Path | None) -> None:
+def _check_output(show: Path | None, names: Sequence[str]) -> None:
     if show is None:
         return
     if show.suffix.lower() != ".png":
         raise Mistake(f"--show writes PNG: {show} must end in .png")
     if not show.absolute().parent.is_dir():
         raise Mistake(f"--show {show}: no folder {show.parent}; make it first")
+    if any(Path(name).resolve() == show.resolve() for name in names):
+        raise Mistake(f"--show {show} would overwrite the picture that is asked about: name another file")
     if show.is_dir():
         raise Mistake(f"--show {show} is a folder: name a file in it")
 
@@ -393,15 +395,9 @@ def _as_json(
     }
 
 
-def _human(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
-
-
 def _print_table(answers: Sequence[Answer], where: str) -> None:
+    from .engine.report import human_bytes
+
     said, cost = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
     for table in (said, cost):
         table.add_column(style="bold", no_wrap=True)
@@ -414,7 +410,7 @@ def _print_table(answers: Sequence[Answer], where: str) -> None:
         cost.add_row(
             Text(answer.label),
             f"{kept} of {tokens}",
-            _human(answer.kv_bytes),
+            human_bytes(answer.kv_bytes),
             f"{1000 * (answer.first_token_s or 0):.1f} ms",
             f"{answer.ms_per_token or 0:.2f} ms",
         )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
+from .errors import UnsupportedError
+
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 Handler = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -36,6 +38,8 @@ def add_routes(routes: dict[nn.Module, Handler]) -> None:
     """
     global _original
     with _lock:
+        if any(module in _routes for module in routes):
+            raise UnsupportedError("another pruned model shares attention modules with this one; remove() that first")
         if AttentionInterface.get_interface is not _get_interface:
             _original = AttentionInterface.get_interface
             AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
@@ -81,7 +85,8 @@ def row_attention(query: Tensor, key: Tensor, scaling: float, visible: Tensor | 
     """
     batch, heads, _, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, dim)
-    logits = (grouped @ key.transpose(-1, -2)).float() * scaling
+    # Scaled first: the bare product can overflow float16.
+    logits = ((grouped * scaling) @ key.transpose(-1, -2)).float()
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
     return logits.softmax(-1).reshape(batch, heads, -1)
@@ -110,7 +115,7 @@ def received_by_features(
     for start in range(0, q, step):
         part = slice(start, start + step)
         counts = rows[:, part]
-        logits = (grouped[..., part, :] @ key.transpose(-1, -2)[:, :, None]).float() * scaling
+        logits = ((grouped[..., part, :] * scaling) @ key.transpose(-1, -2)[:, :, None]).float()
         if mask is None:
             seen |= counts.any(1, keepdim=True)
         else:
@@ -135,7 +140,7 @@ def attention_marginals(
     given = []
     step = max(1, chunk_elements // (pictures * heads * key.shape[2]))
     for start in range(0, n, step):
-        weights = ((query[:, :, start : start + step] @ key.transpose(-1, -2)).float() * scaling).softmax(-1)
+        weights = ((query[:, :, start : start + step] * scaling) @ key.transpose(-1, -2)).float().softmax(-1)
         patches = weights[..., prefix:].mean(1)
         received += patches.sum(1)
         given.append(patches.mean(-1))

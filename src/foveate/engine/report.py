@@ -41,7 +41,7 @@ class LayerReport:
 
 
 class PruneReport:
-    """What the last prefill with images kept.
+    """What the last prefill kept.
 
     methods: what was applied. layers: one record per decoder layer. kv_bytes: bytes of all keys and values
     right after the prefill; kv_bytes_unpruned: what the untouched model would hold. image_tokens: per sample its
@@ -153,7 +153,7 @@ class PruneReport:
         line = f"{names}: {kept} of {tokens} image tokens in {len(images)} image{'s'[: len(images) != 1]}"
         if self.kv_bytes_unpruned:
             line += (
-                f", KV cache {_human(self.kv_bytes)} instead of {_human(self.kv_bytes_unpruned)}"
+                f", KV cache {human_bytes(self.kv_bytes)} instead of {human_bytes(self.kv_bytes_unpruned)}"
                 f" ({self.kv_bytes / self.kv_bytes_unpruned - 1:+.0%})"
             )
         return line
@@ -167,7 +167,8 @@ def _spread(index: Tensor, length: int) -> Tensor:
     return mask.scatter(2, torch.where(index < 0, length, index), True)[..., :length]
 
 
-def _human(size: float) -> str:
+def human_bytes(size: float) -> str:
+    """A size with its unit: 464000 is "464 kB"."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -55,9 +55,13 @@ def prune(
 class _Thread(threading.local):
     """What one thread is doing with the model.
 
-    captured: scores read from the vision encoder while it runs. first: what generate() said of the step it is about
+    entered: forwards of the base model that it is in, None for one that was refused. captured: scores read from the
+    vision encoder while it runs. first: what generate() said of the step it is about
     to make. candidates: guessed tokens at the end of the coming forward. verifies: whether it checks guesses.
     """
+
+    def __init__(self) -> None:
+        self.entered: list[Forward | None] = []
 
     captured: list[tuple[Tensor, Tensor]] | None = None
     first: bool | None = None
@@ -68,7 +72,7 @@ class _Thread(threading.local):
 class Pruned:
     """A pruned model: what `prune` returns.
 
-    report: what the last prefill with images kept, None before the first.
+    report: what the last prefill kept, None before the first.
     """
 
     def __init__(self, model: Any, family: Family, base: Any, methods: tuple[Method, ...], record: bool) -> None:
@@ -108,9 +112,8 @@ class Pruned:
         hooks = self._handles
         hooks.append(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         hooks.append(self.base.register_forward_hook(self._exit, always_call=True))
-        if self.model is not self.base:
-            hooks.append(self.model.register_forward_pre_hook(self._announce, with_kwargs=True))
-            self._wrap(self.model, "prepare_inputs_for_generation", self._prepare)
+        hooks.append(self.model.register_forward_pre_hook(self._announce, with_kwargs=True))
+        self._wrap(self.model, "prepare_inputs_for_generation", self._prepare)
         routes: dict[Any, Any] = {}
         for index, layer in enumerate(self.decoder.layers):
             hooks.append(
@@ -124,8 +127,8 @@ class Pruned:
             self._wrap(self.base, "get_image_features", self._encode)
             if self.encoder_method is not None and self.encoder_method.uses_attention:
                 routes[self.family.vision_attention(self.base)] = self._attend_vision
-        self._routed = list(routes)
         add_routes(routes)
+        self._routed = list(routes)
 
     def _wrap(self, module: Any, name: str, wrapper: Any) -> None:
         original = getattr(module, name)
@@ -141,6 +144,9 @@ class Pruned:
     def remove(self) -> None:
         """Restore the model to what it was; harmless when done already."""
         remove_routes(self._routed)
+        # An interrupt inside a forward skips its last hook.
+        while active.forward is not None and active.forward.session is self:
+            active.forward = active.forward.outer
         for handle in self._handles:
             handle.remove()
         for module, name, previous in self._replaced:
@@ -172,6 +178,8 @@ class Pruned:
 
     def _encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the vision encoder, and note on each image's features what an encoder method keeps of it."""
+        as_tuple = kwargs.get("return_dict") is False
+        kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
         layouts = self.family.layouts(self.base, {**inputs.pop("kwargs", {}), **inputs})
         outer, self._thread.captured = self._thread.captured, []
@@ -195,7 +203,7 @@ class Pruned:
             feature._foveate = EncodedImage(layout, keep)
         if active.forward is not None and active.forward.session is self:
             active.forward.features = features
-        return output
+        return output.to_tuple() if as_tuple else output
 
     def _attend_vision(self, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._thread.captured is not None:
@@ -212,8 +220,12 @@ class Pruned:
     # -- what generate() is about to do -----------------------------------------------------------------------
 
     def _prepare(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # generate() reads the last logits only; assisted decoding asks for more, but after this call.
+        if isinstance(kwargs.get("logits_to_keep"), int):
+            kwargs["logits_to_keep"] = 1
+        inputs = prepare(*args, **kwargs)
         self._thread.first = bool(kwargs.get("is_first_iteration", False))
-        return prepare(*args, **kwargs)
+        return inputs
 
     def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Assisted decoding guesses tokens ahead; only here it says how many of the coming ones are guesses."""
@@ -239,6 +251,17 @@ class Pruned:
     # -- the forward pass -------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        outer, forward = active.forward, None
+        try:
+            kwargs, forward = self._begin(args, kwargs)
+            if forward is not None:
+                forward.outer, active.forward = outer, forward
+            return (), kwargs
+        finally:
+            # The hook behind the forward runs even when it was refused here.
+            self._thread.entered.append(forward)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Forward | None]:
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         brings_images = (
@@ -250,6 +273,10 @@ class Pruned:
         if cache is not None:
             check_cache(cache)
         check_inputs(self.family, self.base.config, kwargs, brings_images)
+        if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
+            raise UnsupportedError(
+                "gradient checkpointing runs layers a second time: prune in eval() mode, or without it"
+            )
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
@@ -262,6 +289,7 @@ class Pruned:
                 "with use_cache=True"
             )
         candidates, self._thread.candidates = self._thread.candidates, 0
+        verifies, self._thread.verifies = self._thread.verifies, False
         if candidates and self.cross_method is not None:
             raise UnsupportedError(
                 "assisted decoding would crop the image features of cross-attention layers: generate without "
@@ -274,19 +302,18 @@ class Pruned:
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is None:
             if embeds is None:
-                return (), kwargs  # the model has its own words for this
+                return kwargs, None  # the model has its own words for this
             ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
         forward = Forward(self, cache, ids, kwargs.get("attention_mask"))
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
         forward.pixels = kwargs if brings_images and self.features_per_image else None
-        forward.prompt, forward.verifies = prompt, prompt is not None or self._thread.verifies
-        forward.outer, active.forward = active.forward, forward
-        return (), kwargs
+        forward.prompt, forward.verifies = prompt, prompt is not None or verifies
+        return kwargs, forward
 
     def _exit(self, module: Any, args: Any, output: Any) -> Any:
-        forward = active.forward
-        if forward is None or forward.session is not self:
+        forward = self._thread.entered.pop() if self._thread.entered else None
+        if forward is None:
             return None
         active.forward = forward.outer
         if output is None:  # an exception is on its way

@@ -54,7 +54,11 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
             f"{', '.join(family_names())}. docs/adding-a-family.md shows how to add one"
         )
     base = family.base(model)
+    if base is model:
+        raise UnsupportedError(f"pass the whole model, the one with generate(), not its {type(model).__name__}")
     decoder = family.decoder(base)
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise UnsupportedError("foveate prunes models on one device: load the model without splitting it over several")
     if base in pruned_models:
         raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
     if reason := family.check(base):

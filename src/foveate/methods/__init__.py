@@ -49,7 +49,7 @@ def method_class(name: str) -> type[Method]:
     return known[name]
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """Build the method called `name` with its options.
 
     Raises:

@@ -130,8 +130,8 @@ class Method:
     def share(self, groups: ImageGroups) -> Tensor:
         """(groups,) fraction of each image's tokens that `keep` asks for."""
         if isinstance(self.keep, int):
-            return (self.keep / groups.total).clamp(max=1.0)
-        return torch.full_like(groups.total, self.keep, dtype=torch.float32)
+            return (self.keep / groups.total.double()).clamp(max=1.0)
+        return torch.full_like(groups.total, self.keep, dtype=torch.float64)
 
     def to_dict(self) -> dict[str, Any]:
         """The method's name and options, JSON-safe."""

@@ -47,7 +47,7 @@ class FoPru(EncoderMethod):
     Tiled models: every tile is scored separately and gets its share of the image's budget.
 
     keep: fraction of each image's tokens, or tokens per image; the method's only parameter in the paper.
-        0.25 is this library's default: the authors report losses within 1 % there on several data sets.
+        0.25 is this library's default: losses within 1 % are reported there on several data sets.
     strategy: "rank" keeps the top tokens, "row" the top whole grid rows; "rank" is this library's default.
 
     Source: FoPru, arXiv 2411.14164 (stages from the abstract; formulas from secondary descriptions, since no

@@ -50,7 +50,7 @@ class PLPHP(CacheMethod):
     states are never shortened, so prefill costs what it did and decoding gets cheaper.
 
     keep: mean fraction of each image's tokens (r in the paper), or tokens per image; 0.4 is this library's
-        default, the middle of what independent comparisons report.
+        default, milder than the 0.33 to 0.10 of independent comparisons.
     delta: how far attentive and indifferent layers move from `keep` (reduced where a rate would leave (0, 1] or
         fall below half of `keep`, so that the mean stays at `keep`); 0.3 is this library's default.
     alpha, beta: thresholds of the vision attention score. The published values are unknown and models differ

@@ -32,7 +32,8 @@ class TrimmedLlama(CrossMethod):
     adapts to the question.
 
     keep: K_ratio of the paper, per head: a fraction of the sample's valid features, or features per image;
-        0.25 is this library's default: the authors report parity there on the 11-billion-parameter model.
+        0.25 is this library's default: near-parity is reported there on the 11-billion-parameter model. The
+        features of all images of a sample are ranked together, so an image may lose every one of them.
 
     Source: Trimmed-Llama, arXiv 2504.00557 (place and union from the abstract and the authors' article; the sum
     over text rows and the use of query heads are inferred from the published counts, since no code is public).
