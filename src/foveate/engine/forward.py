@@ -117,7 +117,7 @@ class Forward:
                 count=torch.minimum(real.sum(-1), count),
             )
 
-    def enter(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def enter(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """In front of a decoder layer: drop the pending rows, and shorten what comes beside the hidden states."""
         if self.pending is not None:
             old, self.pending = self.pending, None

@@ -337,7 +337,7 @@ class Pruned:
             forward.begin()
         if self.kinds[index] == "cross":
             return args, forward.cross.enter(kwargs, forward.valid())
-        hidden, kwargs = forward.enter(index, args[0], kwargs)
+        hidden, kwargs = forward.enter(args[0], kwargs)
         return (hidden, *args[1:]), kwargs
 
     def _after_layers(self, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
