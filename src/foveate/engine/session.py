@@ -147,6 +147,7 @@ class Pruned:
         # An interrupt inside a forward skips its last hook.
         while active.forward is not None and active.forward.session is self:
             active.forward = active.forward.outer
+        self._thread.entered.clear()
         for handle in self._handles:
             handle.remove()
         for module, name, previous in self._replaced:
@@ -262,6 +263,8 @@ class Pruned:
             self._thread.entered.append(forward)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Forward | None]:
+        candidates, self._thread.candidates = self._thread.candidates, 0
+        verifies, self._thread.verifies = self._thread.verifies, False
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         brings_images = (
@@ -277,6 +280,11 @@ class Pruned:
             raise UnsupportedError(
                 "gradient checkpointing runs layers a second time: prune in eval() mode, or without it"
             )
+        if candidates and self.cross_method is not None:
+            raise UnsupportedError(
+                "assisted decoding would crop the image features of cross-attention layers: generate without "
+                "prompt_lookup_num_tokens or an assistant model"
+            )
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
@@ -287,13 +295,6 @@ class Pruned:
             raise UnsupportedError(
                 f"{', '.join(m.name for m in self.methods if m.place != 'encoder')} needs the KV cache: call the model "
                 "with use_cache=True"
-            )
-        candidates, self._thread.candidates = self._thread.candidates, 0
-        verifies, self._thread.verifies = self._thread.verifies, False
-        if candidates and self.cross_method is not None:
-            raise UnsupportedError(
-                "assisted decoding would crop the image features of cross-attention layers: generate without "
-                "prompt_lookup_num_tokens or an assistant model"
             )
         prompt = None
         if candidates and brings_images:

@@ -50,6 +50,8 @@ class ImageLayout:
 class Family:
     """One model family. Subclasses say where things are and know no method.
 
+    A family implements what its places need; what belongs to other places is never asked for and raises here.
+
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
     the attention module inside a decoder layer.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,7 +104,7 @@ def topk_mask(scores: Tensor, k: Tensor | int) -> Tensor:
 
 
 @dataclass
-class Method:
+class Method(ABC):
     """Base of all methods. The fields of the dataclass are the method's whole configuration.
 
     keep: float in (0, 1], the fraction of each image's tokens that stay, or int >= 1, tokens per image.
@@ -168,12 +169,12 @@ class EncoderMethod(Method):
     place: ClassVar[Place] = "encoder"
     uses_attention: ClassVar[bool] = False
 
+    @abstractmethod
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         """Which tokens stay.
 
         tokens: equally shaped tiles. budget: (tiles,) tokens that each may keep. Returns bool (tiles, n).
         """
-        raise NotImplementedError
 
 
 @dataclass
@@ -183,13 +184,13 @@ class LayerMethod(Method):
     place: ClassVar[Place] = "layer"
     layer: int
 
+    @abstractmethod
     def select(self, attention: Tensor, groups: ImageGroups) -> Tensor:
         """Which tokens go on.
 
         attention: (groups, heads, n) attention of the last prompt token in layer `layer - 1`, -inf at padding.
         Returns bool (groups, n).
         """
-        raise NotImplementedError
 
 
 @dataclass
@@ -199,28 +200,28 @@ class CacheMethod(Method):
     place: ClassVar[Place] = "cache"
 
     @property
+    @abstractmethod
     def needs_all_layers(self) -> bool:
         """Whether the budgets compare layers, so that eviction waits until the last layer has attended."""
-        raise NotImplementedError
 
     def first_layer(self) -> int:
         """Layers before this one keep everything."""
         return 0
 
+    @abstractmethod
     def budgets(self, mass: Tensor, groups: ImageGroups) -> Tensor:
         """(layers, groups) tokens of each image that each layer keeps in every head.
 
         mass: (layers, batch) attention of the last prompt token on all image tokens, mean over heads, in [0, 1].
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, attention: Tensor, budget: Tensor) -> Tensor:
         """Which entries stay in one layer's cache.
 
         attention: (groups, kv_heads, n) attention of the last prompt token, mean over the query heads that
         share a KV head, -inf at padding. budget: (groups,). Returns bool (groups, kv_heads, n).
         """
-        raise NotImplementedError
 
 
 @dataclass
@@ -229,6 +230,7 @@ class CrossMethod(Method):
 
     place: ClassVar[Place] = "cross"
 
+    @abstractmethod
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
         """Which features stay.
 
@@ -236,4 +238,3 @@ class CrossMethod(Method):
         valid: bool (batch, n), False for padded tiles. images: (batch,) pictures of each sample.
         Returns bool (batch, n), True only where `valid`.
         """
-        raise NotImplementedError
