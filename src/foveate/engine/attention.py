@@ -77,21 +77,6 @@ def physical_mask(
     return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def row_attention(query: Tensor, key: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
-    """Attention of a single query row, in O(keys * head_dim).
-
-    query: (batch, heads, 1, d); key: (batch, kv_heads, keys, d); visible: bool (batch, keys) or None.
-    Returns float32 (batch, heads, keys).
-    """
-    batch, heads, _, dim = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, dim)
-    # Scaled first: the bare product can overflow float16.
-    logits = ((grouped * scaling) @ key.transpose(-1, -2)).float()
-    if visible is not None:
-        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
-    return logits.softmax(-1).reshape(batch, heads, -1)
-
-
 def received_by_features(
     query: Tensor,
     key: Tensor,
@@ -145,3 +130,12 @@ def attention_marginals(
         received += patches.sum(1)
         given.append(patches.mean(-1))
     return received / n, torch.cat(given, dim=1)
+
+
+def prefix_attention(query: Tensor, key: Tensor, scaling: float, prefix: int) -> Tensor:
+    """Attention that [CLS], the first token, pays to each patch of a vision encoder, mean over heads.
+
+    query, key: (pictures, heads, prefix + n, d). Returns float32 (pictures, n).
+    """
+    weights = ((query[:, :, :1] * scaling) @ key.transpose(-1, -2)).float().softmax(-1)
+    return weights[:, :, 0, prefix:].mean(1)

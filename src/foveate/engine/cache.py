@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from .compact import compact
+from .compact import Compaction, compact
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class PrunedLayer(DynamicLayer):
         self.length = 0
         self.index: Tensor | None = None
         self.ragged = False
+        self.fixed_point: int | None = None  # the slot that every decoding step evicts
         self.pruned_cache: set[str] = set()  # shared by the layers of a cache; filled once any of them lost entries
 
     @classmethod
@@ -98,24 +99,50 @@ class PrunedLayer(DynamicLayer):
         tail = self.physical - self.index.shape[-1]
         return torch.nn.functional.pad(self.index[:, 0] >= 0, (0, tail), value=True)
 
-    def keep(self, mask: Tensor) -> bool:
+    def keep(self, mask: Tensor, visible: Tensor | None = None) -> Compaction | None:
         """Evict every slot where `mask` (bool, (batch, 1 | kv_heads, slots)) is False; their memory is freed.
 
-        Every head of a row must keep equally many. Returns whether anything went.
+        visible: bool (batch, slots), slots that hold a token that may be attended to, None for all; where nothing else
+        would go, what is not visible stays, too. Every head of a row must keep equally many. Returns which entries
+        stayed, or None when nothing went.
         """
         index = self.full_index(mask.shape[0], mask.device)
-        present = index >= 0
+        present = index >= 0 if visible is None else (index >= 0) & visible.unsqueeze(1)
         assert self.keys is not None and self.values is not None
-        choice = compact(mask & present, present.expand_as(mask))
+        present = present.expand(-1, max(mask.shape[1], index.shape[1]), -1)
+        choice = compact(mask & present, present)
         if choice is None:
-            return False
+            return None
         self.pruned_cache.add("entries")
-        self.index = torch.where(choice.real, index.expand_as(mask).gather(-1, choice.source), -1)
+        self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
         source = choice.source.unsqueeze(-1).expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys = self.keys.gather(2, source)
         self.values = self.values.gather(2, source[..., :1].expand(*source.shape[:-1], self.values.shape[-1]))
-        return True
+        return choice
+
+    def merge(self, into: Tensor) -> None:
+        """Replace keys and values by means. into: (batch, 1 | kv_heads, slots), the slot that each slot joins."""
+        assert self.keys is not None and self.values is not None
+        into = into.expand(-1, self.keys.shape[1], -1)
+        parts = torch.zeros(into.shape, device=into.device).scatter_add(2, into, torch.ones_like(into).float())
+
+        def mean(held: Tensor) -> Tensor:
+            where = into.unsqueeze(-1).expand_as(held)
+            total = torch.zeros(held.shape, device=held.device).scatter_add(2, where, held.float())
+            joined = (total / parts.clamp(min=1).unsqueeze(-1)).to(held.dtype)
+            return joined.where((parts > 1).unsqueeze(-1), held)
+
+        self.keys, self.values = mean(self.keys), mean(self.values)
+
+    def evict_slot(self, slot: int) -> None:
+        """Evict one slot of every row and head."""
+        assert self.keys is not None and self.values is not None
+        index = self.full_index(self.keys.shape[0], self.keys.device)
+        self.index = torch.cat([index[..., :slot], index[..., slot + 1 :]], dim=-1)
+        self.keys = torch.cat([self.keys[:, :, :slot], self.keys[:, :, slot + 1 :]], dim=2)
+        self.values = torch.cat([self.values[:, :, :slot], self.values[:, :, slot + 1 :]], dim=2)
+        self.pruned_cache.add("entries")
 
     # -- what transformers asks for, answered logically -------------------------------------------------------
 
@@ -130,7 +157,7 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.length, self.index, self.ragged = 0, None, False
+        self.length, self.index, self.ragged, self.fixed_point = 0, None, False, None
         self.pruned_cache.clear()
 
     def crop(self, tokens_to_remove: int) -> None:

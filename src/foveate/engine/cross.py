@@ -72,4 +72,4 @@ class CrossState:
         assert choice is not None
         self.rows = Rows(choice.source[:, 0], choice.real[:, 0], choice.ragged)
         old = layer.physical - self.tokens
-        return layer.keep(torch.nn.functional.pad(chosen, (old, 0), value=True).unsqueeze(1))
+        return layer.keep(torch.nn.functional.pad(chosen, (old, 0), value=True).unsqueeze(1)) is not None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..families.base import ImageLayout
-from ..methods.base import EncoderMethod, EncoderTokens, ImageGroups, token_budget
+from ..methods.base import EncoderMethod, token_budget
+from ..methods.tokens import EncoderTokens, ImageGroups
 from .errors import UnsupportedError
+
+_BY_LAYER = ("received", "given", "cls")
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,44 @@ class EncodedImage:
 
 
 def choose_encoder_tokens(
-    method: EncoderMethod, layouts: Sequence[ImageLayout], scores: tuple[Tensor, Tensor] | None, device: Any
-) -> list[Tensor]:
+    method: EncoderMethod,
+    layouts: Sequence[ImageLayout],
+    features: Sequence[Tensor],
+    patches: dict[str, Tensor],
+    project: Callable[[Tensor], Tensor],
+) -> list[tuple[Tensor, Tensor]]:
     """Ask a method for the tokens of all images, equally shaped tiles together.
 
-    scores: (received, given) of all patches, or None. Returns one bool (tokens,) per image.
+    features: per image its (tokens, hidden). patches: what was read of the encoder, by name, (all patches, ...).
+    project: from the encoder's states to features. Returns per image which tokens stay, bool (tokens,), and its
+    features: the same tensor, or a new one where the method merges.
     """
+    device = features[0].device
     keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
+    merged = list(features)
     shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for i, layout in enumerate(layouts):
         sizes = [len(tile.index) for tile in layout.tiles]
         for t, budget in enumerate(apportion(token_budget(method.keep, layout.tokens) - layout.pinned, sizes)):
             shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
     for grid, members in shapes.items():
-        tokens = EncoderTokens(grid, len(members), device)
-        if scores is not None:
-            patches = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
-            tokens = dataclasses.replace(tokens, received=scores[0][patches], given=scores[1][patches])
+        at = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
+        read = {
+            name: values[at].transpose(1, 2) if name in _BY_LAYER else values[at] for name, values in patches.items()
+        }
+        index = [layouts[i].tiles[t].index.to(device) for i, t, _ in members]
+        if method.reads & {"features", "states"}:
+            read["features"] = torch.stack([features[i][spot] for (i, *_), spot in zip(members, index, strict=True)])
+            read.setdefault("states", read["features"])
+        tokens = EncoderTokens(grid, len(members), device, project=project, **read)
         chosen = method.select(tokens, torch.tensor([budget for *_, budget in members], device=device))
-        for (i, t, _), keep in zip(members, chosen, strict=True):
-            keeps[i][layouts[i].tiles[t].index.to(device)] = keep
-    return keeps
+        becomes = method.merge(tokens, chosen)
+        for m, ((i, *_), spot) in enumerate(zip(members, index, strict=True)):
+            keeps[i][spot] = chosen[m]
+            if becomes is not None:
+                new = becomes[m].to(merged[i].dtype).where(chosen[m].unsqueeze(-1), merged[i][spot])
+                merged[i] = merged[i].index_copy(0, spot, new)
+    return list(zip(keeps, merged, strict=True))
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
@@ -86,5 +104,6 @@ def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[Imag
         torch.tensor([row for row, _ in places], device=device),
         torch.tensor([len(c) for c in candidates], device=device),
         torch.tensor([i.layout.pinned for i in images], device=device),
+        centers=torch.nn.utils.rnn.pad_sequence([i.layout.centers for i in images], batch_first=True).to(device),
     )
     return groups, places

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from ..families.base import Family, Tile
 from ..methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
-from .attention import add_routes, attention_marginals, remove_routes
+from .attention import add_routes, remove_routes
 from .cache import active, adopt_cache, check_cache, new_cache
 from .errors import UnsupportedError
 from .forward import Forward
-from .images import EncodedImage, choose_encoder_tokens
 from .report import PruneReport
 from .support import check_inputs, check_model, pruned_models, resolve_methods
+from .vision import Vision
 
 # What a forward over later tokens of the same prompt must not bring again.
 _IMAGE_INPUTS = (
@@ -55,15 +55,14 @@ def prune(
 class _Thread(threading.local):
     """What one thread is doing with the model.
 
-    entered: forwards of the base model that it is in, None for one that was refused. captured: scores read from the
-    vision encoder while it runs. first: what generate() said of the step it is about
-    to make. candidates: guessed tokens at the end of the coming forward. verifies: whether it checks guesses.
+    entered: forwards of the base model that it is in, None for one that was refused. first: what generate() said of
+    the step it is about to make. candidates: guessed tokens at the end of the coming forward. verifies: whether it
+    checks guesses.
     """
 
     def __init__(self) -> None:
         self.entered: list[Forward | None] = []
 
-    captured: list[tuple[Tensor, Tensor]] | None = None
     first: bool | None = None
     candidates = 0
     verifies = False
@@ -92,6 +91,7 @@ class Pruned:
         ]
         self.text_layers = [i for i, kind in enumerate(self.kinds) if kind == "self"]
         crosses = "cross" in self.kinds
+        self.stages = self.layer_method.stages(len(self.kinds)) if self.layer_method is not None else ()
         self.features_per_image = family.features_per_image(base) if crosses else 0
         self.image_token_id = -1 if crosses else family.image_token_id(base)
         self._parameters = list(inspect.signature(base.forward).parameters)
@@ -124,9 +124,10 @@ class Pruned:
             routes[attention] = functools.partial(self._attend, kind, index)
         hooks.append(self.decoder.norm.register_forward_hook(self._after_layers))
         if "encoder" in self.family.places:
-            self._wrap(self.base, "get_image_features", self._encode)
-            if self.encoder_method is not None and self.encoder_method.uses_attention:
-                routes[self.family.vision_attention(self.base)] = self._attend_vision
+            vision = Vision(self.family, self.base, self.encoder_method)
+            self._wrap(self.base, "get_image_features", vision.encode)
+            hooks += vision.hooks()
+            routes.update(vision.routes())
         add_routes(routes)
         self._routed = list(routes)
 
@@ -174,49 +175,6 @@ class Pruned:
     def __exit__(self, *exception: object) -> None:
         """See `remove`."""
         self.remove()
-
-    # -- vision -----------------------------------------------------------------------------------------------
-
-    def _encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the vision encoder, and note on each image's features what an encoder method keeps of it."""
-        as_tuple = kwargs.get("return_dict") is False
-        kwargs = {**kwargs, "return_dict": True}
-        inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
-        layouts = self.family.layouts(self.base, {**inputs.pop("kwargs", {}), **inputs})
-        outer, self._thread.captured = self._thread.captured, []
-        try:
-            output = encode(*args, **kwargs)
-            captured = self._thread.captured
-        finally:
-            self._thread.captured = outer
-        features = output.pooler_output
-        method = self.encoder_method
-        keeps: Sequence[Tensor | None] = [None] * len(layouts)
-        if method is not None:
-            scores = None
-            if method.uses_attention:
-                received, given = (
-                    self.family.patch_scores(self.base, part, layouts) for part in zip(*captured, strict=True)
-                )
-                scores = (received, given)
-            keeps = choose_encoder_tokens(method, layouts, scores, features[0].device)
-        for feature, layout, keep in zip(features, layouts, keeps, strict=True):
-            feature._foveate = EncodedImage(layout, keep)
-        if active.forward is not None and active.forward.session is self:
-            active.forward.features = features
-        return output.to_tuple() if as_tuple else output
-
-    def _attend_vision(self, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._thread.captured is not None:
-            prefix, scaling = (
-                self.family.prefix_tokens(self.base),
-                kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            )
-            bounds = kwargs.get("cu_seq_lens_q")
-            sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
-            for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
-                self._thread.captured.append(attention_marginals(q, k, scaling, prefix))
-        return kernel(module, query, key, *args, **kwargs)
 
     # -- what generate() is about to do -----------------------------------------------------------------------
 
@@ -338,7 +296,7 @@ class Pruned:
             forward.begin()
         if self.kinds[index] == "cross":
             return args, forward.cross.enter(kwargs, forward.valid())
-        hidden, kwargs = forward.enter(args[0], kwargs)
+        hidden, kwargs = forward.enter(index, args[0], kwargs)
         return (hidden, *args[1:]), kwargs
 
     def _after_layers(self, module: Any, args: Any, hidden: Tensor) -> Tensor | None:

@@ -78,8 +78,8 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
             )
         taken[method.place] = method.name
         depth = len(decoder.layers)
-        if isinstance(method, LayerMethod) and method.layer >= depth:
-            raise ValueError(f"{method.name}: layer must be in [1, {depth - 1}] for this model, got {method.layer}")
+        if isinstance(method, LayerMethod):
+            _check_stages(method, depth)
         if isinstance(method, CacheMethod) and method.first_layer() >= depth:
             raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
     implementation = decoder.config._attn_implementation
@@ -97,6 +97,14 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
             "configuration) with full attention"
         )
     return family, base
+
+
+def _check_stages(method: LayerMethod, depth: int) -> None:
+    stages = method.stages(depth)
+    if not stages or list(stages) != sorted(set(stages)) or not 1 <= stages[0] <= stages[-1] < depth:
+        several = f"layers must be ascending and in [1, {depth - 1}]"
+        rule = f"layer must be in [1, {depth - 1}]" if len(stages) == 1 else several
+        raise ValueError(f"{method.name}: {rule} for this model, got {', '.join(map(str, stages)) or 'none'}")
 
 
 def check_inputs(family: Family, config: Any, kwargs: dict[str, Any], brings_images: bool) -> None:

@@ -18,7 +18,7 @@ class Tile:
     """A rectangle of image tokens that the vision encoder saw as one picture.
 
     index: (n,) which of the image's tokens, in raster order. grid: (rows, columns), rows * columns = n.
-    patches: (n,) where each token's score stands in the family's `patch_scores`.
+    patches: (n,) where each token stands in the family's `patch_values`.
     box: (left, top, right, bottom) of the tile as fractions of the picture.
     """
 
@@ -26,6 +26,14 @@ class Tile:
     grid: tuple[int, int]
     patches: Tensor
     box: Box = WHOLE
+
+    def centers(self) -> Tensor:
+        """(n, 2) where each token lies in the picture, (down, right) in [0, 1]."""
+        left, top, right, bottom = self.box
+        rows, columns = self.grid
+        down = top + (torch.arange(rows) + 0.5) / rows * (bottom - top)
+        across = left + (torch.arange(columns) + 0.5) / columns * (right - left)
+        return torch.cartesian_prod(down, across)
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,13 @@ class ImageLayout:
     tokens: int
     tiles: tuple[Tile, ...]
     candidates: Tensor = field(init=False)
+    centers: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
-        index = torch.cat([tile.index for tile in self.tiles]).sort().values
+        index, order = torch.cat([tile.index for tile in self.tiles]).sort()
         object.__setattr__(self, "candidates", index)
+        object.__setattr__(self, "centers", torch.cat([tile.centers() for tile in self.tiles])[order])
 
     @property
     def pinned(self) -> int:
@@ -83,20 +93,28 @@ class Family:
         """One layout per image, in order. inputs: the arguments of the model's `get_image_features`."""
         raise NotImplementedError
 
-    def vision_attention(self, base: Any) -> nn.Module:
-        """The attention module of the vision encoder whose attention ranks patches."""
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""
         raise NotImplementedError
 
     def prefix_tokens(self, base: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
         return 0
 
-    def patch_scores(self, base: Any, scores: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
-        """The encoder's per-patch scores in the order that `Tile.patches` counts in.
+    def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
+        """What the encoder says of each patch, in the order that `Tile.patches` counts in.
 
-        scores: one (pictures, patches) tensor per call of the vision attention. Returns (all patches,).
+        parts: one (pictures, patches, ...) tensor per call of the vision attention. Returns (all patches, ...).
         """
-        return torch.cat([part.flatten() for part in scores])
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def projector(self, base: Any) -> nn.Module | None:
+        """The module from the encoder's states to the LLM's, one token a patch; None where it joins patches."""
+        return None
+
+    def encoder_states(self, base: Any, states: Tensor) -> Tensor:
+        """The projector's input in the order that `Tile.patches` counts in: (all patches, width)."""
+        raise NotImplementedError
 
     def features_per_image(self, base: Any) -> int:
         """Cross-attention features that every image slot occupies, padded tiles included."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import register
 from .base import Family, ImageLayout, Tile
@@ -38,8 +38,15 @@ class Llava(Family):
     def prefix_tokens(self, base: Any) -> int:
         return int(hasattr(base.vision_tower.embeddings, "class_embedding"))
 
-    def vision_attention(self, base: Any) -> nn.Module:
-        return base.vision_tower.encoder.layers[-2].self_attn
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        return [layer.self_attn for layer in base.vision_tower.encoder.layers[:-1]]
+
+    def projector(self, base: Any) -> nn.Module:
+        return base.multi_modal_projector
+
+    def encoder_states(self, base: Any, states: Tensor) -> Tensor:
+        # With the "full" strategy [CLS] comes first.
+        return states[:, states.shape[1] - self.side(base) ** 2 :].flatten(0, 1)
 
     def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         side, cls = self.side(base), 0

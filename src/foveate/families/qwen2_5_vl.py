@@ -28,11 +28,11 @@ class Qwen2_5_VL(Family):
     def _full_blocks(self, base: Any) -> list[int]:
         return sorted(i for i in base.visual.fullatt_block_indexes if i < len(base.visual.blocks))
 
-    def vision_attention(self, base: Any) -> nn.Module:
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
         full = self._full_blocks(base)
-        # The penultimate block, or the nearest full-attention block before it: windows see too little to rank.
+        # Full-attention blocks up to the penultimate: windows see too little to rank.
         inner = [i for i in full if i <= len(base.visual.blocks) - 2]
-        return base.visual.blocks[(inner or full)[-1]].attn
+        return [base.visual.blocks[i].attn for i in inner or full]
 
     def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         merge, layouts, first = base.visual.spatial_merge_size, [], 0
@@ -43,9 +43,9 @@ class Qwen2_5_VL(Family):
             first += len(index)
         return layouts
 
-    def patch_scores(self, base: Any, scores: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
+    def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
         visual = base.visual
-        merged = torch.cat([part.flatten() for part in scores]).view(-1, visual.spatial_merge_unit).mean(-1)
+        merged = super().patch_values(base, parts, layouts).unflatten(0, (-1, visual.spatial_merge_unit)).mean(1)
         side = visual.window_size // visual.spatial_merge_size // visual.patch_size
         order, first = [], 0
         for layout in layouts:

@@ -13,48 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .tokens import EncoderTokens, ImageGroups, LayerTokens
+
 Place = Literal["encoder", "layer", "cache", "cross"]
 CONFIG_NAME = "foveate_config.json"
-
-
-@dataclass(frozen=True)
-class ImageGroups:
-    """The image tokens that a decoder method chooses from, one group per image of the batch.
-
-    Tokens that carry structure instead of image content (newline tokens of tiled models) are `pinned`:
-    they always stay, are paid from the image's budget, and are not in `positions`.
-
-    positions: (groups, n) index of each token among the tokens of this forward; -1 where a group is shorter.
-    row: (groups,) the sample an image belongs to.
-    count: (groups,) candidates of the image, i.e. the valid entries of `positions`.
-    pinned: (groups,) tokens of the image that always stay.
-    """
-
-    positions: Tensor
-    row: Tensor
-    count: Tensor
-    pinned: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """(groups,) tokens of each image, pinned ones included."""
-        return self.count + self.pinned
-
-
-@dataclass(frozen=True)
-class EncoderTokens:
-    """Equally shaped tiles (or whole images) as they leave the vision encoder.
-
-    grid: (rows, columns) of the tile; n = rows * columns tokens in raster order.
-    received: (tiles, n) attention each patch receives, mean over the patch queries and heads, or None.
-    given: (tiles, n) attention each patch gives to the patches, mean over keys and heads, or None.
-    """
-
-    grid: tuple[int, int]
-    tiles: int
-    device: torch.device
-    received: Tensor | None = None
-    given: Tensor | None = None
 
 
 def check_keep(keep: object) -> None:
@@ -88,6 +50,17 @@ def floor_budget(share: Tensor, groups: ImageGroups) -> Tensor:
     """
     budget = (share * groups.total + 1e-4).floor().long() - groups.pinned
     return torch.minimum(budget.clamp(min=1), groups.count)
+
+
+def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ...]:
+    """Layers that a paper names for a model of `of` layers, at the same relative depth of a model of `depth`.
+
+    Strictly ascending and in [1, depth - 1]; where there is no room for all, the deepest are left out.
+    """
+    scaled: list[int] = []
+    for layer in layers:
+        scaled.append(max(round(layer * depth / of), scaled[-1] + 1 if scaled else 1))
+    return tuple(layer for layer in scaled if layer < depth)
 
 
 def topk_mask(scores: Tensor, k: Tensor | int) -> Tensor:
@@ -164,10 +137,18 @@ class Method(ABC):
 
 @dataclass
 class EncoderMethod(Method):
-    """Chooses tokens between the vision encoder and the LLM; the LLM never sees the others."""
+    """Chooses tokens between the vision encoder and the LLM; the LLM never sees the others.
+
+    reads: names of the optional tensors of `EncoderTokens` that `select` and `merge` need.
+    """
 
     place: ClassVar[Place] = "encoder"
-    uses_attention: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def vision_layers(self) -> int:
+        """How many encoder layers are read, the penultimate one and those before it (fewer where there are fewer)."""
+        return 1
 
     @abstractmethod
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
@@ -176,52 +157,96 @@ class EncoderMethod(Method):
         tokens: equally shaped tiles. budget: (tiles,) tokens that each may keep. Returns bool (tiles, n).
         """
 
+    def merge(self, tokens: EncoderTokens, keep: Tensor) -> Tensor | None:
+        """What the tokens become: (tiles, n, hidden), read where `keep` is True; None where they stay what they are.
+
+        keep: bool (tiles, n), what `select` returned.
+        """
+        return None
+
 
 @dataclass
 class LayerMethod(Method):
-    """Drops image tokens inside the LLM: from layer `layer` on they are gone."""
+    """Drops image tokens inside the LLM, in one or several stages.
+
+    uses_embeddings: whether `select` reads `LayerTokens.embedded`.
+    """
 
     place: ClassVar[Place] = "layer"
-    layer: int
+    uses_embeddings: ClassVar[bool] = False
 
     @abstractmethod
-    def select(self, attention: Tensor, groups: ImageGroups) -> Tensor:
-        """Which tokens go on.
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """The first layer without the dropped tokens of each stage, ascending, each in [1, depth - 1].
 
-        attention: (groups, heads, n) attention of the last prompt token in layer `layer - 1`, -inf at padding.
-        Returns bool (groups, n).
+        depth: decoder layers of the model.
         """
+
+    @abstractmethod
+    def select(self, tokens: LayerTokens) -> Tensor:
+        """Which tokens go on. tokens: of the layer in front of the stage. Returns bool (groups, n)."""
+
+    def merge(self, tokens: LayerTokens, keep: Tensor) -> Tensor | None:
+        """Hidden states the tokens go on with: (groups, n, hidden), read where `keep` is True; None for their own."""
+        return None
 
 
 @dataclass
 class CacheMethod(Method):
-    """Evicts image tokens from the KV cache of each layer once the layer's prefill attention is done."""
+    """Evicts image tokens from the KV cache of each layer once the layer's prefill attention is done.
+
+    sparse_attention: choose before the layer attends, and let only what stays attend and be attended to.
+    """
 
     place: ClassVar[Place] = "cache"
+    sparse_attention: ClassVar[bool] = False
 
     @property
-    @abstractmethod
     def needs_all_layers(self) -> bool:
         """Whether the budgets compare layers, so that eviction waits until the last layer has attended."""
+        return False
+
+    @property
+    def decode_distance(self) -> int | None:
+        """Evict while decoding, too: after each step the entry this many slots before the end of the kept prompt."""
+        return None
 
     def first_layer(self) -> int:
         """Layers before this one keep everything."""
         return 0
 
-    @abstractmethod
-    def budgets(self, mass: Tensor, groups: ImageGroups) -> Tensor:
+    def score(self, tokens: LayerTokens) -> Tensor:
+        """How much each entry of one layer matters: (groups, kv_heads | 1, ..., n), -inf at padding.
+
+        By default the attention of the last prompt token, mean over the query heads that share a KV head.
+        """
+        return tokens.per_kv_head(tokens.last_attention())
+
+    def statistics(self, scores: Tensor, groups: ImageGroups) -> Tensor:
+        """What the budgets need to know of one layer: (statistics, groups). scores: what `score` returned."""
+        return groups.count.new_zeros(0, len(groups.count))
+
+    def budgets(self, statistics: Tensor, groups: ImageGroups) -> Tensor:
         """(layers, groups) tokens of each image that each layer keeps in every head.
 
-        mass: (layers, batch) attention of the last prompt token on all image tokens, mean over heads, in [0, 1].
+        statistics: (layers, statistics, groups), of all layers where `needs_all_layers`, else of one.
         """
+        return floor_budget(self.share(groups), groups).expand(len(statistics), -1)
 
-    @abstractmethod
-    def select(self, attention: Tensor, budget: Tensor) -> Tensor:
-        """Which entries stay in one layer's cache.
+    def select(self, scores: Tensor, budget: Tensor) -> Tensor:
+        """Which entries of one layer stay: bool (groups, kv_heads | 1, n), equally many in every head.
 
-        attention: (groups, kv_heads, n) attention of the last prompt token, mean over the query heads that
-        share a KV head, -inf at padding. budget: (groups,). Returns bool (groups, kv_heads, n).
+        scores: what `score` returned. budget: (groups,). By default the top `budget` of each head.
         """
+        return topk_mask(scores, budget.unsqueeze(-1).expand(scores.shape[:-1]))
+
+    def merge(self, keep: Tensor, groups: ImageGroups) -> Tensor | None:
+        """Where dropped entries go: (groups, kv_heads | 1, n), for each the index (in [0, n)) of the kept entry of the
+        same image whose keys and values become the mean over all that go there, itself included; None to drop.
+
+        keep: bool, what `select` returned.
+        """
+        return None
 
 
 @dataclass

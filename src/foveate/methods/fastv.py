@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import register
-from .base import ImageGroups, LayerMethod, check_range, floor_budget, topk_mask
+from .base import LayerMethod, check_range, floor_budget, topk_mask
+from .tokens import LayerTokens
 
 
 def received_attention(attention: Tensor) -> Tensor:
@@ -41,5 +42,9 @@ class FastV(LayerMethod):
         super().__post_init__()
         check_range("layer", self.layer, 1, integer=True)
 
-    def select(self, attention: Tensor, groups: ImageGroups) -> Tensor:
-        return topk_mask(received_attention(attention), floor_budget(self.share(groups), groups))
+    def stages(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def select(self, tokens: LayerTokens) -> Tensor:
+        scores = received_attention(tokens.last_attention())
+        return topk_mask(scores, floor_budget(self.share(tokens.groups), tokens.groups))

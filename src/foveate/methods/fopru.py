@@ -57,7 +57,7 @@ class FoPru(EncoderMethod):
 
     summary = "vision-encoder attention ranks tokens (or whole rows) before the LLM"
     source = "FoPru, arXiv 2411.14164"
-    uses_attention = True
+    reads = frozenset({"received", "given"})
 
     keep: float | int = 0.25
     strategy: Literal["rank", "row"] = "rank"
@@ -69,5 +69,5 @@ class FoPru(EncoderMethod):
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         assert tokens.received is not None and tokens.given is not None
-        scores = significance(tokens.received, tokens.given)
+        scores = significance(tokens.received[:, -1], tokens.given[:, -1])
         return top_tokens(scores, budget) if self.strategy == "rank" else top_rows(scores, budget, tokens.grid)

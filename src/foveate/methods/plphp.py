@@ -8,13 +8,24 @@ import torch
 from torch import Tensor
 
 from . import register
-from .base import CacheMethod, ImageGroups, check_range, floor_budget, topk_mask
+from .base import CacheMethod, check_range, floor_budget
+from .tokens import ImageGroups
+
+
+def vision_attention_score(attention: Tensor, groups: ImageGroups) -> Tensor:
+    """Attention on all image tokens of a sample, mean over heads, in [0, 1]; the same for each of its images.
+
+    attention: (groups, kv_heads, n) of the last prompt token, -inf at padding. Returns (groups,).
+    """
+    per_image = attention.clamp(min=0).sum(-1).mean(1)
+    same_sample = groups.row.unsqueeze(1) == groups.row
+    return (same_sample * per_image).sum(-1)
 
 
 def layer_classes(mass: Tensor, alpha: float | None, beta: float | None) -> Tensor:
     """+1 for vision-attentive layers, -1 for vision-indifferent ones, 0 for balanced ones.
 
-    mass: (layers, batch) vision attention score of each layer. `alpha` and `beta` are its thresholds: attentive
+    mass: (layers, groups) vision attention score of each layer. `alpha` and `beta` are its thresholds: attentive
     from `alpha` on, indifferent below `beta`. Where both are None each sample's layers are ranked, and the top
     and the bottom third (ties: the earlier layer counts as higher) are attentive and indifferent.
     """
@@ -94,9 +105,9 @@ class PLPHP(CacheMethod):
     def first_layer(self) -> int:
         return self.start_layer
 
-    def budgets(self, mass: Tensor, groups: ImageGroups) -> Tensor:
-        classes = layer_classes(mass, self.alpha, self.beta)[:, groups.row]
-        return floor_budget(retention_rates(classes, self.share(groups), self.delta), groups)
+    def statistics(self, scores: Tensor, groups: ImageGroups) -> Tensor:
+        return vision_attention_score(scores, groups).unsqueeze(0)
 
-    def select(self, attention: Tensor, budget: Tensor) -> Tensor:
-        return topk_mask(attention, budget.unsqueeze(-1).expand(attention.shape[:-1]))
+    def budgets(self, statistics: Tensor, groups: ImageGroups) -> Tensor:
+        classes = layer_classes(statistics[:, 0], self.alpha, self.beta)
+        return floor_budget(retention_rates(classes, self.share(groups), self.delta), groups)

@@ -1,0 +1,128 @@
+"""Between vision encoder and LLM: what an encoder method reads, and what it keeps."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.base import Family
+from ..methods.base import EncoderMethod
+from .attention import attention_marginals, prefix_attention
+from .cache import active
+from .images import EncodedImage, choose_encoder_tokens
+
+
+@dataclass
+class _Reading:
+    """What one run of the encoder showed: per watched layer its named parts, one a call; and the projector's input."""
+
+    layers: list[dict[str, list[Tensor]]] = field(default_factory=list)
+    states: Tensor | None = None
+
+
+class _Current(threading.local):
+    reading: _Reading | None = None
+
+
+class Vision:
+    """The vision encoder of a pruned model."""
+
+    def __init__(self, family: Family, base: Any, method: EncoderMethod | None) -> None:
+        self.family, self.base, self.method = family, base, method
+        self.reads = method.reads if method is not None else frozenset()
+        self._modules: list[nn.Module] = []
+        if method is not None and self.reads & {"received", "given", "cls", "keys"}:
+            self._modules = family.vision_attentions(base)[-method.vision_layers :]
+        self._current = _Current()
+
+    def routes(self) -> dict[nn.Module, Any]:
+        """Handlers for the attention modules that are read."""
+        return {module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)}
+
+    def hooks(self) -> list[Any]:
+        """Install the hook on the projector, where its input is read."""
+        projector = self.family.projector(self.base) if "states" in self.reads else None
+        return [] if projector is None else [projector.register_forward_pre_hook(self._note_states)]
+
+    def encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's `get_image_features`."""
+        as_tuple = kwargs.get("return_dict") is False
+        kwargs = {**kwargs, "return_dict": True}
+        inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
+        layouts = self.family.layouts(self.base, {**inputs.pop("kwargs", {}), **inputs})
+        outer, reading = self._current.reading, _Reading([{} for _ in self._modules])
+        self._current.reading = reading
+        try:
+            output = encode(*args, **kwargs)
+        finally:
+            self._current.reading = outer
+        features = output.pooler_output
+        keeps: list[Tensor | None] = [None] * len(layouts)
+        if self.method is not None:
+            patches = self._patches(reading, layouts)
+            chosen = choose_encoder_tokens(self.method, layouts, features, patches, self._project)
+            merged = [feature for _, feature in chosen]
+            keeps = [keep for keep, _ in chosen]
+            if any(new is not old for new, old in zip(merged, features, strict=True)):
+                features = output.pooler_output = type(features)(merged)
+        for feature, layout, keep in zip(features, layouts, keeps, strict=True):
+            feature._foveate = EncodedImage(layout, keep)
+        forward = active.forward
+        if forward is not None and forward.session.base is self.base:
+            forward.features = features
+        return output.to_tuple() if as_tuple else output
+
+    @property
+    def _project(self) -> Any:
+        projector = self.family.projector(self.base)
+        # The hook of this class only listens while the encoder runs.
+        return (lambda states: states) if projector is None else projector
+
+    def _patches(self, reading: _Reading, layouts: Sequence[Any]) -> dict[str, Tensor]:
+        """What was read, by name: (all patches, ...) tensors."""
+        patches: dict[str, Tensor] = {}
+        for name in ("received", "given", "cls"):
+            if name in self.reads:
+                parts = [self.family.patch_values(self.base, layer[name], layouts) for layer in reading.layers]
+                patches[name] = torch.stack(parts, -1)
+        if "keys" in self.reads:
+            patches["keys"] = self.family.patch_values(self.base, reading.layers[-1]["keys"], layouts)
+        if reading.states is not None:
+            patches["states"] = self.family.encoder_states(self.base, reading.states)
+        return patches
+
+    def _note_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._current.reading is not None:
+            self._current.reading.states = args[0]
+
+    def _attend(
+        self, layer: int, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._current.reading is not None:
+            parts = self._current.reading.layers[layer]
+            prefix, scaling = self.family.prefix_tokens(self.base), kwargs.get("scaling") or query.shape[-1] ** -0.5
+            bounds = kwargs.get("cu_seq_lens_q")
+            sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
+            for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
+                for name, value in self._read(q, k, scaling, prefix).items():
+                    parts.setdefault(name, []).append(value)
+        return kernel(module, query, key, *args, **kwargs)
+
+    def _read(self, query: Tensor, key: Tensor, scaling: float, prefix: int) -> dict[str, Tensor]:
+        """The parts that the method reads, each (pictures, patches, ...)."""
+        read: dict[str, Tensor] = {}
+        if "cls" in self.reads and prefix:
+            read["cls"] = prefix_attention(query, key, scaling, prefix)
+        if self.reads & {"received", "given"} or ("cls" in self.reads and not prefix):
+            read["received"], read["given"] = attention_marginals(query, key, scaling, prefix)
+            read.setdefault("cls", read["received"])
+        if "keys" in self.reads:
+            read["keys"] = key[:, :, prefix:].mean(1)
+        return read

@@ -1,0 +1,183 @@
+"""What methods choose from: the image tokens of a prompt, and what encoder and decoder layers know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncoderTokens:
+    """Equally shaped tiles (or whole images) as they leave the vision encoder.
+
+    A method names in `reads` which of the optional tensors it needs; the others are None. Attention is that of
+    the last `vision_layers` readable encoder layers, the deepest last, averaged over heads.
+
+    grid: (rows, columns) of the tile; n = rows * columns tokens in raster order.
+    received: (tiles, layers, n) attention each patch receives, mean over the patch queries.
+    given: (tiles, layers, n) attention each patch gives to the patches, mean over keys.
+    cls: (tiles, layers, n) attention that [CLS] pays to each patch; `received` where the encoder has no [CLS].
+    keys: (tiles, n, d) keys of the deepest of these layers, mean over heads.
+    features: (tiles, n, hidden) the tokens as the LLM will see them.
+    states: (tiles, n, width) the same tokens before the projector, and `project` from there to `features`;
+        where the projector joins several patches into a token, `features` and the identity.
+    """
+
+    grid: tuple[int, int]
+    tiles: int
+    device: torch.device
+    received: Tensor | None = None
+    given: Tensor | None = None
+    cls: Tensor | None = None
+    keys: Tensor | None = None
+    features: Tensor | None = None
+    states: Tensor | None = None
+    project: Callable[[Tensor], Tensor] = lambda states: states
+
+
+@dataclass(frozen=True)
+class ImageGroups:
+    """The image tokens that a decoder method chooses from, one group per image of the batch.
+
+    Tokens that carry structure instead of image content (newline tokens of tiled models) are `pinned`:
+    they always stay, are paid from the image's budget, and are not in `positions`.
+
+    positions: (groups, n) index of each token among the tokens of this forward; -1 where a group is shorter
+        (at either end).
+    row: (groups,) the sample an image belongs to.
+    count: (groups,) candidates of the image, i.e. the valid entries of `positions`.
+    pinned: (groups,) tokens of the image that always stay.
+    dropped: (groups,) tokens that earlier stages of the same method dropped; budgets still count them.
+    centers: (groups, n, 2) where each token lies in its picture, (down, right) in [0, 1]; 0 at padding.
+    """
+
+    positions: Tensor
+    row: Tensor
+    count: Tensor
+    pinned: Tensor
+    dropped: Tensor | int = 0
+    centers: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """(groups,) tokens of each image that budgets refer to."""
+        return self.count + self.pinned + self.dropped
+
+    @property
+    def present(self) -> Tensor:
+        """bool (groups, n), False at padding."""
+        return self.positions >= 0
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What one decoder layer saw of a prompt. Nothing is computed until a method asks for it.
+
+    The layer computed `rows` tokens of each sample; they are the last of the `keys` it attended to. Queries and keys
+    are those of the kernel, after RoPE.
+
+    groups: the images. slots: (groups, n) the key of each image token, -1 at padding.
+    query: (batch, heads, rows, d). key: (batch, kv_heads, keys, d). scaling: of their product.
+    visible: bool (batch, keys), False at padding and fillers, or None where all are tokens.
+    last: (batch,) the row of the prompt's last token.
+    text: (batch, t) rows of the text tokens that come after the start of the sample's first image, in order, the last
+        token always among them; -1 at padding.
+    entered: (batch, rows, hidden) hidden states in front of the layer; left: behind it. Only for layer methods.
+    embedded: (batch, rows, hidden) hidden states of the same tokens in front of the first layer, where asked for.
+    stage, depth: for layer methods, which of their stages this is, and the number of decoder layers.
+    guidance: (groups, n) scores that another model gave, where a method has a guide.
+    """
+
+    groups: ImageGroups
+    slots: Tensor
+    query: Tensor
+    key: Tensor
+    scaling: float
+    visible: Tensor | None
+    last: Tensor
+    text: Tensor
+    entered: Tensor | None = None
+    left: Tensor | None = None
+    embedded: Tensor | None = None
+    stage: int = 0
+    depth: int = 0
+    guidance: Tensor | None = None
+
+    @property
+    def past(self) -> int:
+        """Keys in front of the first row."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    def recent(self, window: int) -> Tensor:
+        """(batch, r) the last `window` rows up to the prompt's end, in order; -1 before the sample's first token."""
+        window = min(window, self.query.shape[2])
+        rows = self.last.unsqueeze(1) - torch.arange(window - 1, -1, -1, device=self.last.device)
+        real = rows >= 0
+        if self.visible is not None:
+            real &= self.visible.gather(1, rows.clamp(min=0) + self.past)
+        return torch.where(real, rows, -1)
+
+    def attention(self, rows: Tensor) -> Tensor:
+        """Causal attention of chosen rows on all keys. rows: (batch, r), -1 gives zeros.
+
+        Returns float32 (batch, heads, r, keys).
+        """
+        batch, heads, _, dim = self.query.shape
+        at = rows.clamp(min=0)
+        picked = self.query.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim))
+        grouped = picked.reshape(batch, self.key.shape[1], -1, dim)
+        # Scaled first: the bare product can overflow float16.
+        logits = ((grouped * self.scaling) @ self.key.transpose(-1, -2)).float().view(batch, heads, at.shape[1], -1)
+        hidden = torch.arange(self.key.shape[2], device=rows.device) > (at + self.past).unsqueeze(-1)
+        if self.visible is not None:
+            hidden = hidden | ~self.visible.unsqueeze(1)
+        weights = logits.masked_fill(hidden.unsqueeze(1), torch.finfo(torch.float32).min).softmax(-1)
+        return weights * (rows >= 0)[:, None, :, None]
+
+    def received(self, rows: Tensor, weights: Tensor | None = None, chunk_elements: int = 1 << 24) -> Tensor:
+        """What every key receives from chosen rows: the sum of their attention, worked out in chunks.
+
+        rows: (batch, r), -1 counts nothing. weights: (batch, r) or None for ones. Returns (batch, heads, keys).
+        """
+        batch, heads = self.query.shape[:2]
+        step = max(1, chunk_elements // (batch * heads * self.key.shape[2]))
+        total = torch.zeros(batch, heads, self.key.shape[2], device=rows.device)
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            attention = self.attention(rows[:, part])
+            if weights is not None:
+                attention = attention * weights[:, None, part, None]
+            total += attention.sum(2)
+        return total
+
+    def of_images(self, scores: Tensor) -> Tensor:
+        """Pick the image tokens: (batch, *, keys) -> (groups, *, n), -inf at padding."""
+        at = self.slots.clamp(min=0).view(len(self.slots), *[1] * (scores.ndim - 2), -1)
+        of_rows = scores[self.groups.row]
+        picked = of_rows.gather(-1, at.expand(*of_rows.shape[:-1], -1))
+        return picked.masked_fill((self.slots < 0).view(at.shape), -torch.inf)
+
+    def last_attention(self) -> Tensor:
+        """Attention of the prompt's last token on the images: (groups, heads, n), -inf at padding."""
+        return self.of_images(self.attention(self.last.unsqueeze(1))[:, :, 0])
+
+    def per_kv_head(self, scores: Tensor) -> Tensor:
+        """Mean over the query heads that share a KV head: (groups, heads, *) -> (groups, kv_heads, *)."""
+        return scores.unflatten(1, (self.key.shape[1], -1)).mean(2)
+
+    def image_keys(self) -> Tensor:
+        """(groups, kv_heads, n, d) keys of the image tokens; what stands at padding has no meaning."""
+        at = self.slots.clamp(min=0)[:, None, :, None]
+        return self.key[self.groups.row].gather(2, at.expand(-1, self.key.shape[1], -1, self.key.shape[3]))
+
+    def image_rows(self, states: Tensor) -> Tensor:
+        """Pick the image tokens of hidden states: (batch, rows, d) -> (groups, n, d)."""
+        at = (self.slots - self.past).clamp(min=0).unsqueeze(-1)
+        return states[self.groups.row].gather(1, at.expand(-1, -1, states.shape[-1]))
+
+    def text_rows(self, states: Tensor) -> Tensor:
+        """Pick the text tokens of hidden states: (batch, rows, d) -> (batch, t, d)."""
+        return states.gather(1, self.text.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
