@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import groups_of, layer_tokens, slow_map, slow_topk
 
-from foveate.engine.attention import attention_marginals, received_by_features, row_attention
+from foveate.engine.attention import attention_marginals, received_by_features
 from foveate.engine.compact import compact
 from foveate.engine.images import apportion
-from foveate.methods.base import EncoderTokens, ImageGroups, floor_budget, token_budget, topk_mask
+from foveate.methods.base import floor_budget, scaled_layers, token_budget, topk_mask
 from foveate.methods.baselines import Random, strided
 from foveate.methods.fastv import FastV, received_attention
 from foveate.methods.fopru import FoPru, significance, top_rows
 from foveate.methods.plphp import PLPHP, layer_classes, retention_rates
+from foveate.methods.tokens import EncoderTokens
 from foveate.methods.trimmed_llama import TrimmedLlama, union_of_heads
 
 few = settings(max_examples=60, deadline=None)
 # Coarse scores, so that ties are common.
 scores = st.lists(st.integers(0, 4).map(float), min_size=1, max_size=24)
 keeps = st.one_of(st.floats(0.01, 1.0), st.integers(1, 40))
-
-
-def slow_topk(values: list[float], k: int) -> list[bool]:
-    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    return [i in order[:k] for i in range(len(values))]
 
 
 @few
@@ -59,12 +57,6 @@ def test_budgets(keep, tokens, kept):
     assert token_budget(keep, tokens) == kept
 
 
-def groups_of(counts: list[int], pinned: list[int]) -> ImageGroups:
-    width = max(counts)
-    positions = torch.tensor([[i if i < n else -1 for i in range(width)] for n in counts])
-    return ImageGroups(positions, torch.arange(len(counts)), torch.tensor(counts), torch.tensor(pinned))
-
-
 @few
 @given(keeps, st.lists(st.tuples(st.integers(1, 60), st.integers(0, 6)), min_size=1, max_size=4))
 def test_the_engine_and_the_methods_agree_on_budgets(keep, images):
@@ -73,6 +65,15 @@ def test_the_engine_and_the_methods_agree_on_budgets(keep, images):
     for budget, (count, pinned) in zip(fast, images, strict=True):
         slow = min(max(token_budget(keep, count + pinned) - pinned, 1), count)
         assert abs(budget - slow) <= (isinstance(keep, float) and abs(keep * (count + pinned) % 1 - 1) < 1e-3)
+
+
+@few
+@given(st.lists(st.integers(1, 31), min_size=1, max_size=4, unique=True).map(sorted), st.integers(2, 60))
+def test_layers_of_a_paper_find_their_place_in_any_depth(layers, depth):
+    scaled = scaled_layers(tuple(layers), 32, depth)
+    assert list(scaled) == sorted(set(scaled)) and all(1 <= layer < depth for layer in scaled)
+    assert depth != 32 or list(scaled) == layers
+    assert scaled, "one always fits"
 
 
 @few
@@ -117,23 +118,34 @@ def test_compaction_refuses_heads_that_keep_different_numbers():
 # Attention scores --------------------------------------------------------------------------------------------
 
 
-def slow_map(query, key, scaling, mask=None):
-    """(heads, q, n) attention of one sample, head by head."""
-    rows = []
-    for head in range(query.shape[0]):
-        logits = query[head] @ key[head * key.shape[0] // query.shape[0]].T * scaling
-        rows.append((logits if mask is None else logits + mask).softmax(-1))
-    return torch.stack(rows)
-
-
-def test_row_attention_is_one_row_of_the_map():
+def test_attention_of_chosen_rows_is_that_of_the_whole_map():
+    """Causal, behind earlier keys, with invisible ones; every row, in any order, and padding gives zeros."""
     torch.manual_seed(0)
-    query, key = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 11, 8)
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 11, 8)
     visible = torch.rand(2, 11) > 0.3
-    fast = row_attention(query, key, 0.3, visible)
+    visible[:, 0] = True
+    tokens = layer_tokens(query, key, 0.3, visible)
+    rows = torch.tensor([[4, 0, 2], [1, -1, 3]])
+    fast = tokens.attention(rows)
     for b in range(2):
-        mask = torch.where(visible[b], 0.0, -torch.inf)
-        torch.testing.assert_close(fast[b], slow_map(query[b], key[b], 0.3, mask)[:, 0])
+        hidden = ~visible[b] | (torch.arange(11) > torch.arange(5)[:, None] + 6)
+        whole = slow_map(query[b], key[b], 0.3, torch.where(hidden, -torch.inf, 0.0))
+        for r, row in enumerate(rows[b].tolist()):
+            torch.testing.assert_close(fast[b, :, r], whole[:, row] if row >= 0 else torch.zeros(4, 11))
+    for chunk in (1, 1 << 24):
+        weights = torch.rand(2, 3)
+        total = (fast * weights[:, None, :, None]).sum(2)
+        torch.testing.assert_close(tokens.received(rows, weights, chunk), total)
+    torch.testing.assert_close(tokens.received(rows), fast.sum(2))
+    assert torch.equal(tokens.last_attention(), tokens.attention(tokens.last[:, None])[:, :, 0, :10])
+
+
+def test_the_last_rows_stop_at_padding():
+    query, key = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)
+    visible = torch.tensor([[True] * 4, [False, False, True, True]])
+    tokens = layer_tokens(query, key, 1.0, visible)
+    assert tokens.recent(3).tolist() == [[1, 2, 3], [-1, 2, 3]]
+    assert tokens.recent(9).tolist() == [[0, 1, 2, 3], [-1, -1, 2, 3]]
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -186,7 +198,7 @@ def test_fopru_rows_are_the_best_whole_rows(rows, columns, keep, seed):
 
 def test_fopru_ranks_by_significance():
     tokens = EncoderTokens(
-        (2, 2), 1, torch.device("cpu"), torch.tensor([[0.1, 0.4, 0.4, 0.2]]), torch.full((1, 4), 0.2)
+        (2, 2), 1, torch.device("cpu"), torch.tensor([[[0.1, 0.4, 0.4, 0.2]]]), torch.full((1, 1, 4), 0.2)
     )
     assert FoPru(keep=0.5).select(tokens, torch.tensor([2])).tolist() == [[False, True, True, False]]
 
@@ -215,7 +227,7 @@ def test_fastv_averages_heads_and_keeps_each_images_share():
     torch.manual_seed(3)
     groups = groups_of([6, 4], [0, 2])
     attention = torch.rand(2, 3, 6).masked_fill((groups.positions < 0).unsqueeze(1), -torch.inf)
-    chosen = FastV(keep=0.5).select(attention, groups)
+    chosen = FastV(keep=0.5).select(SimpleNamespace(groups=groups, last_attention=lambda: attention))
     for g, (count, budget) in enumerate([(6, 3), (4, 1)]):
         mean = [sum(attention[g, h, i].item() for h in range(3)) / 3 for i in range(count)]
         assert chosen[g].tolist() == slow_topk(mean, budget) + [False] * (6 - count)
@@ -261,7 +273,7 @@ def test_plphp_mean_retention_is_keep_whatever_the_attention_level():
     groups = groups_of([576], [0])
     for level in (1e-6, 0.01, 0.5):
         mass = torch.rand(30, 1, generator=torch.Generator().manual_seed(4)) * level
-        budgets = PLPHP(keep=0.4, delta=0.3).budgets(mass, groups)
+        budgets = PLPHP(keep=0.4, delta=0.3).budgets(mass.unsqueeze(1), groups)
         assert abs(budgets.float().mean() / 576 - 0.4) < 0.002
         assert len(budgets.unique()) == 3
 

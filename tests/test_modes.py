@@ -233,8 +233,8 @@ class EverySecondLayer(CacheMethod):
     def first_layer(self):
         return 0
 
-    def budgets(self, mass, groups):
-        return torch.stack([groups.count if i % 2 else groups.count // 2 for i in range(len(mass))])
+    def budgets(self, statistics, groups):
+        return torch.stack([groups.count if i % 2 else groups.count // 2 for i in range(len(statistics))])
 
     def select(self, attention, budget):
         ranks = attention.argsort(-1, descending=True).argsort(-1)

@@ -59,7 +59,7 @@ def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ..
     """
     scaled: list[int] = []
     for layer in layers:
-        scaled.append(max(round(layer * depth / of), scaled[-1] + 1 if scaled else 1))
+        scaled.append(max(min(round(layer * depth / of), depth - 1), scaled[-1] + 1 if scaled else 1))
     return tuple(layer for layer in scaled if layer < depth)
 
 
