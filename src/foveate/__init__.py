@@ -11,16 +11,24 @@ from .methods import method_names as methods
 
 if TYPE_CHECKING:
     from .engine import Pruned, PruneReport, UnsupportedError, prune
+    from .methods.aircache import AirCache
     from .methods.base import Method
     from .methods.baselines import Random, Uniform
+    from .methods.csp import CSP
+    from .methods.elastic_cache import ElasticCache
     from .methods.fastv import FastV
     from .methods.fopru import FoPru
     from .methods.plphp import PLPHP
     from .methods.trimmed_llama import TrimmedLlama
+    from .methods.visual_snapkv import VisualSnapKV
+    from .methods.zipvl import ZipVL
 
 __version__ = version("foveate")
 __all__ = [
+    "CSP",
     "PLPHP",
+    "AirCache",
+    "ElasticCache",
     "FastV",
     "FoPru",
     "Method",
@@ -30,6 +38,8 @@ __all__ = [
     "TrimmedLlama",
     "Uniform",
     "UnsupportedError",
+    "VisualSnapKV",
+    "ZipVL",
     "families",
     "get_family",
     "get_method",
@@ -46,6 +56,11 @@ _LAZY = {
     "FoPru": "methods.fopru",
     "PLPHP": "methods.plphp",
     "TrimmedLlama": "methods.trimmed_llama",
+    "AirCache": "methods.aircache",
+    "CSP": "methods.csp",
+    "ElasticCache": "methods.elastic_cache",
+    "VisualSnapKV": "methods.visual_snapkv",
+    "ZipVL": "methods.zipvl",
 }
 
 

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from .base import Method
 
-_BUILT_IN = ("fopru", "plphp", "trimmed_llama", "fastv", "baselines")
+_BUILT_IN = (
+    "fopru",
+    "plphp",
+    "trimmed_llama",
+    "fastv",
+    "baselines",
+    "visual_snapkv",
+    "csp",
+    "aircache",
+    "elastic_cache",
+    "zipvl",
+)
 _registry: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
 

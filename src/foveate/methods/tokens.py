@@ -24,6 +24,7 @@ class EncoderTokens:
     features: (tiles, n, hidden) the tokens as the LLM will see them.
     states: (tiles, n, width) the same tokens before the projector, and `project` from there to `features`;
         where the projector joins several patches into a token, `features` and the identity.
+    most: the largest budget among the tiles, for methods that take steps; None where only the device knows it.
     """
 
     grid: tuple[int, int]
@@ -36,6 +37,7 @@ class EncoderTokens:
     features: Tensor | None = None
     states: Tensor | None = None
     project: Callable[[Tensor], Tensor] = lambda states: states
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,20 @@ class LayerTokens:
                 attention = attention * weights[:, None, part, None]
             total += attention.sum(2)
         return total
+
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """bool (batch, keys): the keys of chosen rows. rows: (batch, r), -1 has none."""
+        keys = self.key.shape[2]
+        mask = torch.zeros(len(rows), keys + 1, dtype=torch.bool, device=rows.device)
+        return mask.scatter(1, torch.where(rows < 0, keys, rows + self.past), True)[:, :-1]
+
+    def image_mask(self) -> Tensor:
+        """bool (batch, keys): the keys of image tokens."""
+        keys = self.key.shape[2]
+        mask = torch.zeros(len(self.last), keys + 1, dtype=torch.bool, device=self.slots.device)
+        # Padding points one past the end.
+        mask[self.groups.row.unsqueeze(1), torch.where(self.slots < 0, keys, self.slots)] = True
+        return mask[:, :-1]
 
     def of_images(self, scores: Tensor) -> Tensor:
         """Pick the image tokens: (batch, *, keys) -> (groups, *, n), -inf at padding."""
