@@ -1,0 +1,180 @@
+"""Result folders: rows that outlive an interrupt, and the facts that let somebody repeat them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from foveate._mistake import Mistake
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The folder of one command: `rows.csv`, `rows.json` and `run.json`, rewritten after every finished row.
+
+    command: its name, such as "eval". settings: JSON-safe, all that decides what a row with given keys holds (model,
+    dtype, device, seeds, ...); a folder takes further rows only under the same settings and versions. keys: the columns
+    that name a row, such as ("method", "keep"). folder: None for an unfinished one of the same command line
+    under `results/`, or a new one there.
+
+        results = Results(out, "eval", settings, keys=("method", "keep"))  # reads and checks, writes nothing
+        with results:
+            for method, keep in todo:
+                if not results.find(method=method, keep=keep):
+                    results.add({"method": method, "keep": keep, "accuracy": measure(method, keep)})
+
+    Raises:
+        Mistake: when the folder holds something else.
+    """
+
+    def __init__(self, folder: str | Path | None, command: str, settings: Row, *, keys: Sequence[str]) -> None:
+        self.command, self.keys = command, tuple(keys)
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
+        self.versions = {name: version(name) for name in ("foveate", "torch", "transformers")}
+        self.versions["python"] = platform.python_version()
+        self._begun = time.perf_counter()
+        self._run: Row = {
+            "command": command_line(),
+            "commit": _commit(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        self.folder = Path(folder) if folder is not None else self._default()
+        self.rows, about = self._open()
+        self._runs: list[Row] = about.get("runs", [])
+        self._before = len(self.rows)
+
+    def find(self, **keys: Any) -> Row | None:
+        """The finished row with these key columns."""
+        wanted = tuple(keys[name] for name in self.keys)
+        return next((row for row in self.rows if tuple(row[name] for name in self.keys) == wanted), None)
+
+    def add(self, row: Row) -> None:
+        """Take in a finished row and write it to disk. Values: str, int, finite float, bool, None."""
+        if self.find(**{name: row[name] for name in self.keys}):
+            raise ValueError(f"the row {[row[name] for name in self.keys]} is there already")
+        self.rows.append(row)
+        self._write(finished=False)
+
+    def __enter__(self) -> Results:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Mistake(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        self._write(finished=False)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._write(finished=kind is None)
+
+    def _write(self, *, finished: bool) -> None:
+        run = {**self._run, "seconds": round(time.perf_counter() - self._begun, 1)}
+        run["rows"] = len(self.rows) - self._before
+        about = {
+            "command": self.command,
+            "settings": self.settings,
+            "keys": self.keys,
+            "versions": self.versions,
+            "finished": finished,
+            "runs": [*self._runs, run],
+        }
+        table = io.StringIO()
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write(self.folder / "run.json", json.dumps(about, indent=1) + "\n")
+        write(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
+        write(self.folder / "rows.csv", table.getvalue())
+
+    def _open(self) -> tuple[list[Row], Row]:
+        """The rows that are there already, and what `run.json` says about them."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return [], {}
+        rows, about = read(self.folder)
+        if about["command"] != self.command:
+            raise Mistake(f"{self.folder} holds results of foveate {about['command']}: give another --out")
+        for ours, theirs in ((self.settings, about["settings"]), (self.versions, about["versions"])):
+            for name in {**theirs, **ours}:
+                if theirs.get(name) != ours.get(name):
+                    raise Mistake(
+                        f"{self.folder} holds rows with {name} {theirs.get(name)}, not {ours.get(name)}: "
+                        "give another --out, or run what it was made with"
+                    )
+        return rows, about
+
+    def _default(self) -> Path:
+        home = Path("results")
+        for folder in sorted(home.glob(f"{self.command}-*"), reverse=True):
+            try:
+                _, about = read(folder)
+            except Mistake:
+                continue
+            same = (about["settings"], about["versions"]) == (self.settings, self.versions)
+            if same and not about["finished"] and about["runs"][-1]["command"] == self._run["command"]:
+                return folder
+        name = f"{self.command}-{datetime.now():%Y-%m-%d}"
+        names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+        return next(home / name for name in names if not (home / name).exists())
+
+
+def read(folder: str | Path) -> tuple[list[Row], Row]:
+    """The rows of a result folder, and its `run.json`.
+
+    Raises:
+        Mistake: when it is no result folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Mistake(f"{folder} is {'a file' if folder.exists() else 'not there'}: give a folder of results")
+    try:
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        file = folder / "rows.json"
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    except FileNotFoundError as error:
+        raise Mistake(f"{folder} is no folder of results: it has no run.json") from error
+    except (OSError, ValueError) as error:
+        raise Mistake(f"cannot read the results in {folder}: {error}") from error
+    return rows, about
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interrupt leaves the old or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise Mistake(f"cannot write {path}: {error.strerror}") from error
+
+
+def command_line() -> str:
+    """What was typed, for `run.json`."""
+    return shlex.join(["foveate", *sys.argv[1:]])
+
+
+def _commit() -> str | None:
+    """The commit foveate runs from, with "-dirty" after changes; None outside its own checkout."""
+    source = Path(__file__)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", source.parent, *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", source.name)  # not somebody's repository around site-packages
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

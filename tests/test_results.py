@@ -1,0 +1,79 @@
+"""Result folders: written row by row, resumed, and never mixed."""
+
+import csv
+import json
+
+import pytest
+
+from foveate._mistake import Mistake
+from foveate.evaluation.results import Results, read
+
+KEYS = ("method", "keep")
+
+
+def results(folder, settings=None, command="eval"):
+    return Results(folder, command, settings or {"model": "m", "seed": 0}, keys=KEYS)
+
+
+def test_rows_are_on_disk_once_added_and_an_interrupt_keeps_them(tmp_path):
+    with pytest.raises(KeyboardInterrupt), results(tmp_path / "out") as out:
+        out.add({"method": "a", "keep": 0.5, "accuracy": 0.1})
+        assert json.loads((tmp_path / "out/rows.json").read_text()) == out.rows
+        raise KeyboardInterrupt
+    rows, about = read(tmp_path / "out")
+    assert rows == [{"method": "a", "keep": 0.5, "accuracy": 0.1}]
+    assert about["finished"] is False and about["runs"][0]["rows"] == 1
+    assert {"foveate", "torch", "transformers", "python"} == about["versions"].keys()
+
+
+def test_the_same_settings_go_on(tmp_path):
+    with results(tmp_path) as out:
+        out.add({"method": "a", "keep": 0.5, "accuracy": 0.1})
+    again = results(tmp_path)
+    assert again.find(method="a", keep=0.5)["accuracy"] == 0.1 and not again.find(method="a", keep=1)
+    with again:
+        again.add({"method": "b", "keep": 16, "accuracy": None, "note": "new, with a comma"})
+        with pytest.raises(ValueError, match="already"):
+            again.add({"method": "b", "keep": 16})
+    rows, about = read(tmp_path)
+    assert [row["method"] for row in rows] == ["a", "b"] and about["finished"] is True
+    assert [run["rows"] for run in about["runs"]] == [1, 1]
+    with (tmp_path / "rows.csv").open() as file:
+        assert list(csv.DictReader(file))[1] == {
+            "method": "b",
+            "keep": "16",
+            "accuracy": "",
+            "note": "new, with a comma",
+        }
+
+
+def test_other_settings_commands_and_folders_are_refused_and_left_alone(tmp_path):
+    with results(tmp_path / "out") as out:
+        out.add({"method": "a", "keep": 0.5})
+    before = (tmp_path / "out/run.json").read_text()
+    with pytest.raises(Mistake, match="with seed 0, not 1: give another --out"):
+        results(tmp_path / "out", {"model": "m", "seed": 1})
+    with pytest.raises(Mistake, match="holds results of foveate eval"):
+        results(tmp_path / "out", command="bench")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").touch()
+    with pytest.raises(Mistake, match="no folder of results"):
+        results(tmp_path / "mine")
+    with pytest.raises(Mistake, match="is a file"):
+        results(tmp_path / "mine/letter.txt")
+    assert (tmp_path / "out/run.json").read_text() == before
+
+
+def test_nothing_is_written_before_the_work_begins(tmp_path):
+    results(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_out_an_unfinished_folder_goes_on_and_a_finished_one_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), results(None) as first:
+        raise KeyboardInterrupt
+    with results(None) as again:
+        again.add({"method": "a", "keep": 1})
+    third = results(None)
+    assert first.folder == again.folder and third.folder.name == f"{first.folder.name}-2" and not third.rows
