@@ -15,29 +15,37 @@ if TYPE_CHECKING:
     from .methods.base import Method
     from .methods.baselines import Random, Uniform
     from .methods.csp import CSP
+    from .methods.divprune import DivPrune
     from .methods.elastic_cache import ElasticCache
     from .methods.fastv import FastV
     from .methods.fopru import FoPru
     from .methods.plphp import PLPHP
+    from .methods.pooling import Pooling
     from .methods.trimmed_llama import TrimmedLlama
+    from .methods.visionzip import VisionZip
     from .methods.visual_snapkv import VisualSnapKV
+    from .methods.vtc_cls import VTCCLS
     from .methods.zipvl import ZipVL
 
 __version__ = version("foveate")
 __all__ = [
     "CSP",
     "PLPHP",
+    "VTCCLS",
     "AirCache",
+    "DivPrune",
     "ElasticCache",
     "FastV",
     "FoPru",
     "Method",
+    "Pooling",
     "PruneReport",
     "Pruned",
     "Random",
     "TrimmedLlama",
     "Uniform",
     "UnsupportedError",
+    "VisionZip",
     "VisualSnapKV",
     "ZipVL",
     "families",
@@ -56,6 +64,10 @@ _LAZY = {
     "FoPru": "methods.fopru",
     "PLPHP": "methods.plphp",
     "TrimmedLlama": "methods.trimmed_llama",
+    "DivPrune": "methods.divprune",
+    "Pooling": "methods.pooling",
+    "VTCCLS": "methods.vtc_cls",
+    "VisionZip": "methods.visionzip",
     "AirCache": "methods.aircache",
     "CSP": "methods.csp",
     "ElasticCache": "methods.elastic_cache",

@@ -57,8 +57,9 @@ def choose_encoder_tokens(
         if method.reads & {"features", "states"}:
             read["features"] = torch.stack([features[i][spot] for (i, *_), spot in zip(members, index, strict=True)])
             read.setdefault("states", read["features"])
-        tokens = EncoderTokens(grid, len(members), device, project=project, **read)
-        chosen = method.select(tokens, torch.tensor([budget for *_, budget in members], device=device))
+        budgets = [budget for *_, budget in members]
+        tokens = EncoderTokens(grid, len(members), device, project=project, most=max(budgets), **read)
+        chosen = method.select(tokens, torch.tensor(budgets, device=device))
         becomes = method.merge(tokens, chosen)
         for m, ((i, *_), spot) in enumerate(zip(members, index, strict=True)):
             keeps[i][spot] = chosen[m]

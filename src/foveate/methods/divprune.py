@@ -1,0 +1,89 @@
+"""DivPrune: keep the tokens that are least alike, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from . import register
+from .base import EncoderMethod
+from .tokens import EncoderTokens
+
+
+def farthest_first(features: Tensor, steps: int, limit: int = 1 << 27) -> Tensor:
+    """Tokens in the order in which max-min diversity picks them.
+
+    The first is the one farthest from its nearest neighbour, each further one that farthest from the nearest of
+    those picked, in cosine distance; the earlier token on a tie.
+
+    features: (tiles, n, hidden). steps: how many to pick, in [1, n]. limit: of the elements in a table of
+    similarities. Tiles are worked on together as far as their tables fit; of a tile whose own n x n do not fit,
+    every step works out the row that it needs. Returns int64 (tiles, steps).
+    """
+    tiles, n, _ = features.shape
+    if tiles > (together := max(1, limit // n**2)):
+        return torch.cat([farthest_first(part, steps, limit) for part in features.split(together)])
+    directions = normalize(features.float(), dim=-1)
+    rows = max(1, limit // (tiles * n))
+    nearest = directions.new_full((tiles, n), -torch.inf)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        similar = directions[:, part] @ directions.transpose(1, 2)
+        itself = similar.diagonal(start, 1, 2)
+        itself.fill_(-torch.inf)
+        # Two tokens that are each other's nearest tie; with both triangles of the table they do in spite of rounding.
+        nearest = torch.maximum(nearest, similar.amax(1))
+        nearest[:, part] = torch.maximum(nearest[:, part], similar.amax(2))
+        # What has been picked is infinitely close to the picked ones, and so is never picked again.
+        itself.fill_(torch.inf)
+    pick = nearest.argmin(-1)
+    closest = directions.new_full((tiles, n), -torch.inf)
+    tile, picks = torch.arange(tiles, device=pick.device), [pick]
+    for _ in range(steps - 1):
+        if rows >= n:
+            row = similar[tile, pick]
+        else:
+            row = (directions @ directions[tile, pick].unsqueeze(-1)).squeeze(-1)
+            row.scatter_(1, pick.unsqueeze(1), torch.inf)
+        closest = torch.maximum(closest, row)
+        pick = closest.argmin(-1)
+        picks.append(pick)
+    return torch.stack(picks, 1)
+
+
+def first_of(order: Tensor, budget: Tensor, n: int) -> Tensor:
+    """The first `budget` of each tile. order: (tiles, steps); budget: (tiles,). Returns bool (tiles, n)."""
+    chosen = torch.arange(order.shape[1], device=order.device) < budget.unsqueeze(-1)
+    return torch.zeros(len(order), n, dtype=torch.bool, device=order.device).scatter(1, order, chosen)
+
+
+@register("divprune")
+@dataclass
+class DivPrune(EncoderMethod):
+    """Keep the most diverse tokens: greedily, the one farthest in cosine distance from all that were kept.
+
+    The tokens are compared as the LLM will see them; neither attention nor the prompt takes part. The first is
+    the token farthest from its nearest neighbour. Tiled models: every tile is worked on separately and gets its
+    share of the image's budget.
+
+    keep: fraction of each image's tokens, or tokens per image; 0.25 is this library's default, that of the other
+        methods before the LLM.
+
+    Source: DivPrune, arXiv 2503.02175, and the authors' code. There all tokens of a prompt's image compete, tiles
+    included, the budget is rounded to the nearest number instead of down, and positions are closed up; survivors keep
+    their original positions here.
+    """
+
+    summary = "greedy max-min diversity of the tokens' features, before the LLM"
+    source = "DivPrune, arXiv 2503.02175"
+    reads = frozenset({"features"})
+
+    keep: float | int = 0.25
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        assert tokens.features is not None
+        n = tokens.features.shape[1]
+        return first_of(farthest_first(tokens.features, min(n, tokens.most or n)), budget, n)
