@@ -101,6 +101,12 @@ class Method(ABC):
         """Whether the options say, without looking at an image, that nothing is dropped."""
         return isinstance(self.keep, float) and self.keep == 1.0
 
+    @property
+    def only_drops(self) -> bool:
+        """Whether what stays keeps its values, and stays for good: then the untouched model gives the same logits with
+        the dropped tokens masked."""
+        return True
+
     def share(self, groups: ImageGroups) -> Tensor:
         """(groups,) fraction of each image's tokens that `keep` asks for."""
         if isinstance(self.keep, int):
@@ -150,6 +156,10 @@ class EncoderMethod(Method):
         """How many encoder layers are read, the penultimate one and those before it (fewer where there are fewer)."""
         return 1
 
+    @property
+    def only_drops(self) -> bool:
+        return type(self).merge is EncoderMethod.merge
+
     @abstractmethod
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         """Which tokens stay.
@@ -174,6 +184,10 @@ class LayerMethod(Method):
 
     place: ClassVar[Place] = "layer"
     uses_embeddings: ClassVar[bool] = False
+
+    @property
+    def only_drops(self) -> bool:
+        return type(self).merge is LayerMethod.merge
 
     @abstractmethod
     def stages(self, depth: int) -> tuple[int, ...]:
@@ -210,6 +224,10 @@ class CacheMethod(Method):
     def decode_distance(self) -> int | None:
         """Evict while decoding, too: after each step the entry this many slots before the end of the kept prompt."""
         return None
+
+    @property
+    def only_drops(self) -> bool:
+        return type(self).merge is CacheMethod.merge and self.decode_distance is None
 
     def first_layer(self) -> int:
         """Layers before this one keep everything."""
