@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version as installed_version
@@ -31,6 +30,7 @@ from ._asking import (
     resolve_device,
 )
 from ._mistake import Mistake
+from ._options import PLACES, typed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
     from .methods.base import Method
 
 GLIMPSE = "glimpse"
-PLACES = {
-    "encoder": "before the LLM",
-    "layer": "inside the LLM",
-    "cache": "in the KV cache",
-    "cross": "in cross-attention",
-}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 
 
@@ -269,7 +263,7 @@ def _check_output(show: Path | None, names: Sequence[str]) -> None:
 def _parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if keep is not None:
-        options["keep"] = _typed(keep)
+        options["keep"] = typed(keep)
         if not isinstance(options["keep"], (int, float)) or isinstance(options["keep"], bool):
             raise Mistake(f"--keep {keep} is no number: give a fraction (0.25) or tokens per image (64)")
     for pair in pairs:
@@ -279,26 +273,8 @@ def _parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
             raise Mistake(f"-o {pair}: write name=value, such as -o strategy=row")
         if name in options:
             raise Mistake(f"{name} is given twice: give it once, by --keep or -o")
-        options[name] = _typed(value.strip())
+        options[name] = typed(value.strip())
     return options
-
-
-def _typed(text: str) -> Any:
-    """The value that `text` writes: an int, a finite float, a bool, None, or the text itself."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if not math.isfinite(number):
-        raise Mistake(f"{text} is not a finite number: give one, such as 0.25")
-    return number
 
 
 def _build(names: Sequence[str], options: dict[str, Any]) -> list[tuple[Method, dict[str, Any]]]:

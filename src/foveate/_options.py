@@ -1,0 +1,144 @@
+"""Methods, their options and keeps as they are written on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from ._mistake import Mistake
+
+if TYPE_CHECKING:
+    from .methods.base import Method
+
+PLACES = {
+    "encoder": "before the LLM",
+    "layer": "inside the LLM",
+    "cache": "in the KV cache",
+    "cross": "in cross-attention",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A method at one `keep`. label: the method and its options as written, such as "fopru:strategy=row"."""
+
+    label: str
+    keep: float | int
+    method: Method
+
+
+def typed(text: str) -> Any:
+    """The value that `text` writes: an int, a finite float, a bool, None, or the text itself."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(number):
+        raise Mistake(f"{text} is not a finite number: give one, such as 0.25")
+    return number
+
+
+def parse_keeps(text: str) -> list[float | int]:
+    """`0.5,64`: fractions of each image's tokens, and tokens per image."""
+    from .methods.base import check_keep
+
+    keeps = [typed(part.strip()) for part in text.split(",")]
+    for keep in keeps:
+        try:
+            check_keep(keep)
+        except ValueError as error:
+            raise Mistake(f"--keep {text}: {error}") from error
+    return list(dict.fromkeys(keeps))
+
+
+def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """`fopru,plphp:delta=0.2,start_layer=2` as names with options; the word `all` stands for itself."""
+    parsed: list[tuple[str, dict[str, Any]]] = []
+    for part in text.split(","):
+        name, colon, pair = part.strip().partition(":")
+        if not colon and "=" in name:  # one more option of the method before it
+            name, pair = "", name
+        option, equals, value = pair.partition("=")
+        if (pair and not (option and equals and value)) or (colon and not pair) or not (name or parsed):
+            raise Mistake(f"--methods {text}: write names, and options behind a colon: fopru,plphp:delta=0.2,alpha=1")
+        if name:
+            parsed.append((name, {}))
+        if pair:
+            parsed[-1][1][option.strip().replace("-", "_")] = typed(value.strip())
+    return parsed
+
+
+def label(name: str, options: dict[str, Any]) -> str:
+    """A method and its options as one word: what `parse_methods` reads."""
+    return name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items())
+
+
+def variants(
+    methods: str,
+    keeps: Sequence[float | int],
+    places: Collection[str],
+    model_type: str,
+    *,
+    always: Sequence[str] = (),
+    seed: int | None = None,
+) -> tuple[list[Variant], list[str]]:
+    """Every method at every keep, and a line for each method that had to be left out.
+
+    methods: what `--methods` says; `all` means every method that fits, once for each value of an option that is a
+    choice of words. places: where the model's family lets methods act. always: methods that are put first where they
+    fit. seed: for methods that draw and were given none.
+
+    Raises:
+        Mistake: for a named method that is unknown, does not fit, or does not take an option or keep.
+    """
+    import foveate
+
+    wanted: dict[str, tuple[str, dict[str, Any], bool]] = {}
+    for name in always:
+        wanted[name] = (name, {}, False)
+    for name, options in parse_methods(methods):
+        if name == "all" and not options:
+            for each in foveate.methods():
+                for choice in _choices(each):
+                    wanted.setdefault(label(each, choice), (each, choice, False))
+        else:
+            wanted[label(name, options)] = (name, options, True)
+    chosen, left_out = [], []
+    for text, (name, options, named) in wanted.items():
+        try:
+            cls = foveate.method_class(name)
+            if "keep" in options:
+                raise ValueError("what it keeps is said by --keep, for all methods alike")
+            if cls.place not in places:
+                raise ValueError(f"it drops tokens {PLACES[cls.place]}, which {model_type} models lack")
+            drawn = {"seed": seed} if seed is not None and "seed" in cls.__dataclass_fields__ else {}
+            chosen += [Variant(text, k, foveate.get_method(name, **{"keep": k, **drawn, **options})) for k in keeps]
+        except (ValueError, TypeError) as error:
+            line = f"{text}: {' '.join(str(error).split())}"
+            if named:
+                raise Mistake(line) from error
+            left_out.append(line)
+    return chosen, left_out
+
+
+def _choices(name: str) -> Iterator[dict[str, Any]]:
+    """The method as it is, and with each other value of an option that is a choice of words (`fopru:strategy=row`)."""
+    import foveate
+
+    cls = foveate.method_class(name)
+    hints = get_type_hints(cls)
+    yield {}
+    for option in dataclasses.fields(cls):
+        if get_origin(hints[option.name]) is Literal:
+            for value in get_args(hints[option.name]):
+                if isinstance(value, str) and value != option.default:
+                    yield {option.name: value}
