@@ -18,11 +18,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fastv": ("fastv", dict(keep=0.5, layer=2)),
     "random": ("random", dict(keep=0.25)),
     "uniform": ("uniform", dict(keep=0.25)),
+    "vtc_cls": ("vtc_cls", dict(keep=0.25)),
+    "divprune": ("divprune", dict(keep=0.25)),
     "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
 }
 # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
 METHODS["plphp_fixed"] = ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3))
-BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform")
+BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform", "vtc_cls", "divprune")
 FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name != "trimmed_llama"]
 FITS.append(("mllama", "trimmed_llama"))
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
