@@ -387,7 +387,7 @@ class Forward:
                 self._evict(index, scores, tokens, self._cached.budgets(statistics, tokens.groups)[i])
         if self.past:
             self.evict_masked()
-            if self.queries == 1 and not self.verifies:
+            if self.queries == 1:
                 self._evict_fixed()
 
     def _evict_fixed(self) -> None:
