@@ -37,6 +37,8 @@ def add_routes(routes: dict[nn.Module, Handler]) -> None:
     "eager" (which is no entry) keep their meaning, and modules without a route get their kernel unchanged.
     """
     global _original
+    if not routes:
+        return
     with _lock:
         if any(module in _routes for module in routes):
             raise UnsupportedError("another pruned model shares attention modules with this one; remove() that first")

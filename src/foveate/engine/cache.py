@@ -40,6 +40,7 @@ class PrunedLayer(DynamicLayer):
         self.index: Tensor | None = None
         self.ragged = False
         self.fixed_point: int | None = None  # the slot that every decoding step evicts
+        self._filled: tuple[Tensor, Tensor] | None = None
         self.pruned_cache: set[str] = set()  # shared by the layers of a cache; filled once any of them lost entries
 
     @classmethod
@@ -96,8 +97,12 @@ class PrunedLayer(DynamicLayer):
         """bool (batch, slots), False at fillers; None when there are none."""
         if self.index is None or not self.ragged:
             return None
-        tail = self.physical - self.index.shape[-1]
-        return torch.nn.functional.pad(self.index[:, 0] >= 0, (0, tail), value=True)
+        held = self.physical
+        # Kept with room to grow: decoding must not build it anew in every layer of every step.
+        if self._filled is None or self._filled[0] is not self.index or self._filled[1].shape[1] < held:
+            room = held - self.index.shape[-1] + 256
+            self._filled = (self.index, torch.nn.functional.pad(self.index[:, 0] >= 0, (0, room), value=True))
+        return self._filled[1][:, :held]
 
     def keep(self, mask: Tensor, visible: Tensor | None = None) -> Compaction | None:
         """Evict every slot where `mask` (bool, (batch, 1 | kv_heads, slots)) is False; their memory is freed.

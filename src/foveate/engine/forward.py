@@ -52,12 +52,18 @@ class Forward:
         self.evicted: set[int] = set()
         self.entered: dict[int, Tensor | None] = {}
         self.cross = CrossState(session.cross_method, session.features_per_image)
+        self.hooks: list[Any] = []
         self.pixels: dict[str, Any] | None = None
         self.outer: Forward | None = None
         self.prompt: Tensor | None = None
         self.verifies = False
         if self.past and self.mask is not None:
             self.evict_masked()
+
+    def unhook(self) -> None:
+        """Take the hooks off the layers."""
+        for hook in self.hooks:
+            hook.remove()
 
     # -- questions of the cache layers ------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ class Pruned:
         self.layer_method = next((m for m in acting if isinstance(m, LayerMethod)), None)
         self.cache_method = next((m for m in acting if isinstance(m, CacheMethod)), None)
         self.cross_method = next((m for m in acting if isinstance(m, CrossMethod)), None)
+        self.acts_in_decoder = bool(acting)
         self.needs_cache = any(m.place != "encoder" for m in methods)
         self.kinds: list[Any] = [
             "cross" if hasattr(layer, family.cross_attention) else "self" for layer in self.decoder.layers
@@ -115,14 +116,10 @@ class Pruned:
         hooks.append(self.model.register_forward_pre_hook(self._announce, with_kwargs=True))
         self._wrap(self.model, "prepare_inputs_for_generation", self._prepare)
         routes: dict[Any, Any] = {}
-        for index, layer in enumerate(self.decoder.layers):
-            hooks.append(
-                layer.register_forward_pre_hook(functools.partial(self._before_layer, index), with_kwargs=True)
-            )
-            kind = self.kinds[index]
-            attention = getattr(layer, getattr(self.family, f"{kind}_attention"))
-            routes[attention] = functools.partial(self._attend, kind, index)
-        hooks.append(self.decoder.norm.register_forward_hook(self._after_layers))
+        if self.acts_in_decoder:
+            for index, (kind, layer) in enumerate(zip(self.kinds, self.decoder.layers, strict=True)):
+                attention = getattr(layer, getattr(self.family, f"{kind}_attention"))
+                routes[attention] = functools.partial(self._attend, kind, index)
         if "encoder" in self.family.places:
             vision = Vision(self.family, self.base, self.encoder_method)
             self._wrap(self.base, "get_image_features", vision.encode)
@@ -130,6 +127,15 @@ class Pruned:
             routes.update(vision.routes())
         add_routes(routes)
         self._routed = list(routes)
+
+    def _watch_layers(self, forward: Forward) -> None:
+        """Drop rows in front of the layers, in this forward only: decoding steps do without these hooks."""
+        before = functools.partial(self._before_layer, forward)
+        forward.hooks = [
+            layer.register_forward_pre_hook(functools.partial(before, index), with_kwargs=True)
+            for index, layer in enumerate(self.decoder.layers)
+        ]
+        forward.hooks.append(self.decoder.norm.register_forward_hook(functools.partial(self._after_layers, forward)))
 
     def _wrap(self, module: Any, name: str, wrapper: Any) -> None:
         original = getattr(module, name)
@@ -147,6 +153,7 @@ class Pruned:
         remove_routes(self._routed)
         # An interrupt inside a forward skips its last hook.
         while active.forward is not None and active.forward.session is self:
+            active.forward.unhook()
             active.forward = active.forward.outer
         self._thread.entered.clear()
         for handle in self._handles:
@@ -266,6 +273,8 @@ class Pruned:
         forward = Forward(self, cache, ids, kwargs.get("attention_mask"))
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
+        if brings_images:
+            self._watch_layers(forward)
         forward.pixels = kwargs if brings_images and self.features_per_image else None
         forward.prompt, forward.verifies = prompt, prompt is not None or verifies
         return kwargs, forward
@@ -275,6 +284,7 @@ class Pruned:
         if forward is None:
             return None
         active.forward = forward.outer
+        forward.unhook()
         if output is None:  # an exception is on its way
             return None
         forward.finish()
@@ -288,9 +298,8 @@ class Pruned:
         forward = active.forward
         return forward if forward is not None and forward.session is self else None
 
-    def _before_layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward = self._forward()
-        if forward is None:
+    def _before_layer(self, forward: Forward, index: int, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if active.forward is not forward:  # another thread's
             return None
         if index == 0:
             forward.begin()
@@ -299,9 +308,8 @@ class Pruned:
         hidden, kwargs = forward.enter(index, args[0], kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def _after_layers(self, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
-        forward = self._forward()
-        return None if forward is None else forward.leave(hidden)
+    def _after_layers(self, forward: Forward, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
+        return forward.leave(hidden) if active.forward is forward else None
 
     def _attend(self, kind: str, index: int, kernel: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
         forward = self._forward()
