@@ -35,9 +35,14 @@ from ._options import PLACES, typed
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ._subject import Subject
     from .methods.base import Method
 
 GLIMPSE = "glimpse"
+TOGETHER = "See: foveate methods. May be repeated; a+b applies two of them together."
+KEEP = "Fraction of each image's tokens (0.25), or tokens per image (64)."
+OPTION = "Any other option of the method."
+ATTENTION = "Attention: sdpa, eager, flash_attention_2."
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 
 
@@ -173,6 +178,34 @@ def ask(
 
 
 @app.command()
+def check(
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False)],
+    model: Annotated[str, typer.Option(help="glimpse (built in), a hub id, or a model folder.")] = GLIMPSE,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help=TOGETHER)] = None,
+    keep: Annotated[str | None, typer.Option(help=KEEP)] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help=OPTION)] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens to generate and compare.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="results/check-DATE")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, auto; half precision proves less.")] = "float32",
+    attn: Annotated[str | None, typer.Option(help=ATTENTION, show_default="the model's own")] = None,
+) -> None:
+    """Prove on a model of your own that pruning drops tokens and does nothing else.
+
+    The pruned model answers; then the untouched one repeats the answer with the dropped tokens masked. Their logits
+    must be equal, and the KV cache as small as reported. The exit status is 0 when they are, 1 when not.
+
+    foveate check photo.jpg "What is in the picture?" --model llava-hf/llava-1.5-7b-hf --method plphp
+    """
+    subject = _subject("check", words, model, method, keep, option, device, dtype, attn)
+
+    from .evaluation.check import check
+
+    if not check(subject, steps=steps, out=out):
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the pruning methods, where they act and where they come from."""
     import foveate
@@ -232,16 +265,18 @@ def _default(option: dataclasses.Field[Any]) -> Any:
     return None if option.default is dataclasses.MISSING else option.default
 
 
-def _split(words: Sequence[str]) -> tuple[Sequence[str], str]:
+def _split(words: Sequence[str], command: str = "ask") -> tuple[Sequence[str], str]:
     """Images and question; the question comes last."""
     *images, question = words
     looks_like_file = Path(question).suffix.lower() in PICTURES and len(question.split()) == 1
     with contextlib.suppress(OSError):  # too long for a file name: a question
         looks_like_file = looks_like_file or Path(question).exists()
     if looks_like_file and question.strip():
-        raise Mistake(f'no question: the last argument is {question}; write: foveate ask {question} "What is this?"')
+        raise Mistake(
+            f'no question: the last argument is {question}; write: foveate {command} {question} "What is this?"'
+        )
     if not images:
-        raise Mistake(f'no image: write the picture before the question: foveate ask photo.jpg "{question}"')
+        raise Mistake(f'no image: write the picture before the question: foveate {command} photo.jpg "{question}"')
     if not question.strip():
         raise Mistake('the question is empty: write one after the image, such as "What is in the picture?"')
     return images, question
@@ -313,6 +348,53 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
             others = ", ".join(fitting)
             raise Mistake(f"{name} drops tokens {place}, which {config.model_type} models lack: use {others}")
     return names
+
+
+def _subject(
+    command: str,
+    words: Sequence[str],
+    model: str,
+    method: Sequence[str] | None,
+    keep: str | None,
+    option: Sequence[str] | None,
+    device: str,
+    dtype: str,
+    attn: str | None,
+    max_new_tokens: int = 64,
+) -> Subject:
+    """Read the arguments of a command that looks at a model closely, and load what they name."""
+    names, question = _split(words, command)
+    options = _parse_options(keep, option or [])
+    if dtype not in ("auto", *DTYPES):
+        raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
+
+    from ._pictures import open_picture
+    from ._subject import Subject, Variant
+
+    pictures = [open_picture(name) for name in names]
+    together = [[name.strip() for name in part.split("+")] for part in method or []]
+    with _status("loading", quiet=False):
+        hush()
+        if method:
+            _build([name for part in together for name in part], options)  # a wrong name should not wait for the model
+        source, dtype = _built_in(dtype) if model == GLIMPSE else (model, dtype)
+        device = resolve_device(device)
+        config = read_config(source)
+        fitting = _fitting(config, [name for part in together for name in part])
+        together = together or [list(fitting)]
+        built = {m.name: (m, own) for m, own in _build([name for part in together for name in part], options)}
+        variants = [Variant(*zip(*(built[name] for name in part), strict=True)) for part in together]
+        loaded, processor = load(source, config, device=device, dtype=dtype, attn=attn)
+        asker = Asker(loaded, processor, pictures, question, max_new_tokens)
+    settings = {
+        "model": model,
+        "images": list(names),
+        "question": question,
+        "device": device,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "attention": loaded.config._attn_implementation,
+    }
+    return Subject(loaded, processor, asker, pictures, variants, settings)
 
 
 def _built_in(dtype: str) -> tuple[str, str]:

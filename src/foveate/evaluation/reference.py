@@ -1,0 +1,293 @@
+"""The dense reference: the untouched model, from which the keys are hidden that a pruned run says it dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from foveate.engine.errors import UnsupportedError
+from foveate.engine.session import prune
+from foveate.families import get_family
+
+if TYPE_CHECKING:
+    from foveate.engine.report import LayerReport, PruneReport
+    from foveate.families.base import Family
+    from foveate.methods.base import Method
+
+# Units in the last place of the largest logit that rounding may add up to: about ten (float32) and two (half precision)
+# times the most that was seen on random models of 4 to 64 layers. Half precision leaves no room for more: there, a run
+# without pruning differs by 43 units and up.
+ROUNDING = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 24, torch.float16: 24}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, greedy.
+
+    token: what the pruned model chose, and what the reference is fed. reference: what the reference would have chosen.
+    difference: the largest between the two models' logits. unhidden: the same with a reference that hides nothing,
+    which is what pruning changes.
+    """
+
+    token: int
+    reference: int
+    difference: float
+    unhidden: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A pruned run beside the dense reference.
+
+    scale: the largest absolute logit. faults: what the KV cache does not hold as the report says, one line each.
+    """
+
+    steps: tuple[Step, ...]
+    dtype: torch.dtype
+    scale: float
+    report: PruneReport = field(repr=False)
+    faults: tuple[str, ...]
+
+    @property
+    def tolerance(self) -> float:
+        """How far rounding alone may move a logit: units in the last place of the largest one, by dtype."""
+        return ROUNDING[self.dtype] * torch.finfo(self.dtype).eps * self.scale
+
+    @property
+    def difference(self) -> float:
+        """The largest of all steps; NaN if any is."""
+        return _largest(step.difference for step in self.steps)
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether the reference would have chosen every token alike."""
+        return all(step.token == step.reference for step in self.steps)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the logits agree up to rounding and the memory is what the report says."""
+        return self.difference <= self.tolerance and not self.faults
+
+    @property
+    def blind(self) -> bool:
+        """Whether even a reference that hides nothing passes, so that the logits prove nothing."""
+        return _largest(step.unhidden for step in self.steps) <= self.tolerance
+
+
+def _largest(numbers: Iterator[float]) -> float:
+    return max(numbers, key=lambda number: (math.isnan(number), number))
+
+
+def cannot_prove(methods: Sequence[Method]) -> str | None:
+    """Why hiding keys cannot imitate these methods, or None."""
+    # Rows that fall silent in sparse attention are no keys, but the reference silences them, too.
+    provable = [m.keeps_all or m.only_drops or getattr(m, "sparse_attention", False) for m in methods]
+    names = [method.name for method, fine in zip(methods, provable, strict=True) if not fine]
+    if not names:
+        return None
+    return (
+        f"{' and '.join(names)} does more than drop tokens once (it changes those that stay, or what is said), so "
+        "masking them in the untouched model cannot give the same logits: check a method that only drops"
+    )
+
+
+@torch.inference_mode()
+def prove(model: Any, inputs: dict[str, Any], methods: Sequence[Method], *, steps: int = 16) -> Proof:
+    """Generate `steps` tokens with the pruned model, and replay them on the untouched one, dropped keys hidden.
+
+    model: not pruned at the moment; it is left as it was. inputs: what `generate` takes, on the model's device.
+    methods: applied together. The model goes on behind the end of its answer, so that all steps are compared.
+
+    Raises:
+        UnsupportedError: what `foveate.prune` refuses, and methods that do more than drop tokens.
+        ValueError: what `foveate.prune` raises.
+    """
+    if reason := cannot_prove(methods):
+        raise UnsupportedError(reason)
+    with prune(model, methods, record=True) as pruned, _note_storage(pruned.base) as held:
+        sequences, logits, _ = _generate(model, inputs, steps)
+    report = pruned.report
+    assert report is not None
+    with _eager(pruned.decoder):
+        with hidden(model, report):
+            _, dense, chosen = _generate(model, inputs, steps, replay=sequences)
+        _, untouched, _ = _generate(model, inputs, steps, replay=sequences)
+    by_step = (0, 2)
+    table = zip(
+        sequences[0, -steps:].tolist(),
+        chosen[0].tolist(),
+        (dense - logits).abs().amax(by_step).tolist(),
+        (untouched - logits).abs().amax(by_step).tolist(),
+        strict=True,
+    )
+    return Proof(
+        steps=tuple(Step(*row) for row in table),
+        dtype=model.dtype,
+        scale=float(dense.abs().max()),
+        report=report,
+        faults=tuple(_faults(report, held)),
+    )
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hidden(model: Any, report: PruneReport) -> Iterator[None]:
+    """Let the untouched model, whose decoder must be eager, attend to no entry that the report calls dropped.
+
+    In its prefill a layer sees `seen`, and rows that it never saw stay silent in it; afterwards it sees `kept` and what
+    is generated. Nothing else of the pruned run takes part.
+    """
+    family = _family(model)
+    decoder = family.decoder(family.base(model))
+    reading = True  # the prompt
+
+    def hide(layer: LayerReport, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        shown = layer.seen if reading else layer.kept
+        assert shown is not None
+        queries, mask = kwargs["hidden_states"], kwargs["attention_mask"]
+        if mask is None:  # mllama without a cross_attention_mask
+            mask = queries.new_zeros(len(queries), 1, queries.shape[1], shown.shape[2])
+        gone = ~shown.to(mask.device)
+        if gone.shape[1] > 1:  # one set a KV head: for all query heads that share it
+            gone = gone.repeat_interleave(decoder.config.num_attention_heads // gone.shape[1], dim=1)
+        gone = nn.functional.pad(gone, (0, mask.shape[-1] - gone.shape[-1]))
+        # Padding rows see nothing and must stay finite. A text row without an image sees all features of mllama
+        # equally, and of those only the kept ones exist.
+        lowest = -torch.inf if layer.kind == "cross" else torch.finfo(mask.dtype).min
+        return args, {**kwargs, "attention_mask": mask.masked_fill(gone.unsqueeze(2), lowest)}
+
+    def silence(layer: LayerReport, module: nn.Module, args: tuple[Tensor]) -> Any:
+        assert layer.seen is not None
+        return (args[0] * layer.seen[:, 0, :, None].to(args[0]),) if reading else None
+
+    def end_prompt(*_: Any) -> None:
+        nonlocal reading
+        reading = False
+
+    handles = [decoder.register_forward_hook(end_prompt)]
+    for layer, block in zip(report.layers, decoder.layers, strict=True):
+        module = getattr(block, getattr(family, f"{layer.kind}_attention"))
+        handles.append(module.register_forward_pre_hook(_bind(hide, layer), with_kwargs=True))
+        if layer.kind == "self":
+            handles.append(module.o_proj.register_forward_pre_hook(_bind(silence, layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bind(hook: Any, layer: LayerReport) -> Any:
+    return lambda *args: hook(layer, *args)
+
+
+@contextmanager
+def _eager(decoder: Any) -> Iterator[None]:
+    """The only implementation that takes a mask for every head."""
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+class _Replay(LogitsProcessor):
+    """Makes `generate` repeat given tokens, and notes what it would have chosen."""
+
+    def __init__(self, sequences: Tensor) -> None:
+        self.sequences = sequences
+        self.chosen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.chosen.append(scores.argmax(-1))
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter(1, self.sequences[:, input_ids.shape[1], None], 0.0)
+
+
+def _generate(
+    model: Any, inputs: dict[str, Any], steps: int, replay: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences, raw logits as float32 (batch, steps, vocabulary), and the greedy choices (batch, steps)."""
+    processor = None if replay is None else _Replay(replay)
+    out = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=steps,
+        max_new_tokens=steps,
+        logits_processor=[processor] if processor else None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    chosen = torch.stack(processor.chosen, 1) if processor else out.sequences[:, -steps:]
+    return out.sequences, torch.stack(out.logits, 1).float(), chosen
+
+
+def _family(model: Any) -> Family:
+    family = get_family(model.config.model_type)
+    assert family is not None, "what was pruned has a family"
+    return family
+
+
+# -- the memory -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a cache layer holds behind the prefill: slots, bytes of a slot, of the tensors, and of their storage."""
+
+    slots: int
+    slot_bytes: int
+    bytes: int
+    storage: int
+
+    @staticmethod
+    def of(layer: Any) -> _Held:
+        tensors = [layer.keys, layer.values]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        slots = layer.keys.shape[-2]
+        return _Held(slots, size // max(slots, 1), size, sum(storages.values()))
+
+
+@contextmanager
+def _note_storage(base: nn.Module) -> Iterator[list[_Held]]:
+    """Measure the cache behind the first forward, when the hooks of the pruning, which came first, have run."""
+    held: list[_Held] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if not held and output.past_key_values is not None:
+            held.extend(_Held.of(layer) for layer in output.past_key_values.layers)
+
+    handle = base.register_forward_hook(note)
+    try:
+        yield held
+    finally:
+        handle.remove()
+
+
+def _faults(report: PruneReport, held: Sequence[_Held]) -> Iterator[str]:
+    """What the report says of the memory and the cache belies."""
+    for layer, real in zip(report.layers, held, strict=True):
+        assert layer.kept is not None
+        kept = int(layer.kept.sum(-1).max())
+        if layer.kept_length != real.slots:
+            yield f"layer {layer.index} reports {layer.kept_length} entries, but its cache has {real.slots}"
+        elif kept < layer.length and (real.slots, real.storage) != (kept, kept * real.slot_bytes):
+            yield (
+                f"layer {layer.index} says that it keeps {kept} of {layer.length} entries, but its cache has "
+                f"{real.slots} in {real.storage} bytes instead of {kept * real.slot_bytes}: not freed"
+            )
+    total = sum(real.bytes for real in held)
+    if report.kv_bytes != total:
+        yield f"the report says that the KV cache has {report.kv_bytes} bytes, but it has {total}"
