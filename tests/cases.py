@@ -24,6 +24,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
 METHODS["plphp_fixed"] = ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3))
+METHODS["pyramiddrop"] = ("pyramiddrop", dict(keep=0.25))
+METHODS["sparsevlm"] = ("sparsevlm", dict(keep=0.25))
+METHODS["dart"] = ("dart", dict(keep=0.5, layer=2))
+METHODS["topv"] = ("topv", dict(keep=0.5, layer=2))
 BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform", "vtc_cls", "divprune")
 FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name != "trimmed_llama"]
 FITS.append(("mllama", "trimmed_llama"))

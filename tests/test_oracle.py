@@ -11,6 +11,8 @@ import torch
 from cases import BEFORE_LLM, FITS, METHODS, PLACES, TOLERANCE, image_tokens, prune, pruned_run
 from oracle import Hide, hidden
 
+import foveate
+
 BACKENDS = ["eager", "sdpa"]
 FAR = 1e-2  # what a wrong mask costs at least; a hundred times the tolerance
 
@@ -178,18 +180,23 @@ def test_each_image_keeps_its_share(family, name, batch):
     _, report = pruned_run(tiny.build(family), name, batch, max_new_tokens=2)
     tokens = torch.tensor([n for row in tiny.image_counts(family, spec["images"]) for n in row])
     share = METHODS[name][1]["keep"] * tokens
-    first = METHODS[name][1].get("layer", 0)
-    for i, kept in enumerate(kept_per_image(report, batch, spec, family)):
-        if i < first:
+    method = foveate.get_method(METHODS[name][0], **METHODS[name][1])
+    stages = method.stages(len(report.layers)) if method.place == "layer" else (0,)
+    layers = kept_per_image(report, batch, spec, family)
+    for i, kept in enumerate(layers):
+        if i < stages[0]:
             assert (kept == tokens).all()
+        elif i < stages[-1]:
+            assert (kept > share).all() and (kept < tokens).all()
         elif family == "llava_next":  # newline tokens and whole tiles make the share approximate
             assert (kept >= 0.7 * share).all() and (kept <= share + 0.25 * tokens).all()
         else:
             assert (kept == share).all()
-    assert [kept for row in report.images for _, kept in row] == kept[0].tolist()
+    mean = torch.stack([kept[0] for kept in layers[stages[0] :]]).float().mean(0).round()
+    assert [kept for row in report.images for _, kept in row] == mean.tolist()
 
 
-@pytest.mark.parametrize("name", (*BEFORE_LLM, "fastv", "plphp"))
+@pytest.mark.parametrize("name", (*BEFORE_LLM, "fastv", "plphp", "pyramiddrop", "sparsevlm", "dart", "topv"))
 def test_keep_as_a_number_is_tokens_per_image(name):
     spec = tiny.BATCHES["ragged"]
     batch, model = tiny.inputs("llava", **spec), tiny.build("llava")

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from .methods.base import Method
     from .methods.baselines import Random, Uniform
     from .methods.csp import CSP
+    from .methods.dart import DART
     from .methods.divprune import DivPrune
     from .methods.elastic_cache import ElasticCache
     from .methods.fastv import FastV
     from .methods.fopru import FoPru
     from .methods.plphp import PLPHP
     from .methods.pooling import Pooling
+    from .methods.pyramiddrop import PyramidDrop
+    from .methods.sparsevlm import SparseVLM
+    from .methods.topv import TopV
     from .methods.trimmed_llama import TrimmedLlama
     from .methods.visionzip import VisionZip
     from .methods.visual_snapkv import VisualSnapKV
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = version("foveate")
 __all__ = [
     "CSP",
+    "DART",
     "PLPHP",
     "VTCCLS",
     "AirCache",
@@ -41,7 +46,10 @@ __all__ = [
     "Pooling",
     "PruneReport",
     "Pruned",
+    "PyramidDrop",
     "Random",
+    "SparseVLM",
+    "TopV",
     "TrimmedLlama",
     "Uniform",
     "UnsupportedError",
@@ -73,6 +81,10 @@ _LAZY = {
     "ElasticCache": "methods.elastic_cache",
     "VisualSnapKV": "methods.visual_snapkv",
     "ZipVL": "methods.zipvl",
+    "PyramidDrop": "methods.pyramiddrop",
+    "SparseVLM": "methods.sparsevlm",
+    "DART": "methods.dart",
+    "TopV": "methods.topv",
 }
 
 

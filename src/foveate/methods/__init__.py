@@ -25,6 +25,10 @@ _BUILT_IN = (
     "aircache",
     "elastic_cache",
     "zipvl",
+    "pyramiddrop",
+    "sparsevlm",
+    "dart",
+    "topv",
 )
 _registry: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
