@@ -1,0 +1,78 @@
+"""lmms-eval finds foveate through its entry point and evaluates a pruned glimpse on a task of its own, offline.
+
+    pytest -m slow tests/test_lmms_eval.py
+
+Installs lmms-eval into an environment of its own, on top of this one: its list of dependencies includes a torchvision
+that fits no CPU build of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from foveate import glimpse
+
+TASK = Path(__file__).parent / "lmms_eval_task"
+COUNT = 18
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lmms_eval")
+    venv.create(folder, with_pip=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, "-r", TASK / "requirements.txt"], check=True)
+    subprocess.run([*pip, "--no-deps", "lmms-eval==0.7.3"], check=True)
+    return folder / "bin" / "python"
+
+
+def evaluate(python: Path, folder: Path, model_args: str) -> subprocess.CompletedProcess[str]:
+    # lmms-eval reads the data's path as it stands, so it must be found from the folder it runs in.
+    rows = [{"index": i, "question": q.question, "answer": q.answer} for i, q in enumerate(glimpse.heldout(COUNT))]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [python, "-m", "lmms_eval", "--model", "foveate", "--model_args", model_args, "--tasks", "glimpse_tiny"]
+    command += ["--include_path", TASK, "--batch_size", "6", "--output_path", folder / "out"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "home")}
+    return subprocess.run(
+        [str(part) for part in command], cwd=folder, env=os.environ | offline, capture_output=True, text=True
+    )
+
+
+def accuracy(folder: Path) -> float:
+    (result,) = (folder / "out").rglob("*results.json")
+    return json.loads(result.read_text())["results"]["glimpse_tiny"]["exact_match,none"]
+
+
+@pytest.mark.parametrize(
+    ("method", "low", "high"),
+    [("", 0.9, 1.0), (",method=plphp,keep=0.5", 0.6, 1.0), (",method=uniform,keep=3", 0.0, 0.5)],
+)
+def test_a_pruned_model_answers_a_task(python, tmp_path, method, low, high):
+    run = evaluate(python, tmp_path, f"pretrained=glimpse{method}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert low <= accuracy(tmp_path) <= high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("method=nonsense", "unknown method"),
+        ("method=plphp,keep=1.5", "keep must be"),
+        ("method=trimmed_llama", "methods that fit"),
+        ("keep=0.5", "no method"),
+    ],
+)
+def test_mistakes_are_named(python, tmp_path, arguments, reason):
+    run = evaluate(python, tmp_path, f"pretrained=glimpse,{arguments}")
+    assert reason in run.stdout + run.stderr
+    assert not list((tmp_path).rglob("*results.json"))
