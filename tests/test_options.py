@@ -61,3 +61,4 @@ def test_keeps_that_are_none(keeps):
 
 def test_keeps_are_fractions_or_counts():
     assert parse_keeps("0.5, 64,0.5,1.0") == [0.5, 64, 1.0]
+    assert [repr(keep) for keep in parse_keeps("1,1.0")] == ["1", "1.0"]

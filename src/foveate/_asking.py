@@ -99,6 +99,18 @@ def read_config(model: str) -> Any:
         raise Mistake(f"cannot {where} the model {model}: {one_line(error)}") from error
 
 
+def built_in(dtype: str) -> tuple[str, str]:
+    """The folder of glimpse, and the dtype that suits it."""
+    import torch
+
+    from . import glimpse
+
+    # So small a model is fastest on one thread: more of them wait for each other longer than they compute.
+    torch.set_num_threads(1)
+    # bf16, in which its weights are stored, is slow on many CPUs.
+    return str(glimpse.PATH), "float32" if dtype == "auto" else dtype
+
+
 def resolve_device(name: str) -> str:
     """The device to run on; `auto` prefers CUDA."""
     import torch
@@ -164,7 +176,7 @@ class Asker:
             raise Mistake(one_line(error)) from error
         try:
             with pruned:
-                text = self._text()
+                text = self.text()
         except foveate.UnsupportedError as error:
             raise Mistake(one_line(error)) from error
         report: Any = pruned.report
@@ -176,7 +188,7 @@ class Asker:
         out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
         tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values) if t is not None]
         size = sum(t.numel() * t.element_size() for t in tensors)
-        return Answer(None, {}, self._text(), [(tokens, tokens) for tokens, _ in images], size, size)
+        return Answer(None, {}, self.text(), [(tokens, tokens) for tokens, _ in images], size, size)
 
     def time(self, answers: Sequence[Answer], methods: Sequence[Method | None]) -> None:
         """Fill in the times: medians over runs in turn, so that a busy moment hits every variant alike.
@@ -202,7 +214,8 @@ class Asker:
         first, last = clock.ticks[1], clock.ticks[-1]  # the first tick is the prompt
         return first - start, (last - first) / (len(clock.ticks) - 2)
 
-    def _text(self) -> str:
+    def text(self) -> str:
+        """What the model says as it is now."""
         out = self._generate(max_new_tokens=self.max_new_tokens)
         new = out[0, self.inputs["input_ids"].shape[1] :]
         return str(self.processor.decode(new, skip_special_tokens=True)).strip()

@@ -17,16 +17,21 @@ PLACES = {
     "layer": "inside the LLM",
     "cache": "in the KV cache",
     "cross": "in cross-attention",
+    "logits": "in a second run beside the LLM",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A method at one `keep`. label: the method and its options as written, such as "fopru:strategy=row"."""
+    """A method at one `keep`.
+
+    label: the method and its options as written, such as "fopru:strategy=row". named: asked for by name, not by `all`.
+    """
 
     label: str
     keep: float | int
     method: Method
+    named: bool = True
 
 
 def typed(text: str) -> Any:
@@ -57,7 +62,7 @@ def parse_keeps(text: str) -> list[float | int]:
             check_keep(keep)
         except ValueError as error:
             raise Mistake(f"--keep {text}: {error}") from error
-    return list(dict.fromkeys(keeps))
+    return list({repr(keep): keep for keep in keeps}.values())  # 1 (token) and 1.0 (all tokens) are equal otherwise
 
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -120,8 +125,9 @@ def variants(
                 raise ValueError("what it keeps is said by --keep, for all methods alike")
             if cls.place not in places:
                 raise ValueError(f"it drops tokens {PLACES[cls.place]}, which {model_type} models lack")
-            drawn = {"seed": seed} if seed is not None and "seed" in cls.__dataclass_fields__ else {}
-            chosen += [Variant(text, k, foveate.get_method(name, **{"keep": k, **drawn, **options})) for k in keeps]
+            drawn: dict[str, Any] = {"seed": seed} if seed is not None and "seed" in cls.__dataclass_fields__ else {}
+            drawn |= options
+            chosen += [Variant(text, keep, foveate.get_method(name, keep=keep, **drawn), named) for keep in keeps]
         except (ValueError, TypeError) as error:
             line = f"{text}: {' '.join(str(error).split())}"
             if named:

@@ -23,6 +23,7 @@ from ._asking import (
     TIMED_TOKENS,
     Answer,
     Asker,
+    built_in,
     hush,
     load,
     one_line,
@@ -57,6 +58,8 @@ class OneLineErrors(TyperGroup):
             status = _complain(str(error))
         except Exception as error:
             # typer's own errors, whichever click it stands on
+            if type(error).__name__ == "Abort":  # Ctrl-C
+                return sys.exit(130) if kwargs.get("standalone_mode", True) else 130
             if not hasattr(error, "format_message"):
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -147,7 +150,7 @@ def ask(
         hush()
         if method:
             _build(method, options)  # a wrong name should not wait for the model
-        source, dtype = _built_in(dtype) if model == GLIMPSE else (model, dtype)
+        source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
         device = resolve_device(device)
         config = read_config(source)
         methods = _build(_fitting(config, method), options)
@@ -175,6 +178,98 @@ def ask(
         Console().print(Text(str(answers[0].report), style="dim"), soft_wrap=True)
     if show is not None and not as_json:
         Console(stderr=True).print(Text(f"wrote {show}", style="dim"))
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Option(help="glimpse (built in), a hub id, or a model folder.")] = GLIMPSE,
+    methods: Annotated[
+        str, typer.Option(metavar="all|A,B:OPTION=VALUE,...", help="Methods; the baselines are always among them.")
+    ] = "all",
+    keep: Annotated[
+        str, typer.Option(metavar="KEEP,...", help="Fractions of each image's tokens, or tokens per image.")
+    ] = "0.5,0.25,0.1",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Your own questions: FOLDER/data.jsonl.", show_default="glimpse's"),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many questions.", show_default="1008 of glimpse's, all of yours")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    match: Annotated[
+        str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")
+    ] = "exact",
+    seed: Annotated[int, typer.Option(min=0, help="Of random tokens, drawn questions and intervals.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where results go; rows in it are kept.", show_default="results/eval-DATE"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"auto, {', '.join(DTYPES)}.")] = "auto",
+    attn: Annotated[
+        str | None,
+        typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own"),
+    ] = None,
+) -> None:
+    """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
+
+    foveate eval --methods fopru,plphp:delta=0.2 --keep 0.5,0.25,0.1
+    """
+    from .evaluation.evaluate import evaluate, overview
+
+    console = Console(stderr=True)
+    results, lost = evaluate(
+        model=model,
+        methods=methods,
+        keep=keep,
+        data=data,
+        count=count,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        match=match,
+        seed=seed,
+        out=out,
+        device=device,
+        dtype=dtype,
+        attn=attn,
+        console=console,
+    )
+    Console().print(overview(results.rows).rich(), crop=False)
+    console.print(Text(f"wrote {results.folder}", style="dim"), soft_wrap=True)
+    if lost:
+        console.print(Text(f"{len(lost)} rows or methods failed, see above and {results.folder}"), soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Folders that foveate wrote.")],
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Which columns.", show_default="all that was measured")
+    ] = None,
+    across: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Spread its values over columns of their own, such as keep.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only these rows. May be repeated.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="[-]COLUMN", help="Order of the rows; -COLUMN: the largest first.")
+    ] = None,
+    intervals: Annotated[bool, typer.Option("--intervals", help="Show the 95 % intervals.")] = False,
+    command: Annotated[bool, typer.Option("--command", help="Name the command that measured it.")] = False,
+) -> None:
+    """Print results as a Markdown table.
+
+    foveate table results/eval --columns method,accuracy --across keep
+    """
+    from .evaluation.tables import markdown
+
+    typer.echo(
+        markdown(results, columns, across=across, where=where or [], sort=sort, intervals=intervals, command=command)
+    )
 
 
 @app.command()
@@ -377,7 +472,7 @@ def _subject(
         hush()
         if method:
             _build([name for part in together for name in part], options)  # a wrong name should not wait for the model
-        source, dtype = _built_in(dtype) if model == GLIMPSE else (model, dtype)
+        source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
         device = resolve_device(device)
         config = read_config(source)
         fitting = _fitting(config, [name for part in together for name in part])
@@ -395,17 +490,6 @@ def _subject(
         "attention": loaded.config._attn_implementation,
     }
     return Subject(loaded, processor, asker, pictures, variants, settings)
-
-
-def _built_in(dtype: str) -> tuple[str, str]:
-    import torch
-
-    from . import glimpse
-
-    # So small a model is fastest on one thread: more of them wait for each other longer than they compute.
-    torch.set_num_threads(1)
-    # bf16, in which its weights are stored, is slow on many CPUs.
-    return str(glimpse.PATH), "float32" if dtype == "auto" else dtype
 
 
 def _status(doing: str, *, quiet: bool) -> Any:

@@ -59,8 +59,8 @@ class Results:
 
     def find(self, **keys: Any) -> Row | None:
         """The finished row with these key columns."""
-        wanted = tuple(keys[name] for name in self.keys)
-        return next((row for row in self.rows if tuple(row[name] for name in self.keys) == wanted), None)
+        wanted = self._key(keys)
+        return next((row for row in self.rows if self._key(row) == wanted), None)
 
     def add(self, row: Row) -> None:
         """Take in a finished row and write it to disk. Values: str, int, finite float, bool, None."""
@@ -68,6 +68,9 @@ class Results:
             raise ValueError(f"the row {[row[name] for name in self.keys]} is there already")
         self.rows.append(row)
         self._write(finished=False)
+
+    def _key(self, row: Row) -> str:
+        return json.dumps([row[name] for name in self.keys])  # where 1 (token) is not 1.0 (all tokens)
 
     def __enter__(self) -> Results:
         try:
@@ -91,14 +94,9 @@ class Results:
             "finished": finished,
             "runs": [*self._runs, run],
         }
-        table = io.StringIO()
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
         write(self.folder / "run.json", json.dumps(about, indent=1) + "\n")
         write(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
-        write(self.folder / "rows.csv", table.getvalue())
+        write_csv(self.folder / "rows.csv", self.rows)
 
     def _open(self) -> tuple[list[Row], Row]:
         """The rows that are there already, and what `run.json` says about them."""
@@ -155,10 +153,19 @@ def write(path: Path, text: str) -> None:
     """Replace a file in one step, so that an interrupt leaves the old or the new one."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="")
         part.replace(path)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Replace a CSV file in one step; its columns are those of all rows."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, table.getvalue())
 
 
 def command_line() -> str:

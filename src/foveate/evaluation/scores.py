@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,6 +15,11 @@ from foveate.glimpse.world import KINDS, Question
 def exact_match(prediction: str, answer: str) -> bool:
     """Whether two answers are the same words, whatever their case, spacing and final full stop."""
     return _normal(prediction) == _normal(answer)
+
+
+def holds(prediction: str, answer: str) -> bool:
+    """Whether the words of `answer` stand together in what was said."""
+    return f" {_words(answer)} " in f" {_words(prediction)} "
 
 
 def score(predictions: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
@@ -51,6 +57,10 @@ def interval(hits: Sequence[bool], *, resamples: int = 2000, seed: int = 0) -> t
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _normal(text: str) -> str:

@@ -1,0 +1,110 @@
+"""Questions with known answers: glimpse's own, or those in a folder of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from foveate._mistake import Mistake
+from foveate._pictures import open_picture
+
+FILE = "data.jsonl"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question. images: pictures, or files that are opened when needed. answers: any of them is right."""
+
+    images: tuple[Image.Image | Path, ...]
+    question: str
+    answers: tuple[str, ...]
+    type: str | None = None
+    line: int | None = None
+
+    def pictures(self) -> list[Image.Image]:
+        """The pictures, opened."""
+        return [image if isinstance(image, Image.Image) else open_picture(image) for image in self.images]
+
+
+def from_glimpse(count: int) -> list[Item]:
+    """The first `count` held-out questions of glimpse, all kinds in turn."""
+    from foveate import glimpse
+
+    return [Item((q.image,), q.question, (q.answer,), q.kind) for q in glimpse.heldout(count)]
+
+
+def from_folder(folder: str | Path) -> tuple[list[Item], list[str], str]:
+    """The questions in `folder/data.jsonl`, a line for each row that cannot be used, and the file's digest.
+
+    A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
+    `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type`.
+
+    Raises:
+        Mistake: when there is no such file, or no row can be used.
+    """
+    path = Path(folder) / FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        hint = f"--data takes a folder with a {FILE} in it"
+        raise Mistake(f"cannot read {path}: {error.strerror} ({hint})") from error
+    items, bad = [], []
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            items.append(_item(line, path.parent, number))
+        except (Mistake, ValueError) as error:
+            bad.append(f"{FILE}, line {number}: {' '.join(str(error).split())}")
+    if not items:
+        raise Mistake(f"{path} has no row that can be used{f': {bad[0]}' if bad else ': it is empty'}")
+    return items, bad, hashlib.sha256(data).hexdigest()[:16]
+
+
+def draw(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
+    """`count` of the items, drawn at random, in their order; all where `count` is None or more than there are."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
+
+
+def _item(line: bytes, folder: Path, number: int) -> Item:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise Mistake("not UTF-8: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise Mistake(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise Mistake('not an object: write {"image": ..., "question": ..., "answers": [...]}')
+    images = [folder / name for name in _texts(row, "image", "images")]
+    question, kind = row.get("question"), row.get("type")
+    if not isinstance(question, str) or not question.strip():
+        raise Mistake('"question" is missing, empty or no text')
+    if kind is not None and (not isinstance(kind, str) or not kind.strip()):
+        raise Mistake('"type" is empty or no text: leave it out or name one')
+    answers = _texts(row, "answers", "answer")
+    for image in images:
+        open_picture(image)  # a broken picture shows now, not in the middle of the run
+    return Item(tuple(images), question.strip(), tuple(answers), kind and kind.strip(), number)
+
+
+def _texts(row: dict[str, Any], *names: str) -> list[str]:
+    """The one or several texts under the first of the names that is there; numbers count as texts."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise Mistake(f'no "{names[0]}"')
+    value = row[name]
+    texts = value if isinstance(value, list) else [value]
+    if not texts or any(isinstance(t, bool) or not isinstance(t, (str, int, float)) for t in texts):
+        raise Mistake(f'"{name}" must be a text or a list of texts, got {json.dumps(value)[:60]}')
+    if any(not str(text).strip() for text in texts):
+        raise Mistake(f'"{name}" holds an empty text')
+    return [str(text).strip() for text in texts]
