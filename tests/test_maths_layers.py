@@ -491,6 +491,17 @@ def test_dart_keeps_pivots_and_what_differs_from_them(layout, left, options):
     assert layer.chosen(method.select(tokens), tokens) == kept
 
 
+def test_padding_of_shorter_texts_takes_no_pivots_place():
+    """The first row, to which padding would point, has the largest key of all."""
+    layer = Layer(("taaaaaatttttt", "taaaaaaaaaaat"))
+    layer.key[:, :, 0] = 100.0
+    tokens, method = layer.tokens(), DART(keep=0.5, image_pivots=0, text_pivots=1)
+    (b, slots), pivot = layer.images[1], layer.keys - 1
+    like = [-dot(unit(layer.state(layer.leaves, b, pivot)), unit(layer.state(layer.leaves, b, k))) for k in slots]
+    best = [k for k, yes in zip(slots, slow_topk(like, len(slots) // 2), strict=True) if yes]
+    assert layer.chosen(method.select(tokens), tokens)[1] == best
+
+
 def test_key_norms_count_all_heads():
     keys = torch.randn(2, 3, 4, 5)
     slow = [[sum(abs(keys[b, h, i, d].item()) for h in range(3) for d in range(5)) for i in range(4)] for b in range(2)]

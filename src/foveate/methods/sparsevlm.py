@@ -65,8 +65,10 @@ def recycled(
     pool = order.gather(1, (first + torch.arange(widest, device=scores.device)).clamp(max=n - 1))
     valid = torch.arange(widest, device=scores.device) < (size * (clusters > 0)).unsqueeze(-1)
     points = states.gather(1, pool.unsqueeze(-1).expand(-1, -1, states.shape[-1])).float()
-    # Differences, not products: those lose the digits of tokens that nearly coincide.
-    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[-1] ** 0.5
+    # What all share costs the products their digits.
+    apart = points - points.mean(1, keepdim=True)
+    distance = torch.cdist(apart, apart, compute_mode="use_mm_for_euclid_dist") / apart.shape[-1] ** 0.5
+    distance.diagonal(dim1=1, dim2=2).zero_()
     centers, real, member = density_peaks(distance, valid, clusters, most)
     kept = topk_mask(scores, first.squeeze(-1))
     return kept, pool.gather(1, centers), real, cluster_means(points, member, valid, most)
