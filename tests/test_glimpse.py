@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from foveate import glimpse
-from foveate.evaluation import answer, prepare, score
+from foveate.evaluation import answer, blind, majority, prepare, score
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.png"
 
@@ -28,6 +28,39 @@ def test_it_is_a_small_plain_llava(loaded):
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
     assert config.text_config.num_key_value_heads < config.text_config.num_attention_heads
     assert glimpse.load(dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def small():
+    return glimpse.load("small")
+
+
+def test_the_small_one_is_a_quarter_and_reads_the_same_tokens(loaded, small):
+    (model, processor), (guide, same) = loaded, small
+    assert type(guide) is LlavaForConditionalGeneration and not guide.training and guide.dtype == torch.float32
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, guide)]
+    assert sizes[0] / 5 < sizes[1] < sizes[0] / 3
+    assert sum(file.stat().st_size for file in glimpse.SMALL_PATH.iterdir()) < 4e6
+    assert same.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert guide.config.image_token_id == model.config.image_token_id
+    assert guide.config.image_seq_length == model.config.image_seq_length == 144
+    assert guide.config.text_config.num_hidden_layers == model.config.text_config.num_hidden_layers
+    assert glimpse.load("small", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_the_small_one_answers_from_the_picture(small):
+    questions = glimpse.heldout(72)
+    asked = [item.question for item in questions]
+    said = answer(*small, [item.image for item in questions], asked, batch_size=24)
+    guessed = answer(*small, blind(questions), asked, batch_size=24)
+    right = score(said, questions)["all"]
+    assert right >= 0.8
+    assert right >= 0.5 + max(score(guessed, questions)["all"], score(majority(questions), questions)["all"])
+
+
+def test_other_sizes_are_refused_by_name():
+    with pytest.raises(ValueError, match="'large': there are glimpse and small"):
+        glimpse.load("large")
 
 
 @pytest.mark.parametrize("size", [(168, 168), (300, 90), (31, 500)])

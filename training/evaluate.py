@@ -25,7 +25,8 @@ from foveate.glimpse import HELDOUT_VERSION, PATH, heldout
 def evaluate(folder: Path, count: int, batch_size: int) -> dict:
     """Figures of the model in a folder, loaded by plain transformers and computed in float32."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    own = (folder / "tokenizer.json").exists()  # the small model shares the processor of the other
+    processor = AutoProcessor.from_pretrained(folder if own else PATH)
     questions = heldout(count)
     asked = [question.question for question in questions]
     begun = time.perf_counter()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lessons import IGNORE, Lessons
-from model import make_model, make_processor
+from model import WIDTHS, make_model, make_processor
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor
@@ -156,7 +156,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor()
-    pupil = Pupil(make_model(processor), Lessons(processor, 0, 1)).to(device)
+    pupil = Pupil(make_model(processor, options.size), Lessons(processor, 0, 1)).to(device)
     AttentionInterface.register("plain", plain_attention)
     pupil.model.set_attn_implementation("plain")
     tools = optimizers(pupil, options.rate)
@@ -244,6 +244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the checkpoint, and of the model beside it")
+    add("--size", choices=WIDTHS, default="glimpse", help="which of the two models")
     add("--resume", action="store_true", help="go on from the checkpoint in the folder")
     add("--see-steps", type=int, default=700, help="steps of learning to see only")
     add("--steps", type=int, default=4000, help="steps in all")

@@ -2,7 +2,8 @@
 
 It is a plain LLaVA (`LlavaForConditionalGeneration`: CLIP-style ViT with CLS, MLP projector, Llama with
 grouped-query attention) with 144 image tokens, small enough to answer on a CPU at once, so that every method
-can be tried offline.
+can be tried offline. `load("small")` is a second model of the same family with a quarter of the parameters,
+for methods in which a small model guides a large one.
 """
 
 from __future__ import annotations
@@ -12,25 +13,33 @@ from typing import Any
 
 from foveate.glimpse.world import KINDS, Question, question
 
-__all__ = ["HELDOUT_VERSION", "KINDS", "PATH", "Question", "heldout", "load"]
+__all__ = ["HELDOUT_VERSION", "KINDS", "PATH", "SMALL_PATH", "Question", "heldout", "load"]
 
 PATH = Path(__file__).with_name("model")
 """Folder of the model, as `transformers` loads it."""
+
+SMALL_PATH = Path(__file__).with_name("small")
+"""Folder of the small model; its processor is the one in `PATH`."""
 
 HELDOUT_VERSION = 1
 """Changes whenever a picture, question or answer of `heldout` does."""
 
 
-def load(**kwargs: Any) -> tuple[Any, Any]:
+def load(size: str = "glimpse", **kwargs: Any) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its processor.
 
-    `kwargs` go to `AutoModelForImageTextToText.from_pretrained`; without `dtype` the weights, shipped in
+    `size` is "glimpse" (4.8 million parameters) or "small" (1.3 million: the same layers, half as wide). Both know the
+    same world and read the same tokens: their processors are the same, and so are the places of image tokens in
+    a prompt. `kwargs` go to `AutoModelForImageTextToText.from_pretrained`; without `dtype` the weights, shipped in
     bfloat16, compute in float32.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    folders = {"glimpse": PATH, "small": SMALL_PATH}
+    if size not in folders:
+        raise ValueError(f"no glimpse of size {size!r}: there are {' and '.join(folders)}")
     kwargs.setdefault("dtype", "float32")
-    model = AutoModelForImageTextToText.from_pretrained(PATH, **kwargs)
+    model = AutoModelForImageTextToText.from_pretrained(folders[size], **kwargs)
     return model.eval(), AutoProcessor.from_pretrained(PATH)
 
 
