@@ -109,19 +109,34 @@ def draw_kept(picture: Image.Image, tiles: Sequence[Any] = (), share: Tensor | N
     Where tiles overlap, as the overview and the crops of tiled models do, the finer one is drawn.
     share: (n,) in [0, 1]. Without tiles the picture stays as it is.
     """
-    scale = min(HEIGHT / picture.height, 3 * HEIGHT / picture.width)
+    picture = scaled(picture, HEIGHT)
+    light = paint_cells(picture.size, tiles, share, empty=255)
+    return Image.composite(picture, dimmed(picture), light)
+
+
+def scaled(picture: Image.Image, height: int) -> Image.Image:
+    """The picture at this height, or at three times this width where it is wider."""
+    scale = min(height / picture.height, 3 * height / picture.width)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
-    light = Image.new("L", size, 255)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def dimmed(picture: Image.Image) -> Image.Image:
+    """What a token looks like that nobody keeps."""
+    return ImageEnhance.Brightness(ImageOps.grayscale(picture).convert("RGB")).enhance(DIM)
+
+
+def paint_cells(size: tuple[int, int], tiles: Sequence[Any], values: Tensor | None, *, empty: int) -> Image.Image:
+    """A grey picture of one value a token: (n,) in [0, 1]. empty: the grey outside all tiles."""
+    canvas = Image.new("L", size, empty)
     for tile in sorted(tiles, key=_cell_area, reverse=True):
-        assert share is not None
+        assert values is not None
         rows, columns = tile.grid
-        cells = (share[tile.index].view(rows, columns) * 255).round().byte().numpy()
+        cells = (values[tile.index].view(rows, columns) * 255).round().byte().numpy()
         x0, y0, x1, y1 = (round(side * size[i % 2]) for i, side in enumerate(tile.box))
         if x1 > x0 and y1 > y0:
-            light.paste(Image.fromarray(cells).resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST), (x0, y0))
-    dropped = ImageEnhance.Brightness(ImageOps.grayscale(picture).convert("RGB")).enhance(DIM)
-    return Image.composite(picture, dropped, light)
+            canvas.paste(Image.fromarray(cells).resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST), (x0, y0))
+    return canvas
 
 
 def _cell_area(tile: Any) -> float:

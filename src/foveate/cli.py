@@ -301,6 +301,32 @@ def check(
 
 
 @app.command()
+def show(
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False)],
+    model: Annotated[str, typer.Option(help="glimpse (built in), a hub id, or a model folder.")] = GLIMPSE,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help=TOGETHER)] = None,
+    keep: Annotated[str | None, typer.Option(help=KEEP)] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help=OPTION)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="results/show-DATE")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"auto, {', '.join(DTYPES)}.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    attn: Annotated[str | None, typer.Option(help=ATTENTION, show_default="the model's own")] = None,
+) -> None:
+    """Draw which tokens every layer and head keeps, and where the model looks.
+
+    Writes PNG pictures and show.html, a page with sliders over layers and heads that needs nothing but itself.
+
+    foveate show photo.jpg "What is in the picture?" --method fastv --method plphp --keep 0.4
+    """
+    subject = _subject("show", words, model, method, keep, option, device, dtype, attn, max_new_tokens)
+
+    from .evaluation.show import show
+
+    show(subject, out=out)
+
+
+@app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the pruning methods, where they act and where they come from."""
     import foveate

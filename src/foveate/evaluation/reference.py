@@ -115,7 +115,7 @@ def prove(model: Any, inputs: dict[str, Any], methods: Sequence[Method], *, step
         sequences, logits, _ = _generate(model, inputs, steps)
     report = pruned.report
     assert report is not None
-    with _eager(pruned.decoder):
+    with eager(pruned.decoder):
         with hidden(model, report):
             _, dense, chosen = _generate(model, inputs, steps, replay=sequences)
         _, untouched, _ = _generate(model, inputs, steps, replay=sequences)
@@ -191,7 +191,7 @@ def _bind(hook: Any, layer: LayerReport) -> Any:
 
 
 @contextmanager
-def _eager(decoder: Any) -> Iterator[None]:
+def eager(decoder: Any) -> Iterator[None]:
     """The only implementation that takes a mask for every head."""
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")

@@ -1,0 +1,44 @@
+"""Where a model looks: what the last token of a prompt pays to everything in front of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.evaluation.reference import eager
+from foveate.families import get_family
+
+
+@torch.inference_mode()
+def last_token_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """The attention row of the prompt's last token in every decoder layer of an untouched model, first sample.
+
+    inputs: what `generate` takes. Returns a layer float32 (kv_heads, length), mean over the query heads that share a KV
+    head; length is the prompt's, for cross-attention layers the number of image features. Only one layer's attention
+    map is in memory at a time.
+    """
+    family = get_family(model.config.model_type)
+    assert family is not None
+    decoder = family.decoder(family.base(model))
+    rows: dict[int, Tensor] = {}
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            weights = output[1][0, :, -1].float()
+            rows.setdefault(index, weights.unflatten(0, (decoder.config.num_key_value_heads, -1)).mean(1).cpu())
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(decoder.layers):
+        attention = getattr(layer, family.cross_attention, None) or getattr(layer, family.self_attention)
+        handles.append(attention.register_forward_hook(note(index)))
+    try:
+        with eager(decoder):
+            model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [rows[index] for index in range(len(rows))]

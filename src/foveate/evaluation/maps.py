@@ -1,0 +1,150 @@
+"""Small multiples over a picture: what layers and heads keep, and where they look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from foveate._pictures import MARGIN, dimmed, paint_cells, scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foveate.families.base import Tile
+
+TEXT = 14
+GAP = 6
+WIDTH = 1800  # of a sheet, about
+LOWEST, MIDDLE, TALLEST = 64, 280, 448  # heights of a panel; the tallest where there are only one or two
+INK = "#333333"
+COLOURS = "inferno"
+
+Draw = Callable[[Image.Image, "Sequence[Tile]", "Tensor"], Image.Image]
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture under tiles that do not overlap. image: which of the question's. name: "" where it is the only one."""
+
+    image: int
+    picture: Image.Image
+    tiles: tuple[Tile, ...]
+    name: str = ""
+
+
+def views(pictures: Sequence[Image.Image], tilings: Sequence[Sequence[Tile]]) -> list[View]:
+    """Every picture as often as its tiles lie above each other: the overview and the crops of tiled models."""
+    out = []
+    for number, (picture, tiles) in enumerate(zip(pictures, tilings, strict=True)):
+        levels: list[list[Tile]] = []
+        for tile in tiles:
+            level = next((level for level in levels if not any(_overlap(tile, other) for other in level)), None)
+            if level is None:
+                levels.append([tile])
+            else:
+                level.append(tile)
+        names = ["overview", "tiles", *map(str, range(3, len(levels) + 1))] if len(levels) > 1 else [""]
+        out += [View(number, picture, tuple(level), name) for level, name in zip(levels, names, strict=False)]
+    return out
+
+
+def _overlap(one: Tile, other: Tile) -> bool:
+    return all(max(one.box[i], other.box[i]) < min(one.box[i + 2], other.box[i + 2]) for i in (0, 1))
+
+
+def draw_share(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Image.Image:
+    """Dim each cell by how few keep its token. values: (n,) in [0, 1]."""
+    return Image.composite(picture, dimmed(picture), paint_cells(picture.size, tiles, values, empty=0))
+
+
+def draw_heat(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Image.Image:
+    """Lay values over the grey picture as colours. values: (n,) >= 0; the largest is brightest, by square roots."""
+    heat = paint_cells(picture.size, tiles, (values / values.max().clamp(min=1e-30)).sqrt(), empty=0)
+    heat.putpalette(palette())
+    return Image.blend(ImageOps.grayscale(picture).convert("RGB"), heat.convert("RGB"), 0.72)
+
+
+@cache
+def palette() -> bytes:
+    """256 colours, dark to bright, as RGB bytes."""
+    import matplotlib
+    import numpy as np
+
+    colours: Any = matplotlib.colormaps[COLOURS](np.arange(256), bytes=True)
+    return bytes(colours[:, :3].tobytes())
+
+
+def panel(shown: Sequence[View], values: Sequence[Tensor], draw: Draw) -> Image.Image:
+    """All views side by side. values: for each of the question's images, one a token."""
+    parts = []
+    for view in shown:
+        part = draw(view.picture, view.tiles, values[view.image])
+        if len(view.tiles) > 1:
+            _outline(part, view.tiles)
+        parts.append(part)
+    canvas = Image.new("RGB", (sum(p.width + 2 for p in parts) - 2, max(p.height for p in parts)), "white")
+    left = 0
+    for part in parts:
+        canvas.paste(part, (left, 0))
+        left += part.width + 2
+    return canvas
+
+
+def _outline(picture: Image.Image, tiles: Sequence[Tile]) -> None:
+    pen = ImageDraw.Draw(picture)
+    for tile in tiles:
+        x0, y0, x1, y1 = (round(side * picture.size[i % 2]) for i, side in enumerate(tile.box))
+        pen.rectangle((x0, y0, min(x1, picture.width - 1), min(y1, picture.height - 1)), outline="#9fd0ff")
+
+
+def fitted(shown: Sequence[View], columns: int) -> list[View]:
+    """The views at a size of which this many panels fit side by side."""
+    aspect = sum(scaled(view.picture, 100).width / 100 for view in shown)
+    height = int(max(LOWEST, min(MIDDLE if columns > 2 else TALLEST, (WIDTH / columns - GAP) / aspect)))
+    return [replace(view, picture=scaled(view.picture, height)) for view in shown]
+
+
+def sheet(
+    title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *, scale: bool = False
+) -> Image.Image:
+    """Panels in rows under a title. rows: each with a name, which stands left of it, and its panels, each with a
+    caption, which stands above it; either may be "". scale: whether to explain the colours."""
+    large, small = ImageFont.load_default(TEXT + 3), ImageFont.load_default(TEXT)
+    wide, high = rows[0][1][0][1].size
+    left = max(int(small.getlength(line)) for name, _ in rows for line in [*name.splitlines(), ""])
+    left = MARGIN + (left + MARGIN if left else 0)
+    width = max(left + max(len(panels) for _, panels in rows) * (wide + GAP) - GAP + MARGIN, 760)
+    lines = _wrapped(title, large, width - 2 * MARGIN)
+    tops, bottom = [], MARGIN + len(lines) * (TEXT + 9) + (34 if scale else 6)
+    for _, panels in rows:
+        tops.append(bottom + (TEXT + 8 if any(caption for caption, _ in panels) else 0))
+        bottom = tops[-1] + high + GAP
+    canvas = Image.new("RGB", (width, bottom - GAP + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.multiline_text((MARGIN, MARGIN), "\n".join(lines), INK, large, spacing=6)
+    if scale:
+        _explain(canvas, pen, small, MARGIN + len(lines) * (TEXT + 9) + 4)
+    for top, (name, panels) in zip(tops, rows, strict=True):
+        pen.multiline_text((MARGIN, top), name, INK, small, spacing=4)
+        for number, (caption, part) in enumerate(panels):
+            x = left + number * (wide + GAP)
+            pen.text((x, top - TEXT - 5), caption, INK, small)
+            canvas.paste(part, (x, top))
+    return canvas
+
+
+def _explain(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int) -> None:
+    bar = Image.linear_gradient("L").rotate(90).resize((160, 12))
+    bar.putpalette(palette())
+    canvas.paste(bar.convert("RGB"), (MARGIN, top + 4))
+    pen.text((MARGIN + 170, top), "from none to the panel's most, by square roots", INK, font)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    from foveate._pictures import _wrap
+
+    return [line for part in text.splitlines() for line in _wrap(part, font, width)]

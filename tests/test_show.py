@@ -1,0 +1,271 @@
+"""`foveate show`: pictures and one page of what layers and heads keep and where they look."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import foveate
+from foveate._pictures import DIM
+from foveate._subject import Subject, Variant
+from foveate.cli import app
+from foveate.evaluation.attention import last_token_attention
+from foveate.evaluation.maps import draw_heat, draw_share, palette, views
+from foveate.evaluation.show import show
+from foveate.families.base import Tile
+
+PICTURE = "examples/demo.png"
+QUESTION = "Where is the owl?"
+LAYERS = {"llava": 4, "llava_next": 4, "qwen2_5_vl": 4, "mllama": 3}  # that read the images
+
+
+def subject(family, *names, images=1, keep=0.3):
+    """What the command loads, of a tiny model that has no processor."""
+    model, inputs = tiny.build(family), tiny.inputs(family, images=(images,), seed=1)
+    asker = SimpleNamespace(
+        inputs=inputs, text=lambda: str(model.generate(**inputs, max_new_tokens=2)[0, -2:].tolist())
+    )
+    return Subject(
+        model,
+        SimpleNamespace(image_processor=None),
+        asker,
+        [Image.new("RGB", (90, 60), "white")] * images,
+        [Variant((foveate.get_method(name, keep=keep),), ({"keep": keep},)) for name in names],
+        {"model": family, "question": "What </script>?", "dtype": "float32", "device": "cpu"},
+    )
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and the text of the data element."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.text = [], [], [], ""
+        self.html = path.read_text("utf-8")
+        self.feed(self.html)
+        self.close()
+        self.data = json.loads(self.text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "input"):
+            self.open.append((tag, dict(attributes).get("id")))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag, f"{tag} closes another element"
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == ("script", "data"):
+            self.text += text
+
+
+def bits(text, n):
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:n].astype(bool)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llava", ("fopru", "plphp")),
+        ("llava_next", ("fastv", "plphp")),
+        ("qwen2_5_vl", ("plphp", "random")),
+        ("mllama", ("trimmed_llama",)),
+    ],
+)
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_page_holds_every_frame_and_needs_nothing_else(family, names, images, tmp_path):
+    what = subject(family, *names, images=images)
+    show(what, out=tmp_path)
+    page = Page(tmp_path / "show.html")
+    assert not page.open, "every element is closed"
+    assert "://" not in page.html and not {"link", "img", "iframe"} & set(page.tags)
+    assert not {"src", "href"} & {name for name, _ in page.attributes}
+    assert "What &lt;/script&gt;?" in page.html
+    assert [v["label"] for v in page.data["variants"]] == [f"{name} keep 0.3" for name in names]
+    assert len(page.data["pictures"]) == images
+    assert all(p.startswith("data:image/png;base64,") for p in page.data["pictures"])
+    for variant, each in zip(page.data["variants"], what.variants, strict=True):
+        assert len(variant["layers"]) == LAYERS[family] == len(page.data["attention"])
+        with foveate.prune(what.model, each.methods, record=True) as pruned:
+            what.asker.text()
+        places = pruned.report.image_tokens[0]
+        for frame in variant["layers"]:
+            kept = pruned.report.layers[frame["index"]].kept[0]
+            assert frame["tokens"] == sum(len(p.positions) for p in places)
+            assert frame["count"] == round(
+                kept[:, torch.cat([p.positions for p in places])].sum(-1).float().mean().item(), 1
+            )
+            for place, heads in zip(places, frame["kept"], strict=True):
+                assert len(heads) in (1, 2)
+                for head, text in enumerate(heads):
+                    expected = kept[head if len(kept) > 1 else 0, place.positions].numpy()
+                    assert np.array_equal(bits(text, len(expected)), expected)
+            looks = page.data["attention"][str(frame["index"])]
+            assert [len(look["heads"]) for look in looks] == [3] * images, "both heads and their mean"
+            assert all(len(base64.b64decode(look["heads"][0])) == len(p.positions)
+                       for look, p in zip(looks, places, strict=True))  # fmt: skip
+    for view in page.data["views"]:
+        assert all(len(tile["index"]) == tile["grid"][0] * tile["grid"][1] for tile in view["tiles"])
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"attention.png", *(f"kept-{name.replace('_', '-')}-keep-0.3.png" for name in names)}
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["layer"] for row in rows} == {frame["index"] for frame in page.data["variants"][0]["layers"]}
+    assert all(0 <= row["attention_kept"] <= row["attention"] <= 1.0001 for row in rows)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
+def test_the_script_of_the_page_runs(tmp_path):
+    """With a document of its own that counts what is painted."""
+    show(subject("llava_next", "plphp"), out=tmp_path)
+    page = Page(tmp_path / "show.html")
+    (script,) = re.findall(r"<script>\n(.*?)</script>", page.html, re.S)
+    (tmp_path / "run.js").write_text(DOCUMENT % (json.dumps(page.text), script))
+    done = subprocess.run(["node", tmp_path / "run.js"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    cells = sum(len(tile["index"]) for view in page.data["views"] for tile in view["tiles"])
+    assert result["frames"] == 4 * 3
+    assert result["cells"] == 2 * cells * result["frames"]
+    assert len(set(result["captions"])) == 12
+    assert result["names"] == ["overview, stays", "overview, attention", "tiles, stays", "tiles, attention"]
+
+
+DOCUMENT = """
+let cells = 0;
+const context = {
+  fillRect() { cells += 1; }, drawImage() {}, strokeRect() {},
+  set fillStyle(style) { if (!/^rgba?\\([\\d.,e-]+\\)$/.test(style)) throw Error(style); },
+};
+const element = () => ({ value: 0, children: [], append(...more) { this.children.push(...more); },
+  addEventListener(name, heard) { this.heard = heard; }, getContext: () => context });
+const known = { data: { textContent: %s } };
+globalThis.document = { getElementById: id => known[id] ??= element(), createElement: element };
+const pictures = [];
+globalThis.Image = class {
+  constructor() { [this.complete, this.naturalWidth, this.naturalHeight] = [true, 40, 40]; pictures.push(this); }
+};
+globalThis.Option = class {};
+%s
+pictures.forEach(picture => picture.onload());
+cells = 0;
+const captions = [];
+for (let layer = 0; layer <= known.layer.max; layer++)
+  for (let head = 0; head <= known.head.max; head++) {
+    [known.layer.value, known.head.value] = [layer, head];
+    known.layer.heard();
+    captions.push(layer + head + known.caption.textContent + known["head-name"].textContent);
+  }
+const names = known.maps.children.map(figure => figure.children[0].textContent);
+console.log(JSON.stringify({ frames: captions.length, captions, cells, names }));
+"""
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_attention_is_the_last_row_of_the_eager_model(family):
+    inputs = tiny.inputs(family)
+    found = last_token_attention(tiny.build(family, "sdpa"), inputs)
+    expected = tiny.build(family, "eager")(**inputs, output_attentions=True)
+    rows = [a for a in expected.attentions if a is not None]
+    if family == "mllama":  # which returns self-attention and cross-attention apart
+        found = [row for row in found if row.shape[-1] == inputs["input_ids"].shape[1]]
+        rows = [a for a in rows if a.shape[-1] == inputs["input_ids"].shape[1]]
+    assert len(found) == len(rows) > 0
+    for row, full in zip(found, rows, strict=True):
+        assert torch.allclose(row, full[0, :, -1].unflatten(0, (2, 2)).mean(1), atol=1e-6)
+        assert torch.allclose(row.sum(-1), torch.ones(2))
+
+
+def test_the_model_is_left_as_it_was():
+    model, inputs = tiny.build("llava", "sdpa"), tiny.inputs("llava")
+    before = model(**inputs).logits
+    hooks = sum(len(m._forward_hooks) for m in model.modules())
+    last_token_attention(model, inputs)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert torch.equal(model(**inputs).logits, before)
+    assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
+
+
+# -- drawing --------------------------------------------------------------------------------------------------------
+
+
+def test_dropped_cells_are_dark_and_the_hottest_is_brightest():
+    picture = Image.new("RGB", (80, 40), "white")
+    tile = Tile(torch.arange(8), (2, 4), torch.arange(8))
+    centres = np.ix_([10, 30], [10, 30, 50, 70])
+    kept = np.asarray(draw_share(picture, [tile], torch.tensor([1, 0, 0.5, 1, 0, 0, 1, 1.0])).convert("L"))[centres]
+    assert (kept == 255).sum() == 4
+    assert (abs(kept - 255 * DIM) < 2).sum() == 3
+    heat = draw_heat(picture, [tile], torch.tensor([0, 0.1, 0.2, 0.9, 0.4, 0.3, 0.2, 0.0]))
+    cells = np.asarray(heat.convert("L"))[centres].ravel()
+    assert cells.argmax() == 3
+    assert list(cells.argsort(kind="stable")) == [0, 7, 1, 2, 6, 5, 4, 3]
+    assert np.isfinite(np.asarray(draw_heat(picture, [tile], torch.zeros(8)))).all()
+    assert len(palette()) == 768
+
+
+def test_tiles_above_each_other_become_views():
+    def at(*box):
+        return Tile(torch.arange(4), (2, 2), torch.arange(4), box)
+
+    picture = Image.new("RGB", (8, 8))
+    whole, left, right = at(0, 0, 1, 1), at(0, 0, 0.5, 1), at(0.5, 0, 1, 1)
+    assert [(v.name, v.tiles) for v in views([picture], [(whole, left, right)])] == [
+        ("overview", (whole,)),
+        ("tiles", (left, right)),
+    ]
+    assert [(v.image, v.name) for v in views([picture] * 2, [(left, right), (whole,)])] == [(0, ""), (1, "")]
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["show", *map(str, args)])
+
+
+def test_the_command_writes_pictures_and_a_page(tmp_path):
+    out = tmp_path / "seen"
+    result = run(PICTURE, QUESTION, "-m", "plphp", "-m", "pyramiddrop", "--keep", "0.25", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "plphp keep 0.25: bottom left" in result.stdout
+    assert "show.html" in result.stderr
+    page = Page(out / "show.html")
+    assert [len(v["layers"]) for v in page.data["variants"]] == [6, 6]
+    assert page.data["variants"][0]["answer"] == "bottom left"
+    per_head, staged = (Image.open(out / f"kept-{name}-keep-0.25.png") for name in ("plphp", "pyramiddrop"))
+    assert per_head.height > 6 * 280 > 3 * staged.height, "a row a layer; stages side by side"
+    rows = json.loads((out / "rows.json").read_text())
+    assert [row["kept"] for row in rows if row["method"].startswith("pyramiddrop")] == [144, 144, 90, 57, 36, 36]
+    again = run(PICTURE, QUESTION, "-m", "plphp", "-m", "pyramiddrop", "--keep", "0.25", "--out", out)
+    assert again.exit_code == 0
+    assert json.loads((out / "rows.json").read_text()) == rows
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([PICTURE], "foveate show"),
+        (["nowhere.png", QUESTION], "no such picture"),
+        ([PICTURE, QUESTION, "-m", "magic"], "unknown method"),
+        ([PICTURE, QUESTION, "-m", "trimmed_llama"], "which llava models lack"),
+        ([PICTURE, QUESTION, "-m", "fastv", "-o", "layer=99"], "layer must be in"),
+        ([PICTURE, QUESTION, "-m", "fopru+random"], "both act"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_write_nothing(args, expected, tmp_path):
+    result = run(*args, "--out", tmp_path / "new")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("foveate: ") and expected in line
+    assert not (tmp_path / "new").exists()
