@@ -24,6 +24,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
 METHODS["plphp_fixed"] = ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3))
+METHODS["visual_snapkv"] = ("visual_snapkv", dict(keep=0.5, window=8))
+METHODS["csp"] = ("csp", dict(keep=0.5, window=0.3))
+METHODS["aircache"] = ("aircache", dict(keep=0.5))
 METHODS["pyramiddrop"] = ("pyramiddrop", dict(keep=0.25))
 METHODS["sparsevlm"] = ("sparsevlm", dict(keep=0.25))
 METHODS["dart"] = ("dart", dict(keep=0.5, layer=2))

@@ -22,6 +22,9 @@ layer_methods = st.builds(foveate.FastV, keep=keeps, layer=st.integers(1, 3))
 cache_methods = st.one_of(
     st.builds(foveate.PLPHP, keep=keeps, delta=st.floats(0, 0.4), start_layer=st.integers(0, 3)),
     st.builds(foveate.PLPHP, keep=keeps, start_layer=st.just(0), alpha=st.floats(0.4, 1), beta=st.floats(0, 0.4)),
+    st.builds(foveate.VisualSnapKV, keep=keeps, window=st.integers(1, 99), kernel=st.sampled_from([1, 5, 9])),
+    st.builds(foveate.CSP, keep=keeps, window=st.floats(0.01, 1), cross_share=st.floats(0, 1)),
+    st.builds(foveate.AirCache, keep=keeps, alpha=st.floats(0, 1)),
 )
 decodings = st.sampled_from([oracle.GREEDY, oracle.BEAMS, oracle.SAMPLE, oracle.BEAM_SAMPLE])
 
