@@ -50,7 +50,8 @@ class Foveate(huggingface.Huggingface):
                 device_map=device_map or device,
                 **{name: value for name, value in arguments.items() if name in theirs},
             )
-        self.processor = _WithoutEmpty(self.processor)
+        processor: Any = self.processor
+        self.processor = _WithoutEmpty(processor)
         self.pruned = foveate.prune(self.model, methods) if methods else None
 
 

@@ -1,0 +1,173 @@
+"""The ideal that a method is measured against: the untouched model with only as many tokens in each layer.
+
+Nothing is chosen, scored or gathered here: spans of the image are left out, the same in every sample. What such
+a model answers has no meaning; how fast it is, no method with these numbers of tokens can beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many tokens each decoder layer has.
+
+    kinds: "self" or "cross". length: tokens of the prompt, the longest sample's. start: where its image begins in
+    every sample. features: image features that cross-attention layers read. computed: tokens that each layer computes
+    in the prefill (cross layers: features they read). held: entries of its cache behind the prefill.
+    """
+
+    kinds: tuple[str, ...]
+    length: int
+    start: int
+    features: int
+    computed: tuple[int, ...]
+    held: tuple[int, ...]
+
+    @classmethod
+    def of(cls, report: Any, place: str, start: int) -> Plan:
+        """What a method left. report: of a run with `record=True`. place: where the method acts."""
+        layers = report.layers
+        # Methods that evict from the cache let every token through all layers, whatever attends; and the report of a
+        # second run beside the model says nothing of the first.
+        all_seen, all_held = place in ("cache", "logits"), place == "logits"
+        seen = [layer.length if all_seen else int(layer.seen.sum(-1).max()) for layer in layers]
+        length = next(layer.length for layer in layers if layer.kind == "self")
+        features = next((layer.length for layer in layers if layer.kind == "cross"), 0)
+        held = [layer.length if all_held else layer.kept_length for layer in layers]
+        return cls(tuple(layer.kind for layer in layers), length, start, features, tuple(seen), tuple(held))
+
+    def _full(self, layer: int) -> int:
+        return self.length if self.kinds[layer] == "self" else self.features
+
+    @property
+    def shortens_prefill(self) -> bool:
+        """Whether any layer computes less than the untouched model's."""
+        return any(n < self._full(i) for i, n in enumerate(self.computed))
+
+    @property
+    def shortens_cache(self) -> bool:
+        """Whether any layer holds less than the untouched model's."""
+        return any(n < self._full(i) for i, n in enumerate(self.held))
+
+
+@contextmanager
+def ideal(family: Any, base: Any, plan: Plan) -> Iterator[None]:
+    """Let an untouched model run with so many tokens, inside the block, through its own `generate()`."""
+    shortened, decoder = _Shortened(plan), family.decoder(base)
+    handles = [
+        decoder.register_forward_pre_hook(shortened.enter, with_kwargs=True),
+        decoder.register_forward_hook(shortened.leave, with_kwargs=True),
+    ]
+    for i, layer in enumerate(decoder.layers):
+        if layer_hook := shortened.hook(i):
+            handles.append(layer.register_forward_pre_hook(layer_hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Shortened:
+    """The hooks. Per layer there are only those that the plan needs."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.first = plan.kinds.index("self")
+        self.prefill = False
+        self.cache: Any = None
+        self.fitted: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def fit(self, x: Tensor, dim: int, size: int, start: int) -> Tensor:
+        """Leave a span behind `start` out of a dimension, or repeat it; once for all layers that ask."""
+        extra = size - x.shape[dim]
+        if not extra:
+            return x
+        key = (id(x), dim, size)
+        if key not in self.fitted:
+            if extra > 0:
+                more = x.narrow(dim, start, 1).expand(*(extra if d == dim % x.ndim else -1 for d in range(x.ndim)))
+                parts = [x.narrow(dim, 0, start), more, x.narrow(dim, start, x.shape[dim] - start)]
+            else:
+                parts = [x.narrow(dim, 0, start), x.narrow(dim, start - extra, size - start)]
+            self.fitted[key] = (x, parts[-1] if not start and extra < 0 else torch.cat(parts, dim))
+        return self.fitted[key][1]
+
+    def enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """In front of the language model."""
+        start = self.plan.start
+        embeds, ids, mask = kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("attention_mask")
+        self.cache = kwargs["past_key_values"]
+        self.fitted.clear()
+        width = next(tensor.shape[1] for tensor in (embeds, ids) if tensor is not None)
+        self.prefill = width > 1
+        if self.prefill:
+            width = self.plan.computed[self.first]
+            for name, tensor in (("inputs_embeds", embeds), ("input_ids", ids)):
+                if tensor is not None:
+                    kwargs[name] = self.fit(tensor, 1, width, start)
+            if kwargs.get("position_ids") is not None:
+                # Without a gap, which flash attention would take for the border of packed sequences.
+                kwargs["position_ids"] = kwargs["position_ids"][..., :width]
+        if mask is not None and mask.ndim == 2:
+            kwargs["attention_mask"] = self.fit(mask, 1, self.cache.get_seq_length() + width, start)
+        return args, kwargs
+
+    def hook(self, index: int) -> Any:
+        """The hook in front of a decoder layer, None where it has nothing to do."""
+        plan = self.plan
+        if plan.kinds[index] == "cross":
+            return self._cross(index) if plan.held[index] < plan.features else None
+        first = self.first
+        if (plan.computed[index], plan.held[index]) == (plan.computed[first], plan.held[first]):
+            return None
+        return self._self(index)
+
+    def _self(self, index: int) -> Any:
+        computed, start = self.plan.computed[index], self.plan.start
+
+        def shorten(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask, hidden = kwargs.get("attention_mask"), args[0]
+            if not self.prefill and mask is None:
+                return None
+            if self.prefill:
+                hidden = self.fit(hidden, 1, computed, start)
+                parts = kwargs["position_embeddings"]
+                kwargs["position_embeddings"] = tuple(self.fit(part, 1, computed, start) for part in parts)
+                if kwargs.get("position_ids") is not None:
+                    kwargs["position_ids"] = kwargs["position_ids"][..., :computed]
+            if mask is not None:
+                keys = computed if self.prefill else self.cache.layers[index].get_seq_length() + hidden.shape[1]
+                mask = self.fit(mask, mask.ndim - 1, keys, start)
+                kwargs["attention_mask"] = self.fit(mask, 2, hidden.shape[1], start) if mask.ndim == 4 else mask
+            return (hidden, *args[1:]), kwargs
+
+        return shorten
+
+    def _cross(self, index: int) -> Any:
+        def shorten(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            states, mask = kwargs.get("cross_attention_states"), kwargs.get("cross_attention_mask")
+            size = self.plan.held[index] if states is None else self.plan.computed[index]
+            if states is not None:
+                states = states.reshape(args[0].shape[0], -1, states.shape[-1])
+                kwargs["cross_attention_states"] = states[:, :size]
+            if mask is not None:
+                kwargs["cross_attention_mask"] = self.fit(mask, 3, size, 0)
+            return args, kwargs
+
+        return shorten
+
+    def leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Behind the language model: shorten what methods would have evicted."""
+        if self.prefill:
+            for layer, size in zip(self.cache.layers, self.plan.held, strict=True):
+                if layer.keys.shape[2] > size:
+                    layer.keys, layer.values = (t[:, :, -size:].clone() for t in (layer.keys, layer.values))
