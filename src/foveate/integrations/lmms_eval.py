@@ -30,6 +30,8 @@ class Foveate(huggingface.Huggingface):
         foveate.UnsupportedError: for a model that cannot be pruned this way.
     """
 
+    processor: Any
+
     def __init__(
         self,
         pretrained: str,
@@ -50,8 +52,7 @@ class Foveate(huggingface.Huggingface):
                 device_map=device_map or device,
                 **{name: value for name, value in arguments.items() if name in theirs},
             )
-        processor: Any = self.processor
-        self.processor = _WithoutEmpty(processor)
+        self.processor = _WithoutEmpty(self.processor)
         self.pruned = foveate.prune(self.model, methods) if methods else None
 
 
