@@ -46,7 +46,8 @@ class ElasticCache(CacheMethod):
 
     Source: Elastic Cache, arXiv 2407.18121, and the authors' code. That code scores text as well, takes
     `torch.argsort(scores) > n` for a rank, which it is not (here it is the rank), and reads the dropped entries
-    without the offset of its protected start, so that they merge shifted by it (here unshifted).
+    without the offset of its protected start, so that they merge shifted by it (here unshifted). While decoding it
+    evicts only as often as keeps the whole cache at its ratio, here every step does.
     """
 
     summary = "received attention keeps one set for all heads, merges the rest into it, and evicts while decoding"
