@@ -6,10 +6,12 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, PLACES, TOLERANCE, check_second_turn, pruned_run
+from cases import FITS, METHODS, PLACES, TOLERANCE, check_second_turn, pruned_run
 from oracle import hidden
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
+
+import foveate
 
 # mllama does not support flash attention
 flash_fits = pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] != "mllama"])
@@ -97,7 +99,7 @@ def test_flash_equals_the_dense_reference(family, name, batch, decoding, flash):
     # The kernel really worked on the short tensors.
     assert min(keys for queries, keys in flash.lengths if queries == 1) < batch["input_ids"].shape[1]
     prompts = {queries for queries, keys in flash.lengths if queries > 1}
-    assert (min(prompts) < batch["input_ids"].shape[1]) == ("plphp" not in name)
+    assert (min(prompts) < batch["input_ids"].shape[1]) == (foveate.method_class(METHODS[name][0]).place != "cache")
 
 
 @pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[0] != "mllama"])
