@@ -17,6 +17,7 @@ PLACES = {
     "layer": "Inside the LLM",
     "cache": "In the KV cache",
     "cross": "In cross-attention",
+    "logits": "In a second run beside the LLM",
 }
 
 

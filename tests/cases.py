@@ -20,22 +20,24 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", dict(keep=0.25)),
     "vtc_cls": ("vtc_cls", dict(keep=0.25)),
     "divprune": ("divprune", dict(keep=0.25)),
+    "pyramiddrop": ("pyramiddrop", dict(keep=0.25)),
+    "sparsevlm": ("sparsevlm", dict(keep=0.25)),
+    "dart": ("dart", dict(keep=0.5, layer=2)),
+    "topv": ("topv", dict(keep=0.5, layer=2)),
+    # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
+    "plphp_fixed": ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3)),
+    "visual_snapkv": ("visual_snapkv", dict(keep=0.5, window=8)),
+    "csp": ("csp", dict(keep=0.5, window=0.3)),
+    "aircache": ("aircache", dict(keep=0.5)),
     "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
 }
-# Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
-METHODS["plphp_fixed"] = ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3))
-METHODS["visual_snapkv"] = ("visual_snapkv", dict(keep=0.5, window=8))
-METHODS["csp"] = ("csp", dict(keep=0.5, window=0.3))
-METHODS["aircache"] = ("aircache", dict(keep=0.5))
-METHODS["pyramiddrop"] = ("pyramiddrop", dict(keep=0.25))
-METHODS["sparsevlm"] = ("sparsevlm", dict(keep=0.25))
-METHODS["dart"] = ("dart", dict(keep=0.5, layer=2))
-METHODS["topv"] = ("topv", dict(keep=0.5, layer=2))
 BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform", "vtc_cls", "divprune")
 FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name != "trimmed_llama"]
 FITS.append(("mllama", "trimmed_llama"))
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
 PLACES = [(family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")]
+# Methods that act around generate() are proven in files of their own.
+OWN_FILES = {"sgl": "test_guided.py", "mint": "test_contrast.py"}
 TOLERANCE = 1e-4
 
 

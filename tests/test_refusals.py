@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, METHODS, PLACES, prune, pruned_run
+from cases import FITS, METHODS, OWN_FILES, PLACES, prune, pruned_run
 from traces import changes, snapshot
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import BaseQuantizedLayer, Cache
@@ -263,6 +264,8 @@ def test_methods_travel_as_dicts_and_files(method, tmp_path):
 
 
 def test_the_matrix_covers_every_method():
-    """A method without a row in the matrix is not proven."""
-    assert set(METHOD_NAMES) == set(foveate.methods())
+    """A method without a row in the matrix, or a file of its own, is not proven."""
+    assert {*METHOD_NAMES, *OWN_FILES} == set(foveate.methods())
+    for name, file in OWN_FILES.items():
+        assert foveate.method_class(name).__name__ in (Path(__file__).parent / file).read_text()
     assert {family for family, _ in FITS} == set(tiny.FAMILIES)

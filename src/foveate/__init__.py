@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from .methods.elastic_cache import ElasticCache
     from .methods.fastv import FastV
     from .methods.fopru import FoPru
+    from .methods.mint import MINT
     from .methods.plphp import PLPHP
     from .methods.pooling import Pooling
     from .methods.pyramiddrop import PyramidDrop
+    from .methods.sgl import SGL
     from .methods.sparsevlm import SparseVLM
     from .methods.topv import TopV
     from .methods.trimmed_llama import TrimmedLlama
@@ -35,7 +37,9 @@ __version__ = version("foveate")
 __all__ = [
     "CSP",
     "DART",
+    "MINT",
     "PLPHP",
+    "SGL",
     "VTCCLS",
     "AirCache",
     "DivPrune",
@@ -85,6 +89,8 @@ _LAZY = {
     "SparseVLM": "methods.sparsevlm",
     "DART": "methods.dart",
     "TopV": "methods.topv",
+    "SGL": "methods.sgl",
+    "MINT": "methods.mint",
 }
 
 

@@ -45,7 +45,7 @@ class PruneReport:
 
     methods: what was applied. layers: one record per decoder layer. kv_bytes: bytes of all keys and values
     right after the prefill; kv_bytes_unpruned: what the untouched model would hold. image_tokens: per sample its
-    images' tokens, with record=True.
+    images' tokens, with record=True. Under a contrast the layers are those of the reduced view; kv_bytes counts both.
     """
 
     def __init__(self, forward: Forward, record: bool) -> None:
@@ -84,6 +84,8 @@ class PruneReport:
         held = [layer for layer in layers if layer is not None and layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
         self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.length for layer in held)
+        if session.contrast is not None:
+            self.kv_bytes += self.kv_bytes_unpruned
         self._places = session.places(forward)
         self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
 

@@ -13,11 +13,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families.base import Family, Tile
-from ..methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
+from ..methods.base import (
+    CacheMethod,
+    ContrastMethod,
+    CrossMethod,
+    EncoderMethod,
+    GuidedMethod,
+    LayerMethod,
+    Method,
+)
 from .attention import add_routes, remove_routes
 from .cache import active, adopt_cache, check_cache, new_cache
+from .contrast import Contrast
 from .errors import UnsupportedError
 from .forward import Forward
+from .guide import Guide, GuideAnswer
 from .report import PruneReport
 from .support import check_inputs, check_model, pruned_models, resolve_methods
 from .vision import Vision
@@ -71,7 +81,8 @@ class _Thread(threading.local):
 class Pruned:
     """A pruned model: what `prune` returns.
 
-    report: what the last prefill kept, None before the first.
+    report: what the last prefill kept; None before the first, and when the last answer is a guide's.
+    guided: what the guide said last, for methods that have one.
     """
 
     def __init__(self, model: Any, family: Family, base: Any, methods: tuple[Method, ...], record: bool) -> None:
@@ -79,6 +90,7 @@ class Pruned:
         self.decoder = family.decoder(base)
         self.record = record
         self.report: PruneReport | None = None
+        self.guided: GuideAnswer | None = None
         # With keep = 1.0 a method has nothing to say, and the model runs as it is.
         acting = [m for m in methods if not m.keeps_all]
         self.encoder_method = next((m for m in acting if isinstance(m, EncoderMethod)), None)
@@ -95,6 +107,9 @@ class Pruned:
         self.stages = self.layer_method.stages(len(self.kinds)) if self.layer_method is not None else ()
         self.features_per_image = family.features_per_image(base) if crosses else 0
         self.image_token_id = -1 if crosses else family.image_token_id(base)
+        layer = self.layer_method
+        self.guide = Guide(self, layer) if isinstance(layer, GuidedMethod) else None
+        self.contrast = Contrast(self, layer) if isinstance(layer, ContrastMethod) else None
         self._parameters = list(inspect.signature(base.forward).parameters)
         self._thread = _Thread()
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -115,6 +130,9 @@ class Pruned:
         hooks.append(self.base.register_forward_hook(self._exit, always_call=True))
         hooks.append(self.model.register_forward_pre_hook(self._announce, with_kwargs=True))
         self._wrap(self.model, "prepare_inputs_for_generation", self._prepare)
+        around = self.guide or self.contrast
+        if around is not None:
+            self._wrap(self.model, "generate", around.generate)
         routes: dict[Any, Any] = {}
         if self.acts_in_decoder:
             for index, (kind, layer) in enumerate(zip(self.kinds, self.decoder.layers, strict=True)):
@@ -195,6 +213,8 @@ class Pruned:
 
     def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Assisted decoding guesses tokens ahead; only here it says how many of the coming ones are guesses."""
+        if self.contrast is not None:
+            self.contrast.note(kwargs)
         first, self._thread.first = self._thread.first, None
         wanted = kwargs.get("logits_to_keep")
         self._thread.candidates = wanted - 1 if first is not None and isinstance(wanted, int) and wanted > 1 else 0
@@ -237,6 +257,9 @@ class Pruned:
             or encoded.get("image") is not None
             or kwargs.get("cross_attention_states") is not None
         )
+        if self.contrast is not None and not self.contrast.reduced:
+            self.contrast.check(brings_images)
+            return kwargs, None
         cache = kwargs.get("past_key_values")
         if cache is not None:
             check_cache(cache)
@@ -274,6 +297,8 @@ class Pruned:
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
         if brings_images:
+            if self.guide is not None:
+                forward.guidance = self.guide.guidance(len(ids))
             self._watch_layers(forward)
         forward.pixels = kwargs if brings_images and self.features_per_image else None
         forward.prompt, forward.verifies = prompt, prompt is not None or verifies

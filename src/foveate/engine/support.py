@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..families import family_names, get_family
 from ..families.base import Family
 from ..methods import get_method, method_class, method_names
-from ..methods.base import CacheMethod, LayerMethod, Method
+from ..methods.base import CacheMethod, ContrastMethod, LayerMethod, Method
 from .errors import UnsupportedError
 
 pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -21,6 +21,7 @@ _WHERE = {
     "layer": "inside the LLM",
     "cache": "in the KV cache",
     "cross": "in cross-attention layers",
+    "logits": "on the logits of generate()",
 }
 
 
@@ -63,6 +64,9 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
         raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
     if reason := family.check(base):
         raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
+    for method in methods:
+        if isinstance(method, ContrastMethod) and len(methods) > 1:
+            raise UnsupportedError(f"{method.name} compares with the untouched model: use it without other methods")
     taken: dict[str, str] = {}
     for method in methods:
         if method.place not in family.places:

@@ -29,6 +29,8 @@ _BUILT_IN = (
     "sparsevlm",
     "dart",
     "topv",
+    "sgl",
+    "mint",
 )
 _registry: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")

@@ -1,4 +1,4 @@
-"""What every method shares: options, budgets, and the four places where image tokens can be dropped."""
+"""What every method shares: options, budgets, and the places where image tokens can be dropped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .tokens import EncoderTokens, ImageGroups, LayerTokens
 
-Place = Literal["encoder", "layer", "cache", "cross"]
+Place = Literal["encoder", "layer", "cache", "cross", "logits"]
 CONFIG_NAME = "foveate_config.json"
 
 
@@ -203,6 +203,77 @@ class LayerMethod(Method):
     def merge(self, tokens: LayerTokens, keep: Tensor) -> Tensor | None:
         """Hidden states the tokens go on with: (groups, n, hidden), read where `keep` is True; None for their own."""
         return None
+
+
+@dataclass
+class GuidedMethod(LayerMethod):
+    """Drops the image tokens that another, smaller model cares least about: `LayerTokens.guidance` says how much.
+
+    The guide answers first, greedily, so the method works in `generate()` only.
+
+    guide: the smaller model, of the same family, with the same tokenizer and as many tokens for every image. It is no
+        part of `to_dict()`.
+    exit_threshold: the score of an answer (see `exit_score`) from which on the guide's answer is the answer, and the
+        large model is not asked; None to ask it always.
+    """
+
+    guide: Any = field(default=None, repr=False, compare=False)
+    exit_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guide is None:
+            raise ValueError(
+                f"{self.name} needs a guide, a smaller model of the same family: foveate.{type(self).__name__}"
+                "(guide=small_model). A saved configuration holds none: give it one with "
+                "foveate.Method.from_dict({**config, 'guide': small_model})"
+            )
+        if self.exit_threshold is not None:
+            check_range("exit_threshold", self.exit_threshold, 0, 1)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the large model runs as it is, and always."""
+        return super().keeps_all and self.exit_threshold is None
+
+    @property
+    def only_drops(self) -> bool:
+        return super().only_drops and self.exit_threshold is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name and options but the guide, JSON-safe."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "guide"}
+        return {"method": self.name, **options}
+
+    @abstractmethod
+    def probe(self, tokens: LayerTokens) -> Tensor:
+        """Which image tokens the guide itself is left with when its answer is checked: bool (groups, n)."""
+
+    @abstractmethod
+    def exit_score(self, sure: Tensor, checked: Tensor, real: Tensor) -> Tensor:
+        """(batch,) how far the guide's answers can be trusted, in [0, 1].
+
+        sure: (batch, t) log-probability that the guide gave each token of its answer; checked: the same with the image
+        tokens of `probe` alone. real: bool (batch, t), False behind an answer's end.
+        """
+
+
+@dataclass
+class ContrastMethod(LayerMethod):
+    """Changes what the model says next by comparing it with itself on fewer image tokens, at every step.
+
+    The model of `generate()` drops nothing; the stages are those of a second run beside it, which sees the same tokens.
+    """
+
+    place: ClassVar[Place] = "logits"
+
+    @property
+    def only_drops(self) -> bool:
+        return False
+
+    @abstractmethod
+    def contrast(self, full: Tensor, reduced: Tensor) -> Tensor:
+        """Log-probabilities of the next token, from the two runs' logits. All float32 (rows, vocabulary)."""
 
 
 @dataclass

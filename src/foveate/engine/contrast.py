@@ -1,0 +1,128 @@
+"""Two views of one prompt: the model as `generate()` runs it, and beside it the same model on fewer image tokens."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from ..methods.base import ContrastMethod
+from .cache import check_cache, new_cache
+from .errors import UnsupportedError
+from .generation import GenerateCall
+
+if TYPE_CHECKING:
+    from .session import Pruned
+
+# Modes that show the processor other tokens than those of the forward before it, or run the model in between.
+_NOT_STEP_BY_STEP = (
+    "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "prefill_chunk_size", "guidance_scale"
+)  # fmt: skip
+
+
+class _Running(threading.local):
+    views: _Views | None = None
+    reduced = False
+
+
+class Contrast:
+    """The contrast of a pruned model: in `generate()`, the session prunes the runs of the second view only."""
+
+    def __init__(self, session: Pruned, method: ContrastMethod) -> None:
+        self.session, self.method = session, method
+        self._running = _Running()
+
+    @property
+    def reduced(self) -> bool:
+        """Whether this thread is in a run of the reduced view."""
+        return self._running.reduced
+
+    def generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's `generate` with a logits processor that contrasts the two views."""
+        call = GenerateCall.read(self.session.model, generate, args, kwargs)
+        if not call.brings_images:
+            return generate(*args, **kwargs)
+        name = self.method.name
+        if modes := call.asks(_NOT_STEP_BY_STEP):
+            raise UnsupportedError(f"{name} contrasts one forward pass a step: generate without {', '.join(modes)}")
+        if call.config.use_cache is False or call.config.cache_implementation not in (None, "dynamic"):
+            raise UnsupportedError(f"{name} needs the default dynamic cache: generate with use_cache=True and no other")
+        if call.past:
+            raise UnsupportedError(
+                f"{name} has only one view's entries in this KV cache: pass the whole conversation without a cache"
+            )
+        if call.inputs.get("past_key_values") is not None:
+            check_cache(call.inputs["past_key_values"])
+        self._running.views = _Views(self, len(call.ids))
+        try:
+            others = call.arguments.get("logits_processor") or []
+            return generate(**{**call.arguments, "logits_processor": [self._running.views, *others]})
+        finally:
+            self._running.views = None
+
+    def note(self, kwargs: dict[str, Any]) -> None:
+        """In front of every forward of the model: remember what `generate()` runs it on."""
+        if self._running.views is not None and not self.reduced:
+            self._running.views.steps.append(kwargs)
+
+    def check(self, brings_images: bool) -> None:
+        """Refuse a prefill of the full view that no contrast follows."""
+        if brings_images and self._running.views is None:
+            raise UnsupportedError(
+                f"{self.method.name} acts on the steps of generate(): call that, or run the model outside the pruned "
+                "block"
+            )
+
+    def run(self, inputs: dict[str, Any]) -> Tensor:
+        """Logits of the reduced view behind these inputs: (rows, vocabulary)."""
+        self._running.reduced = True
+        try:
+            return self.session.model(**inputs).logits[:, -1]
+        finally:
+            self._running.reduced = False
+
+
+class _Views(LogitsProcessor):
+    """Advances the reduced view by the step that the full view just took, and mixes the two.
+
+    steps: inputs of the forwards of the full view since the last call.
+    """
+
+    def __init__(self, contrast: Contrast, samples: int) -> None:
+        self.contrast, self.samples = contrast, samples
+        self.steps: list[dict[str, Any]] = []
+        self.cache = new_cache(contrast.session.decoder.config)
+        self.ids: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(self.steps) != 1:
+            raise UnsupportedError(
+                f"{self.contrast.method.name} contrasts one forward pass a step, and this way of generating made "
+                f"{len(self.steps)}: use greedy decoding, sampling or beam search"
+            )
+        if self.ids is not None:
+            self._follow(input_ids)
+        self.ids = input_ids.clone()
+        inputs = {**self.steps.pop(), "past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        inputs.update(output_attentions=False, output_hidden_states=False)
+        reduced = self.contrast.run(inputs).to(scores.device)
+        return self.contrast.method.contrast(scores.float(), reduced.float()).to(scores.dtype)
+
+    def _follow(self, input_ids: Tensor) -> None:
+        """Reorder the reduced view's cache as the rows were: beams change places, and each has its prefix."""
+        prefix = input_ids[:, :-1]
+        assert self.ids is not None
+        if torch.equal(prefix, self.ids):
+            return
+        if prefix.shape != self.ids.shape:
+            raise UnsupportedError(f"{self.contrast.method.name} cannot follow rows that come and go between steps")
+        # Rows of another sample may read the same; equal rows of one sample have equal entries.
+        now, before = (ids.unflatten(0, (self.samples, -1)) for ids in (prefix, self.ids))
+        same = (now.unsqueeze(2) == before.unsqueeze(1)).all(-1)
+        if not bool(same.any(-1).all()):
+            raise UnsupportedError(f"{self.contrast.method.name} cannot follow tokens that change between steps")
+        first = torch.arange(self.samples, device=same.device).unsqueeze(1) * same.shape[2]
+        self.cache.reorder_cache((same.to(torch.uint8).argmax(-1) + first).flatten())

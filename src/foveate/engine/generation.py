@@ -1,0 +1,70 @@
+"""One call of `generate()`, read before it runs: by name, as transformers will read it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .errors import UnsupportedError
+
+
+@dataclass
+class GenerateCall:
+    """What a call of `generate()` asks for.
+
+    arguments: all of them, by name. config: the generation configuration that they amount to; what the model's own
+    defaults say is in it, what nobody said is None. inputs: those that are no part of a configuration, most of them
+    the model's.
+    """
+
+    arguments: dict[str, Any]
+    config: GenerationConfig
+    inputs: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, model: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> GenerateCall:
+        """Read the arguments of a call of the model's `generate`."""
+        bound = inspect.signature(generate).bind(*args, **kwargs).arguments
+        free = bound.pop("kwargs", {})
+        config = copy.deepcopy(bound.get("generation_config") or GenerationConfig())
+        config.update(**model.generation_config.to_dict(), defaults_only=True)
+        return cls({**bound, **free}, config, config.update(**free))
+
+    @property
+    def ids(self) -> Tensor:
+        """(batch, prompt) token ids."""
+        ids = self.arguments.get("inputs")
+        ids = self.arguments.get("input_ids") if ids is None else ids
+        if ids is None:
+            raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
+        return ids
+
+    @property
+    def brings_images(self) -> bool:
+        """Whether there are pictures to look at."""
+        return self.inputs.get("pixel_values") is not None or bool(self.inputs.get("mm_encoder_outputs"))
+
+    def asks(self, names: Iterable[str]) -> list[str]:
+        """Those of these arguments and settings that are set to anything but their neutral value."""
+        neutral = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1}
+        found = []
+        for name in names:
+            value = self.arguments.get(name, getattr(self.config, name, None))
+            empty = isinstance(value, (list, tuple)) and not value
+            if value is not None and value is not False and value != neutral.get(name) and not empty:
+                found.append(name)
+        return found
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache that came with the call."""
+        cache = self.inputs.get("past_key_values")
+        return 0 if cache is None else int(cache.get_seq_length())

@@ -1,0 +1,327 @@
+"""A smaller model that answers first: where it looks, and whether its answer can be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+from ..families.base import Family
+from ..methods.base import GuidedMethod
+from ..methods.tokens import ImageGroups, LayerTokens
+from .attention import add_routes, remove_routes
+from .compact import compact, gather_rows
+from .errors import UnsupportedError
+from .generation import GenerateCall
+from .images import EncodedImage, group_images
+from .support import check_model, pruned_models
+
+if TYPE_CHECKING:
+    from .session import Pruned
+
+# The settings of a generation that the guide shares; it is greedy whatever the others say.
+_SHARED = (
+    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "eos_token_id",
+    "pad_token_id", "bos_token_id", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "watermarking_config",
+    "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "remove_invalid_values",
+)  # fmt: skip
+# Under these settings the guide's greedy tokens are not what was asked for.
+_NO_EXIT = (
+    "return_dict_in_generate", "num_beams", "num_return_sequences", "do_sample", "streamer", "past_key_values",
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate", "guidance_scale",
+    "penalty_alpha", "dola_layers", "token_healing",
+)  # fmt: skip
+_DECODER_INPUTS = frozenset({"inputs_embeds", "attention_mask", "position_ids", "past_key_values"})
+
+# A guide may serve several models and threads; its attention has one route at a time.
+_turn = threading.RLock()
+
+
+@dataclass(frozen=True)
+class GuideAnswer:
+    """What the guide said to the last prompt with images.
+
+    sequences: (batch, prompt + t) the prompt and its answer, as `generate()` returns them.
+    scores: (batch,) how far each answer can be trusted, None without an exit threshold.
+    exited: whether all scores reached the threshold, so that `generate()` returned this.
+    """
+
+    sequences: Tensor = field(repr=False)
+    scores: Tensor | None
+    exited: bool
+
+
+def check_guide(method: GuidedMethod, family: Family, base: Any) -> Any:
+    """The guide's base model, or the reason why it cannot guide. family, base: of the large model."""
+    name = method.name
+    try:
+        own, guide = check_model(method.guide, ())
+    except UnsupportedError as error:
+        raise UnsupportedError(f"the guide of {name} cannot be used: {error}") from None
+    if guide is base:
+        raise UnsupportedError(f"the guide of {name} is the model itself: give a smaller one of the same family")
+    if own.model_type != family.model_type:
+        raise UnsupportedError(
+            f"the guide of {name} is a {own.model_type} model and the model is not: give one of {family.model_type}"
+        )
+    theirs, ours = own.image_token_id(guide), family.image_token_id(base)
+    if theirs != ours:
+        raise UnsupportedError(
+            f"the guide of {name} has {theirs} as the id of image tokens and the model {ours}: both must read the same "
+            "tokens"
+        )
+    return guide
+
+
+class Guide:
+    """The guide of a pruned model."""
+
+    def __init__(self, session: Pruned, method: GuidedMethod) -> None:
+        self.session, self.method, self.model = session, method, method.guide
+        self.base = check_guide(method, session.family, session.base)
+        self.decoder = session.family.decoder(self.base)
+        self._thread = threading.local()
+
+    def generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the guide answer; return that, or run the model's `generate` with what the guide looked at."""
+        call = GenerateCall.read(self.session.model, generate, args, kwargs)
+        if not call.brings_images:
+            return generate(*args, **kwargs)
+        self._check(call)
+        scores, exits = None, False
+        with _turn, torch.no_grad():
+            reading, sequences = self._ask(call)
+            if self.method.exit_threshold is not None:
+                scores = self._score(reading, sequences[:, call.ids.shape[1] :])
+                exits = bool((scores >= self.method.exit_threshold).all())
+        self.session.guided = GuideAnswer(sequences.to(call.ids.device), scores, exits)
+        if exits:
+            self.session.report = None
+            return self.session.guided.sequences
+        self._thread.guidance = reading.received.to(self.session.model.device)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._thread.guidance = None
+
+    def guidance(self, rows: int) -> Tensor:
+        """(rows, prompt) what every position received, for a prefill of `rows` rows, several a sample with beams."""
+        received: Tensor | None = getattr(self._thread, "guidance", None)
+        if received is None:
+            raise UnsupportedError(
+                f"{self.method.name} lets its guide answer first, in generate(): call that, or run the model outside "
+                "the pruned block"
+            )
+        return received.repeat_interleave(rows // len(received), dim=0)
+
+    def _check(self, call: GenerateCall) -> None:
+        """Refuse what the guide cannot answer, or may not."""
+        name = self.method.name
+        if self.base in pruned_models:
+            raise UnsupportedError(f"the guide of {name} is pruned itself: remove() that first")
+        if call.inputs.get("pixel_values") is None:
+            raise UnsupportedError(f"the guide of {name} encodes the images itself: pass pixel values")
+        if call.past:
+            raise UnsupportedError(
+                f"the guide of {name} has no part in this KV cache: pass the whole conversation without a cache"
+            )
+        if self.method.exit_threshold is not None and (modes := call.asks(_NO_EXIT)):
+            raise UnsupportedError(
+                f"with exit_threshold {name} may return its guide's greedy answer, a tensor of tokens: generate "
+                f"without {', '.join(modes)}, or use exit_threshold=None"
+            )
+
+    def _images(self, call: GenerateCall) -> list[EncodedImage]:
+        """The images as the guide will encode them: to as many tokens as the model does."""
+        layouts, others = (self.session.family.layouts(base, call.inputs) for base in (self.base, self.session.base))
+        for i, (layout, other) in enumerate(zip(layouts, others, strict=True)):
+            if layout.tokens != other.tokens:
+                raise UnsupportedError(
+                    f"the guide of {self.method.name} makes {layout.tokens} tokens of image {i} and the model "
+                    f"{other.tokens}: use a guide that encodes images alike"
+                )
+        return [EncodedImage(layout, None) for layout in layouts]
+
+    def _ask(self, call: GenerateCall) -> tuple[_Reading, Tensor]:
+        """What the guide looks at while it answers greedily, and its answer behind the prompt."""
+        shared = {name: getattr(call.config, name, None) for name in _SHARED}
+        config = GenerationConfig(
+            **{name: value for name, value in shared.items() if value is not None},
+            do_sample=False, num_beams=1, num_return_sequences=1, use_cache=True, return_dict_in_generate=False,
+            output_attentions=False, output_hidden_states=False, output_scores=False, output_logits=False,
+        )  # fmt: skip
+        for name in ("eos_token_id", "pad_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(self.model.generation_config, name))
+        inputs = {
+            name: self._move(value)
+            for name, value in call.inputs.items()
+            if name not in ("past_key_values", "mm_encoder_outputs", "logits_to_keep")
+        }
+        inputs["input_ids"] = ids = self._move(call.ids)
+        groups, _ = group_images(self._images(call), ids.eq(self.session.image_token_id))
+        reading = _Reading(
+            ids, ids.eq(self.session.image_token_id), groups, config, self.method.exit_threshold is not None
+        )
+        attentions = [getattr(layer, self.session.family.self_attention) for layer in self.decoder.layers]
+        hooks: list[Any] = []
+        add_routes(dict.fromkeys(attentions, reading.attend))
+        try:
+            hooks.append(self.model.register_forward_pre_hook(reading.enter, with_kwargs=True))
+            hooks.append(self.decoder.register_forward_pre_hook(reading.enter_decoder, with_kwargs=True))
+            return reading, self.model.generate(**inputs, generation_config=config, logits_processor=[reading])
+        finally:
+            for hook in hooks:
+                hook.remove()
+            remove_routes(attentions)
+
+    def _move(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+    def _score(self, reading: _Reading, answer: Tensor) -> Tensor:
+        """(batch,) how far each answer can be trusted. answer: (batch, t)."""
+        assert reading.view is not None and reading.embeds is not None and reading.positions is not None
+        groups, length = reading.groups, answer.shape[1]
+        at = groups.positions.clamp(min=0)
+        guidance = reading.received[groups.row.unsqueeze(1), at].masked_fill(~groups.present, -torch.inf)
+        chosen = self.method.probe(dataclasses.replace(reading.view, guidance=guidance))
+        gone = torch.zeros(len(answer), reading.valid.shape[1] + 1, dtype=torch.bool, device=answer.device)
+        # Padding, -1, is the column past the end.
+        gone[groups.row.unsqueeze(1), groups.positions] = ~chosen
+        keep = reading.valid & ~gone[:, :-1]
+        choice = compact(keep.unsqueeze(1), torch.ones_like(keep).unsqueeze(1))
+        embeds, positions = reading.embeds, reading.positions.expand(*reading.positions.shape[:-2], len(answer), -1)
+        ahead = positions[..., -1:] + torch.arange(1, length + 1, device=answer.device)
+        if choice is not None:
+            source, keep = choice.source[:, 0], choice.real[:, 0]
+            embeds, positions = (
+                gather_rows(embeds, source),
+                positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1)),
+            )
+        attentions = [getattr(layer, self.session.family.self_attention) for layer in self.decoder.layers]
+        add_routes(dict.fromkeys(attentions, _without_positions))
+        try:
+            hidden = self.decoder(
+                inputs_embeds=torch.cat([embeds, self.model.get_input_embeddings()(answer)], dim=1),
+                position_ids=torch.cat([positions, ahead], dim=-1),
+                attention_mask=torch.cat([keep, torch.ones_like(answer, dtype=torch.bool)], dim=1).long(),
+                use_cache=False,
+            ).last_hidden_state[:, -length - 1 : -1]
+        finally:
+            remove_routes(attentions)
+        head = self.model.get_output_embeddings()
+        # One sample after the other: vocabularies are large.
+        checked = torch.stack(
+            [
+                head(states).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0]
+                for states, tokens in zip(hidden, answer, strict=True)
+            ]
+        )
+        return self.method.exit_score(torch.stack(reading.sure, dim=1), checked, reading.real(answer))
+
+
+def _without_positions(kernel: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    # Flash attention would read the gaps as packed sequences.
+    return kernel(module, *args, **{**kwargs, "position_ids": None} if "position_ids" in kwargs else kwargs)
+
+
+class _Reading(LogitsProcessor):
+    """What a guide looks at while it answers: listens to its forwards, and changes nothing.
+
+    received: (batch, prompt) float32, the attention that each position receives from the prompt's text behind its first
+    image and from every generated token, summed over layers and heads. sure: a (batch,) log-probability of each
+    generated token, where `scores`. embeds, positions: what the decoder got for the prompt.
+    """
+
+    def __init__(
+        self, ids: Tensor, is_image: Tensor, groups: ImageGroups, config: GenerationConfig, scores: bool
+    ) -> None:
+        self.thread, self.scores = threading.get_ident(), scores
+        self.groups = groups
+        self.is_text = (is_image.cumsum(1) > 0) & ~is_image
+        self.prompt = ids.shape[1]
+        self.received = torch.zeros(ids.shape, device=ids.device)
+        self.valid = torch.ones_like(is_image)
+        self.mask: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.view: LayerTokens | None = None
+        self.embeds: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.sure: list[Tensor] = []
+        eos: int | Sequence[int] | None = config.eos_token_id
+        self.eos = ids.new_tensor([] if eos is None else eos).reshape(-1)
+        pad = config.pad_token_id
+        # Behind an answer that ended, generate() goes on with padding.
+        ends = pad is not None and (config.stop_strings or len(self.eos))
+        self.ends = torch.cat([self.eos, ids.new_tensor([pad])]) if ends else self.eos
+        self.ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def real(self, answer: Tensor) -> Tensor:
+        """bool (batch, t): the tokens of an answer up to its end. answer: (batch, t)."""
+        end = torch.isin(answer, self.ends)
+        return (end.cumsum(1) - end.long() == 0) & (~end | torch.isin(answer, self.eos))
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of the guide: whose answer has ended."""
+        if threading.get_ident() == self.thread and self.rows is not None:
+            self.ended |= torch.isin(kwargs["input_ids"][:, -1], self.ends)
+
+    def enter_decoder(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of the guide's decoder: which tokens read, and which may be read."""
+        if threading.get_ident() != self.thread:
+            return
+        mask = kwargs.get("attention_mask")
+        self.mask = None if mask is None else mask.bool()
+        if self.rows is not None:
+            self.rows = torch.where(self.ended, -1, 0).unsqueeze(1)
+            return
+        if self.mask is not None:
+            self.valid = self.mask
+        reads = self.is_text & self.valid
+        order = reads.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(reads.sum(1).max())]
+        self.rows = torch.where(reads.gather(1, order), order, -1)
+        if self.scores:
+            more = [
+                name
+                for name, value in kwargs.items()
+                if isinstance(value, (Tensor, list)) and name not in _DECODER_INPUTS
+            ]
+            if more:
+                raise UnsupportedError(
+                    f"this guide's decoder also reads {', '.join(more)}, so that its answer cannot be checked on fewer "
+                    "image tokens: use exit_threshold=None"
+                )
+            self.embeds, self.positions = kwargs["inputs_embeds"], kwargs["position_ids"]
+
+    def attend(self, kernel: Any, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Beside one layer's attention: add up what the prompt receives."""
+        if threading.get_ident() == self.thread:
+            assert self.rows is not None
+            view = LayerTokens(
+                groups=self.groups,
+                slots=self.groups.positions,
+                query=query,
+                key=key,
+                scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+                visible=self.mask,
+                last=self.rows.amax(1),
+                text=self.rows,
+            )
+            self.view = self.view or view
+            self.received += view.received(self.rows)[..., : self.prompt].sum(1)
+        return kernel(module, query, key, *args, **kwargs)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.scores:
+            self.sure.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
