@@ -19,7 +19,7 @@ import foveate
 
 from .ideal import Plan, ideal
 from .results import Results, Row
-from .timing import Stopwatch, Timing, cache_bytes, quartiles, time_generate, watched
+from .timing import Stopwatch, Timing, cache_bytes, no_collector, quartiles, time_generate, watched
 
 if TYPE_CHECKING:
     from foveate._options import Variant
@@ -97,11 +97,12 @@ class Bench:
                 best.kv_bytes = self._warm_up()
             cases.append(best)
         advance()
-        for turn in range(self.repeat):
-            for case in cases if turn % 2 == 0 else reversed(cases):
-                with case.setting():
-                    case.timings.append(time_generate(self.model, self.inputs, self.new_tokens, self.watch))
-            advance()
+        with no_collector():
+            for turn in range(self.repeat):
+                for case in cases if turn % 2 == 0 else reversed(cases):
+                    with case.setting():
+                        case.timings.append(time_generate(self.model, self.inputs, self.new_tokens, self.watch))
+                advance()
         images = [image for sample in report.images for image in sample]
         tokens = self.batch * self.new_tokens
         return {

@@ -97,23 +97,32 @@ def watched(watch: Stopwatch, family: Any, base: Any, method: Any | None) -> Ite
             delattr(thing, name) if old is None else setattr(thing, name, old)
 
 
-def time_generate(model: Any, inputs: dict[str, Any], new_tokens: int, watch: Stopwatch) -> Timing:
-    """Run greedy `generate()` once and time it. new_tokens: at least 2."""
-    device, ticks = watch.device, _Ticks()
-    gc.collect()
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running by itself inside the block, and make `gc.collect()` cheap."""
     collects = gc.isenabled()
+    gc.collect()
     gc.disable()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    gc.freeze()  # what is there already need not be looked at again
     try:
-        synchronize(device)
-        watch.read()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens, streamer=ticks)
+        yield
     finally:
+        gc.unfreeze()
         if collects:
             gc.enable()
+
+
+def time_generate(model: Any, inputs: dict[str, Any], new_tokens: int, watch: Stopwatch) -> Timing:
+    """Run greedy `generate()` once and time it, best inside `no_collector()`. new_tokens: at least 2."""
+    device, ticks = watch.device, _Ticks()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    synchronize(device)
+    watch.read()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens, streamer=ticks)
     spans = watch.read()
     first, *rest = ticks.at[1:]  # the first is the prompt
     steps = tuple(end - begin for begin, end in zip([first, *rest], rest, strict=False))
