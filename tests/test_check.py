@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
@@ -309,6 +310,7 @@ def test_the_command_prints_the_steps_and_a_verdict(tmp_path):
     assert all(row["difference"] <= row["limit"] < 1e-2 for row in rows)
     assert max(row["without_masking"] for row in rows) > 0.1
     assert json.loads((out / "run.json").read_text())["settings"]["dtype"] == "float32"
+    assert Image.open(out / "difference.png").width > 1000
 
 
 def test_several_methods_and_methods_together_have_a_verdict_each(tmp_path):

@@ -121,7 +121,7 @@ def test_the_page_holds_every_frame_and_needs_nothing_else(family, names, images
     assert pictures == {"attention.png", *(f"kept-{name.replace('_', '-')}-keep-0.3.png" for name in names)}
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["layer"] for row in rows} == {frame["index"] for frame in page.data["variants"][0]["layers"]}
-    assert all(0 <= row["attention_kept"] <= row["attention"] <= 1.0001 for row in rows)
+    assert all(0 <= row["attention_kept"] <= row["attention_image"] <= 1.0001 for row in rows)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")

@@ -582,7 +582,7 @@ def _subject(
         "question": question,
         "device": device,
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "attention": loaded.config._attn_implementation,
+        "attn": loaded.config._attn_implementation,
     }
     return Subject(loaded, processor, asker, pictures, variants, settings)
 

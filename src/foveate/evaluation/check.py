@@ -18,6 +18,7 @@ from foveate._mistake import Mistake
 from foveate.engine.errors import UnsupportedError
 from foveate.engine.report import human_bytes
 from foveate.engine.session import prune
+from foveate.evaluation.plots import COLOURS, STYLE
 from foveate.evaluation.reference import Proof, cannot_prove, prove
 from foveate.evaluation.results import Results, Row
 
@@ -46,6 +47,7 @@ def check(subject: Subject, *, steps: int, out: Path | None) -> bool:
                 for row in _rows(variant, proof, subject):
                     if not results.find(method=variant.label, step=row["step"]):
                         results.add(row)
+        plot(results.rows, results.folder / "difference.png")
     found = {v.label: [row for row in results.rows if row["method"] == v.label] for v in subject.variants}
     if len(found) == 1:
         (rows,) = found.values()
@@ -96,6 +98,36 @@ def _rows(variant: Variant, proof: Proof, subject: Subject) -> list[Row]:
     ]
 
 
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the differences by step: with masking, which proves, and without, which is what pruning changes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    floor = min((row["limit"] for row in rows if row["limit"]), default=1e-4) / 1000  # a logarithm has no zero
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        panel = figure.subplots()
+        for number, label in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            own = [row for row in rows if row["method"] == label]
+            colour, steps = COLOURS[number % len(COLOURS)], [row["step"] for row in own]
+            for name, style in (("difference", "-"), ("without_masking", ":")):
+                values = [math.nan if row[name] is None else max(row[name], floor) for row in own]
+                panel.plot(steps, values, style, color=colour, marker="o", markersize=3, label=label * (style == "-"))
+        limits = [row["limit"] for row in rows if row["limit"]]
+        if limits:
+            panel.axhline(max(limits), color="black", linewidth=0.8)
+            panel.annotate("allowed for rounding", (1, max(limits)), (0, 3), textcoords="offset points", ha="right",
+                           xycoords=("axes fraction", "data"), fontsize=8)  # fmt: skip
+        panel.set_yscale("log")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_xlabel("generated token")
+        panel.set_ylabel("largest difference between the logits")
+        panel.set_title("pruned model and reference; dotted: a reference that masks nothing", fontsize=10, loc="left")
+        panel.legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=150)
+
+
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
@@ -124,7 +156,7 @@ def _verdict(label: str, rows: Sequence[Row]) -> Text:
     worst = max(differences, key=lambda number: math.inf if number is None else number)
     close = worst is not None and first["limit"] is not None and worst <= first["limit"]
     relation = "within" if close else "above"
-    limit = f"the {_number(first['limit'])} that {first['dtype']} rounding explains"
+    limit = f"the {_number(first['limit'])} that is allowed for {first['dtype']} rounding"
     parts = [f"logits differ by at most {_number(worst)} in {len(rows)} steps, {relation} {limit}"]
     other = [str(row["step"]) for row in rows if row["token"] != row["reference_token"]]
     if not other:
@@ -143,8 +175,9 @@ def _verdict(label: str, rows: Sequence[Row]) -> Text:
     text = Text.assemble((label, "bold"), ": ", verdict, ". ", "; ".join(parts), ".")
     if first["blind"] and first["equal"]:
         text.append(" " + _blindness(first), "yellow")
-    elif not close and first["dtype"] != "float32":
-        text.append(" Rounding may be larger in a deep model: only --dtype float32 can tell.", "yellow")
+    elif first["dtype"] != "float32":
+        doubt = "may hide a small mistake" if first["equal"] else "may add up to more in this model"
+        text.append(f" {first['dtype']} rounding {doubt}: --dtype float32 tells.", "yellow")
     return text
 
 

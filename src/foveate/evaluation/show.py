@@ -141,7 +141,7 @@ def _add_rows(results: Results, each: Shown, looks: dict[int, list[Tensor]]) -> 
                             "tokens": kept.shape[-1],
                             "kept": int(kept[head].sum()),
                             "since": "decode" if layer.freed else "prefill",
-                            "attention": round(float(attention.sum()), 6),
+                            "attention_image": round(float(attention.sum()), 6),
                             "attention_kept": round(float(attention[kept[head]].sum()), 6),
                         }
                     )
