@@ -1,4 +1,6 @@
-"""Writes docs/methods.md: the facts from the code (place, options, source), the prose from docs/methods/NAME.md.
+"""Writes docs/methods.md and the table of methods in the README.
+
+Facts (place, options, source) come from the code, prose from docs/methods/NAME.md.
 
 python docs/generate.py
 """
@@ -7,6 +9,7 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 from foveate.methods import method_class, method_names
 from foveate.methods.base import Method
@@ -38,15 +41,21 @@ def meanings(cls: type[Method]) -> dict[str, str]:
     return found
 
 
+def default(field: "dataclasses.Field[Any]") -> str:
+    """An option's default as code."""
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
 def section(name: str) -> str:
     """One method: heading, summary, options and source from the code around its prose."""
     cls = method_class(name)
+    options: dict[str, list[dataclasses.Field[Any]]] = {}
     about = meanings(cls)
-    fields = dataclasses.fields(cls)
-    missing = dataclasses.MISSING
+    for field in dataclasses.fields(cls):
+        options.setdefault(about[field.name], []).append(field)
     rows = [
-        f"| `{field.name}` | {'required' if field.default is missing else f'`{field.default!r}`'} | {about[field.name]} |"
-        for field in fields
+        f"| {', '.join(f'`{f.name}`' for f in fields)} | {default(fields[0])} | {text} |"
+        for text, fields in options.items()
     ]
     prose = (HERE / "methods" / f"{name}.md").read_text().strip()
     return "\n".join(
@@ -78,5 +87,28 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def readme_table() -> str:
+    """All methods in short, place by place."""
+    rows = ["| name | drops tokens | what it does | default | source |", "|---|---|---|---|---|"]
+    for place, title in PLACES.items():
+        for name in method_names():
+            cls = method_class(name)
+            if cls.place == place:
+                keep = default(next(f for f in dataclasses.fields(cls) if f.name == "keep")).strip("`")
+                what = re.sub(r",? (before|inside) the LLM$", "", cls.summary)  # said in the column before
+                source = re.sub(r".*?(\d{4}\.\d{5}).*", r"[\1](https://arxiv.org/abs/\1)", cls.source)
+                rows.append(f"| `{name}` | {title[0].lower() + title[1:]} | {what} | `keep={keep}` | {source} |")
+    return "\n".join(rows)
+
+
+def readme() -> str:
+    """README.md with its table of methods renewed, between two comments."""
+    text = (HERE.parent / "README.md").read_text()
+    before, rest = text.split("<!-- methods -->\n")
+    _, after = rest.split("<!-- end -->", 1)
+    return f"{before}<!-- methods -->\n{readme_table()}\n<!-- end -->{after}"
+
+
 if __name__ == "__main__":
     (HERE / "methods.md").write_text(page())
+    (HERE.parent / "README.md").write_text(readme())

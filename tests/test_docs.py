@@ -41,3 +41,8 @@ def test_no_prose_without_a_method():
 def test_the_page_is_up_to_date():
     page = (DOCS / "methods.md").read_text()
     assert page == generator().page(), "run: python docs/generate.py"
+
+
+def test_the_readme_lists_every_method():
+    text = (DOCS.parent / "README.md").read_text()
+    assert text == generator().readme(), "run: python docs/generate.py"

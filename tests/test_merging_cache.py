@@ -329,3 +329,17 @@ def test_keeping_everything_changes_nothing_at_all(family, batch, method):
         run = oracle.run(model, batch, **oracle.GREEDY)
     assert torch.equal(run.logits, untouched.logits)
     assert all(layer.kept_length == layer.length for layer in handle.report.layers)
+
+
+def test_assisted_decoding_is_refused_where_every_step_evicts():
+    """A step that checks several guesses is one step; what it accepts would not have been evicted for."""
+    model, batch = tiny.build("llava"), tiny.inputs("llava")
+    untouched = oracle.run(model, batch, **oracle.GREEDY)
+    evicting = foveate.prune(model, "elastic_cache", keep=0.5, decode_distance=5)
+    with evicting, pytest.raises(foveate.UnsupportedError, match="decode_distance=None"):
+        oracle.run(model, batch, **oracle.GREEDY, prompt_lookup_num_tokens=3)
+    assert torch.equal(oracle.run(model, batch, **oracle.GREEDY).logits, untouched.logits)
+    with foveate.prune(model, "elastic_cache", keep=0.5, decode_distance=None):
+        plain = oracle.run(model, batch, **oracle.GREEDY)
+        lookup = oracle.run(model, batch, **oracle.GREEDY, prompt_lookup_num_tokens=3)
+    assert torch.equal(plain.sequences, lookup.sequences)

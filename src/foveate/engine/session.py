@@ -273,6 +273,11 @@ class Pruned:
                 "assisted decoding would crop the image features of cross-attention layers: generate without "
                 "prompt_lookup_num_tokens or an assistant model"
             )
+        if candidates and self.cache_method is not None and self.cache_method.decode_distance is not None:
+            raise UnsupportedError(
+                f"{self.cache_method.name} evicts at every decoding step, and assisted decoding takes several at once: "
+                "generate without prompt_lookup_num_tokens or an assistant model, or with decode_distance=None"
+            )
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:

@@ -298,7 +298,8 @@ class CacheMethod(Method):
 
     @property
     def only_drops(self) -> bool:
-        return type(self).merge is CacheMethod.merge and self.decode_distance is None
+        plain = self.decode_distance is None and not self.sparse_attention
+        return plain and type(self).merge is CacheMethod.merge
 
     def first_layer(self) -> int:
         """Layers before this one keep everything."""

@@ -62,11 +62,6 @@ class ZipVL(CacheMethod):
         check_range("threshold", self.threshold, 0, 1)
         check_range("probes", self.probes, 1, integer=True)
 
-    @property
-    def only_drops(self) -> bool:
-        """The rows of dropped tokens fall silent, which no mask imitates."""
-        return False
-
     def score(self, tokens: LayerTokens) -> Tensor:
         """(groups, 1, 2, n): the attention received in all, and per probe that may see the token."""
         rows = tokens.recent(self.probes)
