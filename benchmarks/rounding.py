@@ -2,9 +2,9 @@
 
     python benchmarks/rounding.py
 
-Random LLaVA models of 4 to 64 layers, three methods of three places, two sets of weights, eager and sdpa. The largest of
-each dtype is what `ROUNDING` in foveate.evaluation.reference must leave room for; beside it, the smallest difference
-from a reference that masks nothing, which must stay out. Writes benchmarks/results/rounding.json.
+Random LLaVA models of 4 to 64 layers, three methods of three places, two sets of weights, eager and sdpa. The largest
+of each dtype is what `ROUNDING` in foveate.evaluation.reference must leave room for; beside it, the smallest
+difference from a reference that masks nothing, which must stay out. Writes benchmarks/results/rounding.json.
 """
 
 from __future__ import annotations
@@ -58,14 +58,8 @@ def main() -> None:
             str(row["layers"]), row["dtype"], f"{row['rounding']:.1f}", f"{row['unmasked']:.0f}", str(allowed)
         )
     Console().print(table)
-    about = {
-        "command": "python benchmarks/rounding.py",
-        "versions": {
-            "foveate": foveate.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    versions = {module.__name__: module.__version__ for module in (foveate, torch, transformers)}
+    about = {"command": "python benchmarks/rounding.py", "versions": versions}
     (HERE / "results" / "rounding.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 
 
