@@ -14,7 +14,7 @@ from foveate._mistake import Mistake
 from foveate._options import Variant, parse_keeps, variants
 
 from .accuracy import BASELINES, GROUPS, MATCHES, measure
-from .questions import Item, draw, from_folder, from_glimpse
+from .questions import FILE, draw, from_folder, from_glimpse
 from .results import Results, Row, write
 from .runner import Batches
 from .tables import Table, table
@@ -68,9 +68,9 @@ def evaluate(
             raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
         chosen, left_out = variants(methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed)
 
-        settings: Row = {"model": model, "dtype": _dtype(dtype, config), "device": _device(device), "attn": attn}
+        settings: Row = {"model": model, "dtype": _dtype(dtype, config), "device": device_name(device), "attn": attn}
         settings |= {"seed": seed, "match": match, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        bad: list[str] = []
+        bad: list[tuple[int, str]] = []
         if data in (None, GLIMPSE):
             settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}
             items, groups = from_glimpse(count or COUNT), GROUPS
@@ -81,23 +81,26 @@ def evaluate(
             items, groups = draw(items, count, seed), {}
         results = Results(out, "eval", settings, keys=("method", "keep"))
         loaded, processor = load(source, config, device=device, dtype=dtype, attn=attn)
-        chosen = list(_fitting(loaded, chosen, left_out))
+        chosen = list(fitting(loaded, chosen, left_out))
 
     with console.status("preparing the questions"):
         batches = Batches(processor, items, batch_size)
-        bad += [f"{_place(items[index])}: {why}" for index, why in batches.refused.items()]
+        bad += [
+            (items[index].line or 0, f"the model's processor says: {why}") for index, why in batches.refused.items()
+        ]
         if batches.refused:
             items = [item for index, item in enumerate(items) if index not in batches.refused]
             batches = Batches(processor, items, batch_size)
     if not items:
-        raise Mistake(f"the model's processor refuses every question, such as {bad[-1]}")
-    for line in (*(f"left out: {line}" for line in left_out), *_some(bad)):
+        raise Mistake(f"no question is left: {bad[-1][1]}")
+    lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
+    for line in (*(f"left out: {line}" for line in left_out), *_some(lost)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     from_user = data not in (None, GLIMPSE)
     with results:
-        if bad:
-            write(results.folder / "bad-rows.txt", "\n".join(bad) + "\n")
+        if lost:
+            write(results.folder / "bad-rows.txt", "\n".join(lost) + "\n")
         try:
             failures = measure(
                 loaded,
@@ -109,7 +112,7 @@ def evaluate(
                 match=match,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
-                more={"bad_rows": len(bad)} if from_user else None,
+                more={"bad_rows": len(lost)} if from_user else None,
                 console=console,
             )
         except KeyboardInterrupt:
@@ -117,10 +120,10 @@ def evaluate(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
             raise
     _draw(results, f"{model}: {len(items):,} questions", groups)
-    return results, bad + failures
+    return results, lost + failures
 
 
-def _fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:
+def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:
     """The variants that this very model takes; one that was named and does not fit is a mistake."""
     import foveate
 
@@ -164,14 +167,11 @@ def _dtype(dtype: str, config: Any) -> str:
     return str(own).removeprefix("torch.") if dtype == "auto" and own is not None else dtype
 
 
-def _device(device: str) -> str:
+def device_name(device: str) -> str:
+    """The device and, where it has one, the name of its model."""
     import torch
 
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
-
-
-def _place(item: Item) -> str:
-    return f"data.jsonl, line {item.line}" if item.line else item.question
 
 
 def _some(lines: Sequence[str], most: int = 10) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ def curves(
     xlabel: str = "image tokens kept, %",
     ylabel: str = "right answers, %",
     dashed: Sequence[str] = (),
+    bound: str | None = None,
     title: str = "",
 ) -> None:
     """Draw y over x, a line a method and a panel for each place where methods act.
 
     rows: with `method`, `place`, and shares under `x` and `y`; the one without a place is the untouched model, drawn
-    as a level. dashed: methods drawn grey and dashed in every panel: the baselines.
+    as a level. dashed: methods drawn grey and dashed in every panel: the baselines. bound: a column that is dotted in
+    the colour of each method: the best it could reach.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -51,8 +54,12 @@ def curves(
             lines.setdefault(row["method"], []).append(row)
     places = [place for place in PLACES if any(line[0]["place"] == place for line in lines.values())]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 4.2 * max(1, len(places)), 4.6), layout="constrained")
-        panels = figure.subplots(1, max(1, len(places)), sharey=True, squeeze=False)[0]
+        wide = 2 if len(places) in (2, 4) else min(3, len(places))
+        high = -(-len(places) // wide)
+        figure = Figure(figsize=(0.6 + 4.2 * wide, 0.4 + 4.2 * high), layout="constrained")
+        panels = figure.subplots(high, wide, sharey=True, squeeze=False).flat
+        for panel in panels[len(places) :]:
+            panel.set_axis_off()
         for panel, place in zip(panels, places, strict=False):
             own = {m: line for m, line in lines.items() if line[0]["place"] == place and m not in dashed}
             blind = {m: line for m, line in lines.items() if m in dashed}
@@ -67,6 +74,8 @@ def curves(
                 up = [100 * (row.get(_end(y, "high"), row[y]) - row[y]) for row in line]
                 xs, ys = [100 * row[x] for row in line], [100 * row[y] for row in line]
                 panel.plot(xs, ys, **style)
+                if bound:
+                    panel.plot(xs, [100 * row[bound] for row in line], color=style["color"], linestyle=":", linewidth=1)
                 if at >= 0:
                     panel.errorbar(xs, ys, [down, up], fmt="none", color=style["color"], alpha=0.35, linewidth=1)
                 ends.append((ys[-1], xs[-1], method, style["color"]))
@@ -78,11 +87,12 @@ def curves(
             panel.set_xlabel(xlabel)
             panel.set_xscale("log")
             panel.invert_xaxis()
-            ticks = sorted({round(100 * row[x]) for line in lines.values() for row in line} | {100})
-            panel.set_xticks(_apart(ticks), [f"{tick:g}" for tick in _apart(ticks)])
+            ticks = sorted({round(100 * row[x]) for line in (blind or own).values() for row in line} | {100})
+            panel.set_xticks(_ticks(ticks), [f"{tick:g}" for tick in _ticks(ticks)])
             panel.minorticks_off()
             _label(panel, ends)
-        panels[0].set_ylabel(ylabel)
+        for panel in panels[::wide]:
+            panel.set_ylabel(ylabel)
         panels[0].set_ylim(bottom=0)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         figure.savefig(path, dpi=150)
@@ -127,6 +137,11 @@ def pareto(
         panel.set_xlabel(xlabel)
         panel.set_ylabel(ylabel)
         panel.set_ylim(bottom=0)
+        panel.set_xscale("log")
+        panel.set_xlim(left=60 * min(row[x] for row in rows))  # room for names
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick > 60 * min(row[x] for row in rows)]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
         panel.legend(loc="lower right", frameon=False, fontsize=8)
         for row in frontier:
             if row["place"] is not None:  # nothing lies left above the frontier but names
@@ -138,16 +153,9 @@ def pareto(
 
 def _label(panel: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names right of the panel at their heights, moved apart where they would overlap. ends: (y, x, name, colour)."""
-    bottom, top = panel.get_ylim()[0], panel.get_ylim()[1]
-    gap = (top - min(0, bottom)) / 27
-    heights: list[float] = []
-    for y, *_ in sorted(ends):
-        heights.append(max(y, heights[-1] + gap) if heights else y)
-    excess = max(0.0, heights[-1] - top) if heights else 0.0
-    for index in reversed(range(len(heights))):
-        limit = heights[index + 1] - gap if index + 1 < len(heights) else heights[index] - excess
-        heights[index] = min(heights[index], limit) if excess else heights[index]
-    for height, (y, x, name, colour) in zip(heights, sorted(ends), strict=True):
+    ends = sorted(ends)
+    top = panel.get_ylim()[1]
+    for height, (y, x, name, colour) in zip(apart([y for y, *_ in ends], top / 27, top), ends, strict=True):
         panel.annotate(
             name,
             (x, y),
@@ -161,7 +169,20 @@ def _label(panel: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _apart(ticks: Sequence[float]) -> list[float]:
+def apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """The heights, moved so that neighbours are at least `gap` apart and none is above `top`, in their order."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    moved = list(heights)
+    for below, index in pairwise(order):
+        moved[index] = max(moved[index], moved[below] + gap)
+    limit = top
+    for index in reversed(order):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - gap
+    return moved
+
+
+def _ticks(ticks: Sequence[float]) -> list[float]:
     """Ticks of a logarithmic axis, without those too close to a larger one."""
     chosen: list[float] = []
     for tick in sorted(ticks, reverse=True):

@@ -40,8 +40,8 @@ def from_glimpse(count: int) -> list[Item]:
     return [Item((q.image,), q.question, (q.answer,), q.kind) for q in glimpse.heldout(count)]
 
 
-def from_folder(folder: str | Path) -> tuple[list[Item], list[str], str]:
-    """The questions in `folder/data.jsonl`, a line for each row that cannot be used, and the file's digest.
+def from_folder(folder: str | Path) -> tuple[list[Item], list[tuple[int, str]], str]:
+    """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and the file's digest.
 
     A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
     `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type`.
@@ -62,9 +62,10 @@ def from_folder(folder: str | Path) -> tuple[list[Item], list[str], str]:
         try:
             items.append(_item(line, path.parent, number))
         except (Mistake, ValueError) as error:
-            bad.append(f"{FILE}, line {number}: {' '.join(str(error).split())}")
+            bad.append((number, " ".join(str(error).split())))
     if not items:
-        raise Mistake(f"{path} has no row that can be used{f': {bad[0]}' if bad else ': it is empty'}")
+        first = "line {}: {}".format(*bad[0]) if bad else "it is empty"
+        raise Mistake(f"{path} has no row that can be used: {first}")
     return items, bad, hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -36,7 +36,8 @@ class Table:
 
         table = RichTable(box=None, pad_edge=False)
         for column, (title, right) in enumerate(zip(self.head, self.numeric, strict=True)):
-            width = max(len(line[column]) for line in self.body)  # a cut number would be a wrong one
+            # A number that is cut off would be a wrong one.
+            width = max(map(len, [*title.split("\n"), *(line[column] for line in self.body)]))
             table.add_column(Text(title), justify="right" if right else "left", no_wrap=True, min_width=width)
         for line in self.body:
             table.add_row(*map(Text, line))

@@ -1,0 +1,319 @@
+"""foveate eval: honest figures, rows that outlive interrupts, and broken methods that cannot hide."""
+
+import csv
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import foveate
+from foveate import glimpse
+from foveate._mistake import Mistake
+from foveate._options import Variant
+from foveate.cli import app
+from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, measure
+from foveate.evaluation.questions import draw, from_folder, from_glimpse
+from foveate.evaluation.results import Results, read
+from foveate.evaluation.runner import Batches, generate
+from foveate.methods.base import CacheMethod, EncoderMethod, LayerMethod, floor_budget, topk_mask
+from foveate.methods.baselines import strided
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["eval", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """glimpse, and six questions of each kind."""
+    model, processor = glimpse.load()
+    return model, processor, Batches(processor, from_glimpse(54), 27)
+
+
+def score(asked, folder, *variants):
+    """The rows of some variants, by label."""
+    results = Results(folder, "eval", {}, keys=("method", "keep"))
+    with results:
+        assert not measure(*asked, variants, results, groups=GROUPS)
+    return {row["method"]: row for row in results.rows}
+
+
+def uniform(keep=0.5):
+    return Variant("uniform", keep, foveate.get_method("uniform", keep=keep))
+
+
+# -- methods that are broken on purpose ---------------------------------------------------------------------------
+
+
+@dataclass
+class LeastAttended(EncoderMethod):
+    """Keeps what the vision encoder cares least about."""
+
+    name = "broken"
+    reads = frozenset({"cls"})
+
+    def select(self, tokens, budget):
+        return topk_mask(-tokens.cls[:, -1], budget)
+
+
+@dataclass
+class OtherPicture(EncoderMethod):
+    """Keeps the right places of the wrong picture of the batch."""
+
+    name = "broken"
+    reads = frozenset({"features"})
+
+    def select(self, tokens, budget):
+        return strided(budget, tokens.features.shape[1])
+
+    def merge(self, tokens, keep):
+        return tokens.features.roll(1, 0)
+
+
+@dataclass
+class Ignored(LayerMethod):
+    """Keeps what the prompt's last token attends to least, inside the LLM."""
+
+    name = "broken"
+
+    def stages(self, depth):
+        return (1,)
+
+    def select(self, tokens):
+        scores = -tokens.last_attention().mean(1).masked_fill(~tokens.groups.present, torch.inf)
+        return topk_mask(scores, floor_budget(self.share(tokens.groups), tokens.groups))
+
+
+@dataclass
+class IgnoredInCache(CacheMethod):
+    """Keeps what the prompt's last token attends to least, in the cache: the first word is said before it acts."""
+
+    name = "broken"
+
+    def select(self, scores, budget):
+        return super().select((-scores).masked_fill(scores.isneginf(), -torch.inf), budget)
+
+
+@pytest.mark.parametrize("broken", [LeastAttended, OtherPicture, Ignored])
+def test_a_method_that_keeps_the_wrong_tokens_is_exposed(broken, asked, tmp_path):
+    rows = score(asked, tmp_path, uniform(), Variant("broken", 0.5, broken(keep=0.5)))
+    assert rows[UNTOUCHED]["accuracy"] > 0.9 and rows["uniform"]["accuracy"] > 0.7
+    assert rows["broken"]["kept_share"] == pytest.approx(0.5)
+    assert rows["broken"]["accuracy"] < rows["uniform"]["accuracy"] - 0.3
+    assert rows["broken"]["accuracy_high"] < rows["uniform"]["accuracy_low"]  # the intervals part
+    assert rows["broken"]["agreement_high"] < rows["uniform"]["agreement_low"]
+
+
+def test_a_broken_eviction_shows_in_long_answers(asked, tmp_path):
+    model, processor, _ = asked
+    batches = Batches(processor, [item for item in from_glimpse(180) if item.type == "describe"], 20)
+    good = Variant("good", 0.25, foveate.get_method("visual_snapkv", keep=0.25))
+    rows = score((model, processor, batches), tmp_path, good, Variant("broken", 0.25, IgnoredInCache(0.25)))
+    assert rows["broken"]["accuracy:describe"] < 0.2 < rows["good"]["accuracy:describe"]
+
+
+# -- what the figures mean ----------------------------------------------------------------------------------------
+
+
+def test_keeping_everything_is_the_untouched_model(asked, tmp_path):
+    rows = score(asked, tmp_path, Variant("all", 1.0, foveate.get_method("plphp", keep=1.0)))
+    untouched, everything = rows[UNTOUCHED], rows["all"]
+    assert everything["accuracy"] == untouched["accuracy"] and everything["agreement"] == 1.0
+    assert everything["kept_share"] == everything["kv_share"] == untouched["kept_share"] == 1.0
+
+
+def test_rows_hold_shares_intervals_and_groups(asked, tmp_path):
+    row = score(asked, tmp_path, uniform(0.25))["uniform"]
+    assert row["questions"] == 54 and row["keep"] == 0.25 and row["place"] == "encoder"
+    assert row["kept_share"] == 0.25 and 0.25 < row["kv_share"] < 0.5  # the text stays
+    for part in ("", *(f":{name}" for name in (*GROUPS, *glimpse.KINDS))):
+        assert row[f"accuracy_low{part}"] <= row[f"accuracy{part}"] <= row[f"accuracy_high{part}"]
+    sizes = {part: sum(6 for _ in kinds) for part, kinds in GROUPS.items()}
+    mean = sum(row[f"accuracy:{part}"] * size for part, size in sizes.items()) / 54
+    assert mean == pytest.approx(row["accuracy"])
+    with (tmp_path / "answers.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    right = sum(line["uniform keep=0.25"] == line["accepted"] for line in lines)
+    assert right / 54 == pytest.approx(row["accuracy"])
+
+
+def test_all_answers_of_batches_made_anew_are_the_same(asked):
+    model, processor, batches = asked
+    fresh = Batches(processor, batches.items, 27, memory=0)
+    assert generate(model, processor, fresh) == generate(model, processor, batches)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_folder_and_a_second_run_repeats_nothing(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    args = ("--methods", "fopru:strategy=row,fastv", "--keep", "0.5,16", "--count", 9, "--out", out)
+    first = run(*args)
+    assert first.exit_code == 0, first.output
+    rows, about = read(out)
+    labels = [UNTOUCHED, *BASELINES, "fopru:strategy=row", "fastv"]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == labels
+    assert [row["keep"] for row in rows] == [None, *[0.5, 16] * (len(labels) - 1)]
+    assert about["settings"]["count"] == 9 and about["finished"]
+    for label in labels:
+        assert label in first.stdout
+    for name in ("accuracy", "accuracy-grounding", "accuracy-reading", "accuracy-rest", "pareto"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert min(picture.size) > 400
+
+    monkeypatch.setattr("foveate.evaluation.accuracy.generate", None)  # nobody is asked again
+    again = run(*args)
+    assert again.exit_code == 0 and again.stdout == first.stdout
+    assert read(out)[0] == rows
+
+
+def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    args = ("--methods", "fastv", "--keep", "0.5", "--count", 9, "--out", tmp_path / "out")
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr("foveate.evaluation.accuracy.generate", interrupted)
+    stopped = run(*args)
+    assert stopped.exit_code == 130
+    assert f"stopped: 2 finished rows are in {tmp_path / 'out'}" in stopped.stderr
+    assert [row["method"] for row in read(tmp_path / "out")[0]] == [UNTOUCHED, "random"]
+    resumed = run(*args)
+    assert resumed.exit_code == 0, resumed.output
+    whole = run(*args[:-1], tmp_path / "whole")
+    assert resumed.stdout == whole.stdout and len(calls) == 3 + len(read(tmp_path / "out")[0]) - 2 + 5
+
+
+def test_a_folder_of_another_command_is_refused(tmp_path):
+    with Results(tmp_path, "eval", {"model": "other"}, keys=("method", "keep")):
+        pass
+    result = run("--count", 9, "--out", tmp_path)
+    assert result.exit_code == 2 and "holds rows with model other, not glimpse" in result.stderr
+
+
+def test_one_method_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
+    def fail(self, tokens, budget):
+        raise RuntimeError("a bug in the method")
+
+    monkeypatch.setattr(foveate.method_class("divprune"), "select", fail)
+    result = run("--methods", "divprune,fastv", "--keep", 0.5, "--count", 9, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "divprune keep=0.5 failed: a bug in the method" in result.stderr
+    assert [row["method"] for row in read(tmp_path)[0]] == [UNTOUCHED, *BASELINES, "fastv"]
+    assert "Traceback" in (tmp_path / "errors.txt").read_text()
+
+
+def test_what_does_not_fit_is_left_out_of_all_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(foveate, "methods", lambda: ["fastv", "trimmed_llama"])
+    result = run("--keep", 0.5, "--count", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "left out: trimmed_llama: it drops tokens in cross-attention, which llava models lack" in result.stderr
+
+
+MISTAKES = {
+    "unknown method": (["--methods", "magic"], "unknown method 'magic'"),
+    "method that does not fit": (["--methods", "trimmed_llama"], "which llava models lack"),
+    "layer that the model lacks": (["--methods", "fastv:layer=99"], "fastv:layer=99"),
+    "keep of zero": (["--keep", "0.5,0"], "--keep 0.5,0"),
+    "unknown match": (["--match", "fuzzy"], "use exact or contains"),
+    "unknown dtype": (["--dtype", "int3"], "--dtype int3"),
+    "another model without questions": (["--model", "nobody/nothing"], "--data is missing"),
+    "no such data": (["--data", "nowhere"], "cannot read nowhere/data.jsonl"),
+    "out is a file": (["--out", "file.txt"], "is a file"),
+    "out holds something else": (["--out", "."], "no folder of results"),
+    "no questions": (["--count", "0"], "--count"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_line_and_nothing_is_written(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").touch()
+    args, expected = MISTAKES[mistake]
+    result = run(*args)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("foveate: ") and expected in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+# -- a user's own questions ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four good rows, one with two pictures, and one row for everything that can be wrong."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = []
+    for index, question in enumerate(glimpse.heldout(3)):
+        question.image.save(folder / f"{index}.png")
+        row = {"image": f"{index}.png", "question": question.question, "answers": ["never", question.answer]}
+        rows.append(json.dumps({**row, "type": question.kind}))
+    rows.append(json.dumps({"images": ["0.png", "1.png"], "question": "What is there?", "answer": 3, "id": "extra"}))
+    rows += ["", *BAD]
+    (folder / "data.jsonl").write_bytes("\n".join(rows).encode() + b"\n\xff\xfe\n")
+    return folder
+
+
+GOOD = '"image": "0.png", "question": "q?", "answers": ["a"]'
+BAD = {
+    "{" + GOOD: "not JSON",
+    "[1, 2]": "not an object",
+    '{"question": "q?", "answers": ["a"]}': 'no "image"',
+    '{"image": "0.png", "question": "q?"}': 'no "answers"',
+    '{"image": "0.png", "answers": ["a"]}': '"question" is missing',
+    '{"image": "none.png", "question": "q?", "answers": ["a"]}': "no such picture",
+    '{"image": "data.jsonl", "question": "q?", "answers": ["a"]}': "no picture that Pillow can read",
+    '{"image": "0.png", "question": "q?", "answers": []}': '"answers" must be a text or a list of texts, got []',
+    '{"image": "0.png", "question": "q?", "answers": [null]}': "got [null]",
+    '{"image": "0.png", "question": "q?", "answers": [" "]}': "empty text",
+    "{" + GOOD + ', "type": 3}': '"type" is empty or no text',
+    '{"image": "0.png", "question": "is <image> red?", "answers": ["a"]}': "stands for an image",
+}
+
+
+def test_bad_rows_are_named_and_counted_and_the_rest_runs(data, tmp_path):
+    result = run("--data", data, "--methods", "fastv", "--keep", 0.5, "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    rows, about = read(tmp_path / "out")
+    assert [row["method"] for row in rows] == [UNTOUCHED, *BASELINES, "fastv"]
+    assert all(row["questions"] == 4 and row["bad_rows"] == len(BAD) + 1 for row in rows)
+    assert rows[0]["accuracy:what"] == rows[0]["accuracy:where"] == 1.0 and "accuracy:grounding" not in rows[0]
+    assert about["settings"]["data"] == "mine" and str(tmp_path) not in json.dumps(about["settings"])
+    lines = (tmp_path / "out/bad-rows.txt").read_text().splitlines()
+    for number, (line, cause) in enumerate(zip(lines, [*BAD.values(), "not UTF-8"], strict=True), start=6):
+        assert line.startswith(f"data.jsonl, line {number}: ") and cause in line
+        assert line in result.stderr or number > 15
+    assert f"left out: {len(BAD) + 1 - 10} more rows, see bad-rows.txt" in result.stderr
+
+
+def test_changed_data_is_not_mixed_into_old_rows(data, tmp_path):
+    args = ("--data", data, "--methods", "uniform", "--keep", 0.5, "--out", tmp_path / "out")
+    assert run(*args).exit_code == 1
+    (data / "data.jsonl").write_text("{" + GOOD + "}\n")
+    result = run(*args)
+    assert result.exit_code == 2 and "holds rows with digest" in result.stderr
+
+
+def test_data_without_one_good_row_is_a_mistake(tmp_path):
+    for text, cause in (("", "it is empty"), ("{\n", "line 1: not JSON")):
+        (tmp_path / "data.jsonl").write_text(text)
+        with pytest.raises(Mistake, match=cause):
+            from_folder(tmp_path)
+
+
+def test_a_count_draws_by_seed_and_keeps_the_order():
+    items = from_glimpse(9)
+    assert draw(items, None, 0) == draw(items, 20, 0) == items
+    some = draw(items, 4, 0)
+    assert [items.index(item) for item in some] == sorted(items.index(item) for item in some)
+    assert some == draw(items, 4, 0) != draw(items, 4, 1)
