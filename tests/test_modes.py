@@ -215,6 +215,16 @@ TOGETHER = {
         foveate.FastV(keep=0.5, layer=2),
         foveate.PLPHP(keep=0.25, start_layer=0, alpha=0.6, beta=0.3),
     ],
+    "diverse, in stages, by a window": [
+        foveate.DivPrune(keep=0.75),
+        foveate.PyramidDrop(keep=0.25),
+        foveate.VisualSnapKV(keep=0.5, window=8),
+    ],
+    "by [CLS], by raters, by elite rows": [
+        foveate.VTCCLS(keep=0.75),
+        foveate.SparseVLM(keep=0.5, layers=(1, 3)),
+        foveate.AirCache(keep=0.4),
+    ],
     "everywhere": [
         foveate.FoPru(keep=0.75),
         foveate.FastV(keep=0.5, layer=1),
