@@ -91,7 +91,7 @@ MISTAKES = {
     "large decompression bomb": (["ask", "big-bomb.png", QUESTION], "million pixels"),
     "unknown method": (
         ["ask", "good.png", QUESTION, "--method", "magic"],
-        "unknown method 'magic'; known: fastv",
+        "unknown method 'magic'; known: ",
     ),
     "keep is zero": (["ask", "good.png", QUESTION, "--keep", "0"], "keep"),
     "keep is 0.0": (["ask", "good.png", QUESTION, "--keep", "0.0"], "(0, 1]"),
