@@ -31,9 +31,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "aircache": ("aircache", dict(keep=0.5)),
     "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
 }
+METHODS["random_layer"] = ("random_layer", dict(keep=0.5))
+METHODS["random_cache"] = ("random_cache", dict(keep=0.5))
+METHODS["random_cross"] = ("random_cross", dict(keep=0.25))
+IN_CROSS_ATTENTION = ("trimmed_llama", "random_cross")
 BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform", "vtc_cls", "divprune")
-FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name != "trimmed_llama"]
-FITS.append(("mllama", "trimmed_llama"))
+FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name not in IN_CROSS_ATTENTION]
+FITS += [("mllama", name) for name in IN_CROSS_ATTENTION]
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
 PLACES = [(family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")]
 # Methods that act around generate() are proven in files of their own.

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import BEFORE_LLM, FITS, METHODS, PLACES, TOLERANCE, image_tokens, prune, pruned_run
+from cases import BEFORE_LLM, FITS, IN_CROSS_ATTENTION, METHODS, PLACES, TOLERANCE, image_tokens, prune, pruned_run
 from oracle import Hide, hidden
 
 import foveate
@@ -68,7 +68,7 @@ def test_rows_without_an_image_are_left_alone(family, name, attn):
 
 
 @pytest.mark.parametrize("variant", [v for v in tiny.VARIANTS if v != "llava_sliding"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "trimmed_llama"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in IN_CROSS_ATTENTION])
 @backends
 def test_other_encoders_and_decoders_equal_the_dense_reference(variant, name, attn):
     """SigLIP without a [CLS] token, CLIP that hands its own on, and decoders other than Llama."""

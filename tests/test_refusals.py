@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, METHODS, OWN_FILES, PLACES, prune, pruned_run
+from cases import FITS, IN_CROSS_ATTENTION, METHODS, OWN_FILES, PLACES, prune, pruned_run
 from traces import changes, snapshot
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import BaseQuantizedLayer, Cache
@@ -157,8 +157,8 @@ def test_what_is_no_model_is_refused(thing):
         foveate.prune(thing, "fopru", keep=0.5)
 
 
-MISFITS = [("mllama", name) for name in METHODS if name != "trimmed_llama"]
-MISFITS += [(family, "trimmed_llama") for family in tiny.DECODER_FAMILIES]
+MISFITS = [("mllama", name) for name in METHODS if name not in IN_CROSS_ATTENTION]
+MISFITS += [(family, name) for family in tiny.DECODER_FAMILIES for name in IN_CROSS_ATTENTION]
 
 
 @pytest.mark.parametrize(("family", "name"), MISFITS)

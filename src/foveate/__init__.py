@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .engine import Pruned, PruneReport, UnsupportedError, prune
     from .methods.aircache import AirCache
     from .methods.base import Method
-    from .methods.baselines import Random, Uniform
+    from .methods.baselines import Random, RandomCache, RandomCross, RandomLayer, Uniform
     from .methods.csp import CSP
     from .methods.dart import DART
     from .methods.divprune import DivPrune
@@ -52,6 +52,9 @@ __all__ = [
     "Pruned",
     "PyramidDrop",
     "Random",
+    "RandomCache",
+    "RandomCross",
+    "RandomLayer",
     "SparseVLM",
     "TopV",
     "TrimmedLlama",
@@ -71,7 +74,7 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("Pruned", "PruneReport", "UnsupportedError", "prune"), "engine"),
     "Method": "methods.base",
-    **dict.fromkeys(("Random", "Uniform"), "methods.baselines"),
+    **dict.fromkeys(("Random", "RandomCache", "RandomCross", "RandomLayer", "Uniform"), "methods.baselines"),
     "FastV": "methods.fastv",
     "FoPru": "methods.fopru",
     "PLPHP": "methods.plphp",

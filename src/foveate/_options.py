@@ -109,7 +109,8 @@ def variants(
 
     wanted: dict[str, tuple[str, dict[str, Any], bool]] = {}
     for name in always:
-        wanted[name] = (name, {}, False)
+        if foveate.method_class(name).place in places:
+            wanted[name] = (name, {}, False)
     for name, options in parse_methods(methods):
         if name == "all" and not options:
             for each in foveate.methods():

@@ -531,7 +531,8 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
         raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known} (see: foveate families)")
     fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]
     if not names:
-        return ["fopru"] if "fopru" in fitting else [n for n in fitting if n not in ("random", "uniform")][:1]
+        blind = [name for name in fitting if foveate.method_class(name).source.startswith("baseline")]
+        return ["fopru"] if "fopru" in fitting else [name for name in fitting if name not in blind][:1]
     for name in names:
         if name not in fitting:
             place = PLACES[foveate.method_class(name).place]

@@ -236,7 +236,7 @@ class Forward:
         if not (ends or evicts):
             self._note_rows(index)
             return kernel(module, query, key, value, mask, **kwargs)
-        tokens = self._tokens(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        tokens = self._tokens(index, layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         if ends:
             self.view = tokens
         if evicts:
@@ -275,7 +275,7 @@ class Forward:
         alive = torch.zeros(self.ids.shape[0], self.queries + 1, dtype=torch.bool, device=self.ids.device)
         return alive.scatter(1, torch.where(self.rows.real, self.rows.source, self.queries), True)[:, :-1]
 
-    def _tokens(self, layer: PrunedLayer | None, query: Tensor, key: Tensor, scaling: float) -> LayerTokens:
+    def _tokens(self, index: int, layer: PrunedLayer | None, query: Tensor, key: Tensor, scaling: float) -> LayerTokens:
         """What this layer shows a method."""
         assert self.groups is not None and self.text is not None
         keys, width = key.shape[2], query.shape[2]
@@ -297,6 +297,7 @@ class Forward:
             visible=self.visible(layer, keys),
             last=last,
             text=text,
+            layer=index,
             depth=len(self.session.kinds),
             guidance=self._guidance(),
         )

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .questions import Item
 
 UNTOUCHED = "untouched"
-BASELINES = ("random", "uniform", "pooling")
+# One for every place: a draw in the cache, when the prompt has read the picture, beats one before the LLM by far.
+BASELINES = ("random", "uniform", "pooling", "random_layer", "random_cache", "random_cross")
 MATCHES = {"exact": exact_match, "contains": holds}
 # Pruning breaks what depends on one small place first. Of glimpse's kinds of questions:
 GROUPS = {

@@ -1,4 +1,4 @@
-"""Baselines every method has to beat: tokens chosen blindly, before the LLM."""
+"""Baselines every method has to beat: tokens chosen blindly, at each of the places where methods act."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import register
-from .base import EncoderMethod, EncoderTokens, check_range, topk_mask
+from .base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method, check_range, floor_budget, topk_mask
+from .tokens import EncoderTokens, LayerTokens
 
 
 def strided(budget: Tensor, n: int) -> Tensor:
@@ -18,9 +19,33 @@ def strided(budget: Tensor, n: int) -> Tensor:
     return (offset // n).diff(dim=-1) > 0
 
 
+def drawn(present: Tensor, seed: int, heads: int = 1) -> Tensor:
+    """Random scores (groups, heads, n), -inf where nothing is present.
+
+    present: bool (groups, n). A group's scores depend on the seed and on how many are present in it alone.
+    """
+    scores = torch.full((present.shape[0], heads, present.shape[1]), -torch.inf)
+    # Drawn on the CPU, so that every device keeps the same tokens.
+    for own, there in zip(scores, present.cpu(), strict=True):
+        own[:, there] = torch.rand(heads, int(there.sum()), generator=torch.Generator().manual_seed(seed))
+    return scores.to(present.device)
+
+
+@dataclass
+class Seeded(Method):
+    """What the random baselines share. seed: of the draw."""
+
+    keep: float | int = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("seed", self.seed, 0, 2**63 - 1, integer=True)
+
+
 @register("random")
 @dataclass
-class Random(EncoderMethod):
+class Random(Seeded, EncoderMethod):
     """Keep tokens drawn uniformly at random; the baseline that many published methods do not beat.
 
     The draw depends on `seed` and the tile's size alone, so that a picture keeps the same tokens in any batch.
@@ -34,17 +59,85 @@ class Random(EncoderMethod):
     summary = "baseline: tokens drawn at random (seeded), before the LLM"
     source = "baseline (arXiv 2502.11501)"
 
-    keep: float | int = 0.25
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("seed", self.seed, 0, 2**63 - 1, integer=True)
-
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         # Drawn on the CPU, so that every device keeps the same tokens.
         scores = torch.rand(tokens.grid[0] * tokens.grid[1], generator=torch.Generator().manual_seed(self.seed))
         return topk_mask(scores.to(tokens.device).expand(tokens.tiles, -1), budget)
+
+
+@register("random_layer")
+@dataclass
+class RandomLayer(Seeded, LayerMethod):
+    """Keep image tokens drawn uniformly at random from layer `layer` on; the baseline for methods inside the LLM.
+
+    The layers before it let the text read the whole picture, which alone makes it better than a draw before the LLM.
+
+    keep: fraction of each image's tokens, or tokens per image; 0.25 is this library's default.
+    seed: of the draw, which depends on it and on the image's size alone.
+    layer: the first layer without the dropped tokens; 2 is FastV's default.
+
+    Source: a baseline of this library.
+    """
+
+    summary = "baseline: tokens drawn at random (seeded), inside the LLM"
+    source = "baseline"
+
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("layer", self.layer, 1, integer=True)
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def select(self, tokens: LayerTokens) -> Tensor:
+        groups = tokens.groups
+        return topk_mask(drawn(groups.present, self.seed)[:, 0], floor_budget(self.share(groups), groups))
+
+
+@register("random_cache")
+@dataclass
+class RandomCache(Seeded, CacheMethod):
+    """Evict image tokens drawn uniformly at random, in each layer and KV head others; the baseline for the KV cache.
+
+    The prompt has read the whole picture before anything is evicted, and what one layer or head loses another keeps:
+    far better than a draw before the LLM, above all where answers are short.
+
+    keep: fraction of each image's tokens, or tokens per image; 0.25 is this library's default.
+    seed: of the draw, which depends on it, the layer, the number of KV heads and the image's size alone.
+
+    Source: a baseline of this library.
+    """
+
+    summary = "baseline: entries drawn at random (seeded) in each layer and head, evicted after the prefill"
+    source = "baseline"
+
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return drawn(tokens.groups.present, (self.seed * 1009 + tokens.layer) % 2**63, tokens.key.shape[1])
+
+
+@register("random_cross")
+@dataclass
+class RandomCross(Seeded, CrossMethod):
+    """Keep image features drawn uniformly at random after the first cross-attention layer; the baseline for the others.
+
+    keep: fraction of the sample's valid features, or features per image; 0.25 is this library's default.
+    seed: of the draw, which depends on it and on the number of valid features alone.
+
+    Source: a baseline of this library.
+    """
+
+    summary = "baseline: image features drawn at random (seeded) after the first cross-attention layer"
+    source = "baseline"
+
+    def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
+        n = valid.sum(-1)
+        if isinstance(self.keep, int):
+            k = torch.minimum(self.keep * images, n)
+        else:
+            k = (self.keep * n + 1e-4).floor().long().clamp(min=1)
+        return topk_mask(drawn(valid, self.seed)[:, 0], k)
 
 
 @register("uniform")

@@ -89,7 +89,7 @@ class LayerTokens:
         token always among them; -1 at padding.
     entered: (batch, rows, hidden) hidden states in front of the layer; left: behind it. Only for layer methods.
     embedded: (batch, rows, hidden) hidden states of the same tokens in front of the first layer, where asked for.
-    stage, depth: for layer methods, which of their stages this is, and the number of decoder layers.
+    stage: for layer methods, which of their stages this is. layer, depth: which decoder layer, of how many.
     guidance: (groups, n) scores that another model gave, where a method has a guide.
     """
 
@@ -105,6 +105,7 @@ class LayerTokens:
     left: Tensor | None = None
     embedded: Tensor | None = None
     stage: int = 0
+    layer: int = 0
     depth: int = 0
     guidance: Tensor | None = None
 
