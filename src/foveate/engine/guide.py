@@ -96,17 +96,12 @@ class Guide:
         if not call.brings_images:
             return generate(*args, **kwargs)
         self._check(call)
-        scores, exits = None, False
-        with _turn, torch.no_grad():
-            reading, sequences = self._ask(call)
-            if self.method.exit_threshold is not None:
-                scores = self._score(reading, sequences[:, call.ids.shape[1] :])
-                exits = bool((scores >= self.method.exit_threshold).all())
-        self.session.guided = GuideAnswer(sequences.to(call.ids.device), scores, exits)
-        if exits:
+        answer, received = self._consult(call)
+        self.session.guided = answer
+        if answer.exited:
             self.session.report = None
-            return self.session.guided.sequences
-        self._thread.guidance = reading.received.to(self.session.model.device)
+            return answer.sequences
+        self._thread.guidance = received.to(self.session.model.device)
         try:
             return generate(*args, **kwargs)
         finally:
@@ -149,6 +144,17 @@ class Guide:
                     f"{other.tokens}: use a guide that encodes images alike"
                 )
         return [EncodedImage(layout, None) for layout in layouts]
+
+    @torch.no_grad()
+    def _consult(self, call: GenerateCall) -> tuple[GuideAnswer, Tensor]:
+        """What the guide says, and what each position of the prompt received meanwhile: (batch, prompt)."""
+        scores, exits = None, False
+        with _turn:
+            reading, sequences = self._ask(call)
+            if self.method.exit_threshold is not None:
+                scores = self._score(reading, sequences[:, call.ids.shape[1] :])
+                exits = bool((scores >= self.method.exit_threshold).all())
+        return GuideAnswer(sequences.to(call.ids.device), scores, exits), reading.received
 
     def _ask(self, call: GenerateCall) -> tuple[_Reading, Tensor]:
         """What the guide looks at while it answers greedily, and its answer behind the prompt."""
@@ -204,10 +210,8 @@ class Guide:
         ahead = positions[..., -1:] + torch.arange(1, length + 1, device=answer.device)
         if choice is not None:
             source, keep = choice.source[:, 0], choice.real[:, 0]
-            embeds, positions = (
-                gather_rows(embeds, source),
-                positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1)),
-            )
+            embeds = gather_rows(embeds, source)
+            positions = positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1))
         attentions = [getattr(layer, self.session.family.self_attention) for layer in self.decoder.layers]
         add_routes(dict.fromkeys(attentions, _without_positions))
         try:
