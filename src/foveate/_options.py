@@ -95,12 +95,13 @@ def variants(
     *,
     always: Sequence[str] = (),
     seed: int | None = None,
+    guide: Any = None,
 ) -> tuple[list[Variant], list[str]]:
     """Every method at every keep, and a line for each method that had to be left out.
 
     methods: what `--methods` says; `all` means every method that fits, once for each value of an option that is a
     choice of words. places: where the model's family lets methods act. always: methods that are put first where they
-    fit. seed: for methods that draw and were given none.
+    fit. seed: for methods that draw and were given none. guide: the smaller model of methods that have one.
 
     Raises:
         Mistake: for a named method that is unknown, does not fit, or does not take an option or keep.
@@ -127,6 +128,10 @@ def variants(
             if cls.place not in places:
                 raise ValueError(f"it drops tokens {PLACES[cls.place]}, which {model_type} models lack")
             drawn: dict[str, Any] = {"seed": seed} if seed is not None and "seed" in cls.__dataclass_fields__ else {}
+            if "guide" in cls.__dataclass_fields__:
+                if guide is None:
+                    raise ValueError("it needs a guide, a smaller model of the same family: foveate eval has --guide")
+                drawn["guide"] = guide
             drawn |= options
             chosen += [Variant(text, keep, foveate.get_method(name, keep=keep, **drawn), named) for keep in keeps]
         except (ValueError, TypeError) as error:

@@ -212,6 +212,10 @@ def eval_command(
         str | None,
         typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own"),
     ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="The smaller model of sgl: a hub id or a folder.", show_default="glimpse's own, if glimpse"),
+    ] = None,
 ) -> None:
     """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
 
@@ -234,6 +238,7 @@ def eval_command(
         device=device,
         dtype=dtype,
         attn=attn,
+        guide=guide,
         console=console,
     )
     Console().print(overview(results.rows).rich(), crop=False)

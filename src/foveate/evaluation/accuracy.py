@@ -103,6 +103,9 @@ def measure(
             results.add(row)
             if not console.is_terminal:  # a bar would not be seen
                 console.print(f"{column}: {100 * row['accuracy']:.1f} %", markup=False, highlight=False)
+    labels = [UNTOUCHED, *dict.fromkeys(variant.label for variant in variants)]
+    place = {label: index for index, label in enumerate(labels)}
+    results.rows.sort(key=lambda row: place.get(row["method"], len(labels)))  # a folder that took more rows later
     return failures
 
 
@@ -139,6 +142,7 @@ def _ask(
     """The answers of one variant, and what they cost."""
     import foveate
 
+    counted: list[Any] = [None]
     counts = {"tokens": 0, "kept": 0, "kv": 0, "kv_full": 0}
 
     def after() -> None:
@@ -146,6 +150,9 @@ def _ask(
         if variant is None:
             return
         report: Any = pruned.report  # type: ignore[union-attr]
+        if report is counted[-1]:  # nothing was pruned: the guide has answered
+            return
+        counted.append(report)
         for tokens, kept in (image for sample in report.images for image in sample):
             counts["tokens"] += tokens
             counts["kept"] += kept

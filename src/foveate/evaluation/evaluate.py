@@ -11,7 +11,7 @@ from rich.console import Console
 
 from foveate._asking import DTYPES, built_in, hush, load, one_line, read_config, resolve_device
 from foveate._mistake import Mistake
-from foveate._options import Variant, parse_keeps, variants
+from foveate._options import PLACES, Variant, parse_keeps, variants
 
 from .accuracy import BASELINES, GROUPS, MATCHES, measure
 from .questions import FILE, draw, from_folder, from_glimpse
@@ -38,6 +38,7 @@ def evaluate(
     device: str,
     dtype: str,
     attn: str | None,
+    guide: str | None,
     console: Console,
 ) -> tuple[Results, list[str]]:
     """Measure, and draw the plots; everything is as `foveate eval` takes it.
@@ -58,7 +59,7 @@ def evaluate(
         from foveate import glimpse
 
         if methods != "all":  # a wrong name should not wait for the model
-            variants(methods, keeps, ("encoder", "layer", "cache", "cross"), "", seed=seed)
+            variants(methods, keeps, tuple(PLACES), "", seed=seed, guide=guide or model == GLIMPSE or None)
         source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
         device = resolve_device(device)
         config = read_config(source)
@@ -66,10 +67,15 @@ def evaluate(
         if family is None:
             known = ", ".join(foveate.families())
             raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
-        chosen, left_out = variants(methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed)
+        small = _guide(guide, model, device, dtype)
+        chosen, left_out = variants(
+            methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed, guide=small
+        )
 
         settings: Row = {"model": model, "dtype": _dtype(dtype, config), "device": device_name(device), "attn": attn}
         settings |= {"seed": seed, "match": match, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        if guide is not None:
+            settings["guide"] = guide
         bad: list[tuple[int, str]] = []
         if data in (None, GLIMPSE):
             settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}
@@ -121,6 +127,17 @@ def evaluate(
             raise
     _draw(results, f"{model}: {len(items):,} questions", groups)
     return results, lost + failures
+
+
+def _guide(guide: str | None, model: str, device: str, dtype: str) -> Any:
+    """The smaller model of methods that have one; glimpse brings its own."""
+    if guide is not None:
+        return load(guide, read_config(guide), device=device, dtype=dtype, attn=None)[0]
+    if model == GLIMPSE:
+        from foveate import glimpse
+
+        return glimpse.load("small", dtype=dtype)[0].to(device)
+    return None
 
 
 def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:

@@ -14,8 +14,8 @@ from .results import Row
 # Okabe and Ito's colours, which colour-blind readers can tell apart; with a marker each for the ninth and on.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A")
 MARKERS = "osD^vPX"
-GREY = "#777777"
-DASHES = ((0, (5, 2)), (0, (2, 2)), (0, (5, 1, 1, 1)))
+GREY, DARK = "#8a8a8a", "#333333"
+DASHES = ((0, (5, 2)), (0, (2, 2)), (0, (5, 1, 1, 1)), (0, (1, 1)))
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -41,8 +41,8 @@ def curves(
     """Draw y over x, a line a method and a panel for each place where methods act.
 
     rows: with `method`, `place`, and shares under `x` and `y`; the one without a place is the untouched model, drawn
-    as a level. dashed: methods drawn grey and dashed in every panel: the baselines. bound: a column that is dotted in
-    the colour of each method: the best it could reach.
+    as a level. dashed: the baselines, drawn grey and dashed in the panel of their place and, those before the LLM, in
+    all. bound: a column that is dotted in the colour of each method: the best it could reach.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -62,11 +62,13 @@ def curves(
             panel.set_axis_off()
         for panel, place in zip(panels, places, strict=False):
             own = {m: line for m, line in lines.items() if line[0]["place"] == place and m not in dashed}
-            blind = {m: line for m, line in lines.items() if m in dashed}
+            blind = {m: line for m, line in lines.items() if m in dashed and line[0]["place"] in (place, "encoder")}
             ends = []
             for index, (method, line) in enumerate([*blind.items(), *own.items()]):
                 at = index - len(blind)
-                style: dict[str, Any] = {"color": GREY, "linestyle": DASHES[index % 3], "linewidth": 1.2}
+                # The baseline of the very place stands out.
+                style: dict[str, Any] = {"color": DARK if line[0]["place"] == place else GREY, "linewidth": 1.2}
+                style["linestyle"] = DASHES[index % len(DASHES)]
                 if at >= 0:
                     style = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "markersize": 4}
                 line = sorted(line, key=lambda row: -row[x])
