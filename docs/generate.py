@@ -1,20 +1,29 @@
-"""Writes docs/methods.md and the table of methods in the README.
+"""Writes docs/methods.md, and the tables in the README and in docs/measuring.md.
 
-Facts (place, options, source) come from the code, prose from docs/methods/NAME.md.
+Facts (place, options, source) come from the code, prose from docs/methods/NAME.md. Tables stand between
+`<!-- methods -->`, or `<!-- foveate table ... -->` with any of that command's options, and `<!-- end -->`.
 
 python docs/generate.py
 """
 
+import contextlib
 import dataclasses
 import inspect
+import io
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+from typer.main import get_command
+
+from foveate.cli import app
 from foveate.methods import method_class, method_names
 from foveate.methods.base import Method
 
 HERE = Path(__file__).parent
+PAGES = (HERE.parent / "README.md", HERE / "measuring.md")
 PLACES = {
     "encoder": "Before the LLM",
     "layer": "Inside the LLM",
@@ -101,14 +110,30 @@ def readme_table() -> str:
     return "\n".join(rows)
 
 
-def readme() -> str:
-    """README.md with its table of methods renewed, between two comments."""
-    text = (HERE.parent / "README.md").read_text()
-    before, rest = text.split("<!-- methods -->\n")
-    _, after = rest.split("<!-- end -->", 1)
-    return f"{before}<!-- methods -->\n{readme_table()}\n<!-- end -->{after}"
+def printed(command: str) -> str:
+    """What a command of foveate prints in the folder of the repository."""
+    out, here = io.StringIO(), Path.cwd()
+    os.chdir(HERE.parent)
+    try:
+        with contextlib.redirect_stdout(out):
+            if get_command(app).main(shlex.split(command)[1:], standalone_mode=False):
+                raise SystemExit(f"this failed: {command}")
+    finally:
+        os.chdir(here)
+    return out.getvalue()
+
+
+def renewed(path: Path) -> str:
+    """A page with its tables renewed, between two comments each."""
+
+    def block(match: re.Match[str]) -> str:
+        table = readme_table() + "\n" if match[1] == "methods" else printed(match[1])
+        return f"<!-- {match[1]} -->\n{table}<!-- end -->"
+
+    return re.sub(r"<!-- (methods|foveate table [^\n]*) -->\n.*?<!-- end -->", block, path.read_text(), flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     (HERE / "methods.md").write_text(page())
-    (HERE.parent / "README.md").write_text(readme())
+    for path in PAGES:
+        path.write_text(renewed(path))

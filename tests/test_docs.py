@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import foveate
+from foveate.evaluation.results import Results
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARTS = ("**Formula.**", "**Costs.**", "**Weak where.**", "**Certainty.**")
@@ -43,6 +44,18 @@ def test_the_page_is_up_to_date():
     assert page == generator().page(), "run: python docs/generate.py"
 
 
-def test_the_readme_lists_every_method():
-    text = (DOCS.parent / "README.md").read_text()
-    assert text == generator().readme(), "run: python docs/generate.py"
+def test_tables_are_up_to_date():
+    module = generator()
+    for path in module.PAGES:
+        assert path.read_text() == module.renewed(path), "run: python docs/generate.py"
+    assert "<!-- methods -->" in (DOCS.parent / "README.md").read_text()
+
+
+def test_a_block_holds_what_its_command_prints(tmp_path):
+    with Results(tmp_path / "eval", "eval", {}, keys=("method", "keep")) as results:
+        results.add({"method": "fopru", "keep": 0.5, "accuracy": 0.75})
+    block = f"<!-- foveate table {tmp_path}/eval --columns method,accuracy -->"
+    (tmp_path / "page.md").write_text(f"before\n{block}\nold\n<!-- end -->\nafter\n")
+    page = generator().renewed(tmp_path / "page.md")
+    table = "| method | accuracy % |\n| --- | --: |\n| fopru | 75.0 |\n"
+    assert page == f"before\n{block}\n{table}<!-- end -->\nafter\n"

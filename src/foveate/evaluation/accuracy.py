@@ -150,7 +150,7 @@ def _ask(
         if variant is None:
             return
         report: Any = pruned.report  # type: ignore[union-attr]
-        if report is counted[-1]:  # nothing was pruned: the guide has answered
+        if report is None or report is counted[-1]:  # nothing was pruned: the guide has answered
             return
         counted.append(report)
         for tokens, kept in (image for sample in report.images for image in sample):

@@ -140,7 +140,7 @@ def pareto(
         panel.set_ylabel(ylabel)
         panel.set_ylim(bottom=0)
         panel.set_xscale("log")
-        panel.set_xlim(left=60 * min(row[x] for row in rows))  # room for names
+        panel.set_xlim(left=45 * min(row[x] for row in rows))  # room for names
         ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick > 60 * min(row[x] for row in rows)]
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()

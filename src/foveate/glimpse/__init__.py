@@ -34,12 +34,19 @@ def load(size: str = "glimpse", **kwargs: Any) -> tuple[Any, Any]:
     bfloat16, compute in float32.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     folders = {"glimpse": PATH, "small": SMALL_PATH}
     if size not in folders:
         raise ValueError(f"no glimpse of size {size!r}: there are {' and '.join(folders)}")
     kwargs.setdefault("dtype", "float32")
-    model = AutoModelForImageTextToText.from_pretrained(folders[size], **kwargs)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it is over at once
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folders[size], **kwargs)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.eval(), AutoProcessor.from_pretrained(PATH)
 
 
