@@ -1,0 +1,342 @@
+"""What choosing costs: the time of each method's selection alone, beside the prefill of a 1-billion-parameter LLM.
+
+    python benchmarks/selection.py
+
+Every registered method runs on plain tensors of the sizes that the 1b geometry gives it (Llama-3.2-1B and CLIP-L, one
+picture between 64 text tokens): all its stages, or all the layers it evicts from. `selection` is what the method
+itself computes; `reading` is what the engine must work out for it first, attention of the vision encoder or of the
+cross-attention layer that the model's own kernels do not hand over. Both stand beside the prefill of the same LLM on
+as many tokens, in one process. Prints a table; writes benchmarks/results/selection.json and selection.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+
+import foveate
+from foveate.engine.attention import attention_marginals, prefix_attention, received_by_features
+from foveate.evaluation import geometries
+from foveate.evaluation.tables import Table
+from foveate.evaluation.timing import quartiles, synchronize
+from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
+from foveate.methods.tokens import EncoderTokens, ImageGroups, LayerTokens
+
+BEFORE, AFTER = 32, 32  # text tokens
+SIZES = (576, 2880, 10_000)
+Work = Callable[[], Any]
+
+
+class Sizes:
+    """Random tensors of the shapes that the 1b geometry shows a method for a picture of n tokens."""
+
+    def __init__(self, model: Any, n: int) -> None:
+        self.n, self.device, self.dtype = n, model.device, model.dtype
+        self.text, self.vision = model.config.text_config, model.config.vision_config
+        self.projector = model.model.multi_modal_projector
+        rows = math.isqrt(n)
+        self.grid = next((r, n // r) for r in range(rows, 0, -1) if n % r == 0)
+        self.length = BEFORE + n + AFTER
+        self.rng = torch.Generator(self.device).manual_seed(n)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.device).to(self.dtype)
+
+    def attention(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.device).softmax(-1)
+
+    def vision_heads(self) -> tuple[Tensor, Tensor, float]:
+        heads = self.vision.num_attention_heads
+        dim = self.vision.hidden_size // heads
+        return self.noise(1, heads, 1 + self.n, dim), self.noise(1, heads, 1 + self.n, dim), dim**-0.5
+
+    def encoder(self, method: EncoderMethod) -> EncoderTokens:
+        layers, width = method.vision_layers, self.vision.hidden_size
+        states = self.noise(1, self.n, width)
+        every: dict[str, Any] = {
+            "received": self.attention(1, layers, self.n),
+            "given": self.attention(1, layers, self.n),
+            "cls": self.attention(1, layers, self.n),
+            "keys": self.noise(1, self.n, width // self.vision.num_attention_heads),
+            "states": states,
+            "features": self.projector(states),
+        }
+        read = {name: tensor for name, tensor in every.items() if name in method.reads}
+        if "states" in read:
+            read["features"] = every["features"]
+        return EncoderTokens(self.grid, 1, self.device, project=self.projector, most=self.budget(method), **read)
+
+    def budget(self, method: Method) -> int:
+        return max(1, math.floor(method.keep * self.n)) if isinstance(method.keep, float) else method.keep
+
+    def layer(self) -> LayerTokens:
+        heads, kv, dim = self.text.num_attention_heads, self.text.num_key_value_heads, self.text.head_dim
+        positions = torch.arange(BEFORE, BEFORE + self.n, device=self.device).unsqueeze(0)
+        one = torch.ones(1, dtype=torch.long, device=self.device)
+        rows, columns = self.grid
+        centers = torch.cartesian_prod((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns)
+        groups = ImageGroups(positions, 0 * one, self.n * one, 0 * one, centers=centers.unsqueeze(0).to(self.device))
+        return LayerTokens(
+            groups=groups,
+            slots=positions,
+            query=self.noise(1, heads, self.length, dim),
+            key=self.noise(1, kv, self.length, dim),
+            scaling=dim**-0.5,
+            visible=None,
+            last=one * (self.length - 1),
+            text=torch.arange(BEFORE + self.n, self.length, device=self.device).unsqueeze(0),
+            entered=self.noise(1, self.length, self.text.hidden_size),
+            left=self.noise(1, self.length, self.text.hidden_size),
+            embedded=self.noise(1, self.length, self.text.hidden_size),
+            depth=self.text.num_hidden_layers,
+        )
+
+
+def without(tokens: LayerTokens, chosen: Tensor, stage: int) -> LayerTokens:
+    """What a later stage sees: the tokens that an earlier one left."""
+    groups = tokens.groups
+    alive = torch.ones(tokens.query.shape[2], dtype=torch.bool, device=chosen.device)
+    alive[tokens.slots[0]] = chosen[0]
+    place = alive.cumsum(0) - 1
+    left, count = tokens.slots[:, chosen[0]], chosen.sum(-1)
+    groups = dataclasses.replace(
+        groups,
+        positions=groups.positions[:, chosen[0]],
+        count=count,
+        dropped=groups.dropped + groups.count - count,
+        centers=groups.centers[:, chosen[0]] if groups.centers is not None else None,
+    )
+    states = {
+        name: states[:, alive]
+        for name in ("entered", "left", "embedded")
+        if (states := getattr(tokens, name)) is not None
+    }
+    return dataclasses.replace(
+        tokens,
+        groups=groups,
+        slots=place[left],
+        query=tokens.query[:, :, alive],
+        key=tokens.key[:, :, alive],
+        last=place[tokens.last],
+        text=place[tokens.text],
+        stage=stage,
+        **states,
+    )
+
+
+def encoder_work(method: EncoderMethod, sizes: Sizes) -> tuple[Work, Work | None]:
+    tokens, budget = sizes.encoder(method), torch.tensor([sizes.budget(method)], device=sizes.device)
+
+    def select() -> None:
+        method.merge(tokens, method.select(tokens, budget))
+
+    if not method.reads & {"received", "given", "cls", "keys"}:
+        return select, None
+    query, key, scaling = sizes.vision_heads()
+
+    def read() -> None:
+        for _ in range(method.vision_layers):
+            if method.reads & {"received", "given"}:
+                attention_marginals(query, key, scaling, 1)
+            if "cls" in method.reads:
+                prefix_attention(query, key, scaling, 1)
+        if "keys" in method.reads:
+            key[:, :, 1:].mean(1)
+
+    return select, read
+
+
+def layer_work(method: LayerMethod, sizes: Sizes) -> tuple[Work, None]:
+    stages, tokens = [], sizes.layer()
+    for stage in range(len(method.stages(tokens.depth))):
+        stages.append(tokens)
+        tokens = without(tokens, method.select(tokens), stage + 1)
+
+    def select() -> None:
+        for each in stages:
+            method.merge(each, method.select(each))
+
+    return select, None
+
+
+def cache_work(method: CacheMethod, sizes: Sizes) -> tuple[Work, None]:
+    tokens = sizes.layer()
+    layers = tokens.depth - method.first_layer()
+    tokens = dataclasses.replace(tokens, entered=None, left=None, embedded=None)
+
+    def select() -> None:
+        scores = [method.score(tokens) for _ in range(layers)]
+        statistics = torch.stack([method.statistics(each, tokens.groups) for each in scores])
+        if method.needs_all_layers:
+            budgets = method.budgets(statistics, tokens.groups)
+        else:
+            budgets = torch.cat([method.budgets(each.unsqueeze(0), tokens.groups) for each in statistics])
+        for each, budget in zip(scores, budgets, strict=True):
+            method.merge(method.select(each, budget), tokens.groups)
+
+    return select, None
+
+
+def cross_work(method: CrossMethod, sizes: Sizes) -> tuple[Work, Work]:
+    tokens = sizes.layer()
+    heads, text = sizes.text.num_attention_heads, BEFORE + AFTER
+    query, key = tokens.query[:, :, :text], tokens.key[:, :, : sizes.n]
+    attention = sizes.attention(1, heads, sizes.n)
+    valid = torch.ones(1, sizes.n, dtype=torch.bool, device=sizes.device)
+    images = torch.ones(1, dtype=torch.long, device=sizes.device)
+    rows = torch.ones(1, text, dtype=torch.bool, device=sizes.device)
+
+    def read() -> None:
+        received_by_features(query, key, tokens.scaling, None, rows)
+
+    return lambda: method.select(attention, valid, images), read
+
+
+WORK: tuple[tuple[type[Method], Callable[..., tuple[Work, Work | None]]], ...] = (
+    (EncoderMethod, encoder_work),
+    (LayerMethod, layer_work),
+    (CacheMethod, cache_work),
+    (CrossMethod, cross_work),
+)
+
+
+def clock(work: Work, repeat: int, device: torch.device) -> list[float]:
+    """Milliseconds of `repeat` runs, after one that warms up; a run of more than 20 seconds is not repeated."""
+    times: list[float] = []
+    for turn in range(repeat + 1):
+        gc.collect()
+        synchronize(device)
+        begun = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - begun))
+        if turn == 0 and times[0] > 20_000:
+            return times
+    return times[1:]
+
+
+def prefill(model: Any, length: int, layers: int) -> Work:
+    """The LLM on so many tokens, through its first `layers` layers only."""
+    decoder = model.model.language_model
+    embeds = torch.randn(1, length, decoder.config.hidden_size, device=model.device).to(model.dtype)
+
+    def work() -> None:
+        every = decoder.config.num_hidden_layers
+        try:
+            decoder.config.num_hidden_layers = layers
+            decoder(inputs_embeds=embeds, use_cache=True)
+        finally:
+            decoder.config.num_hidden_layers = every
+
+    return work
+
+
+@torch.inference_mode()
+def measure(model: Any, sizes: tuple[int, ...], keep: float, repeat: int, wanted: list[str]) -> dict[str, Any]:
+    depth = model.config.text_config.num_hidden_layers
+    console = Console(stderr=True)
+    prefills, rows, left_out = [], [], []
+    for n in sizes:
+        # A long prompt takes minutes; its layers are alike, so two of them stand for all.
+        layers = depth if n <= 1000 else 2
+        times = clock(prefill(model, BEFORE + n + AFTER, layers), 3 if n <= 3000 else 1, model.device)
+        whole = median(times) * depth / layers
+        prefills.append({"image_tokens": n, "ms": whole, "layers_timed": layers, "layers": depth, "runs": len(times)})
+        console.print(f"{n:,} tokens: prefill {whole:,.0f} ms")
+        for name in wanted:
+            try:
+                method = foveate.get_method(name, keep=keep)
+            except ValueError as error:
+                left_out.append(f"{name}: {error}")
+                continue
+            make = next(make for base, make in WORK if isinstance(method, base))
+            select, read = make(method, Sizes(model, n))
+            low, middle, high = quartiles(clock(select, repeat, model.device))
+            reading = None if read is None else median(clock(read, repeat, model.device))
+            row = {"method": name, "image_tokens": n, "selection_ms": middle, "q1_ms": low, "q3_ms": high}
+            row |= {"reading_ms": reading, "selection_of_prefill": middle / whole}
+            row["with_reading_of_prefill"] = (middle + (reading or 0)) / whole
+            rows.append(row)
+            console.print(f"  {name}: {middle:,.2f} ms, {100 * middle / whole:.2f} %; reading {reading}")
+    return {"prefill": prefills, "methods": rows, "left_out": sorted(set(left_out))}
+
+
+def table(measured: dict[str, Any]) -> Table:
+    sizes = [prefill["image_tokens"] for prefill in measured["prefill"]]
+    head, body = ["method"], []
+    for n in sizes:
+        head += [f"{n:,}: selection ms", "reading ms", "of prefill %"]
+    for name in dict.fromkeys(row["method"] for row in measured["methods"]):
+        cells = [f"`{name}`"]
+        for n in sizes:
+            row = next(row for row in measured["methods"] if (row["method"], row["image_tokens"]) == (name, n))
+            read = "" if row["reading_ms"] is None else f"{row['reading_ms']:,.1f}"
+            cells += [f"{row['selection_ms']:,.1f}", read, f"{100 * row['with_reading_of_prefill']:.2f}"]
+        body.append(cells)
+    cells = ["prefill of the LLM"]
+    for each in measured["prefill"]:
+        cells += [f"{each['ms']:,.0f}", "", "100"]
+    return Table(head, [*body, cells], [False] + [True] * (len(head) - 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(foveate.methods()))
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="image tokens")
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--geometry", default="1b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selection")
+    args = parser.parse_args()
+    config = geometries.get_config(args.geometry)
+    model = geometries.build(config, device=args.device, dtype=args.dtype, attn=None)
+    sizes = tuple(map(int, args.sizes.split(",")))
+    measured = measure(model, sizes, args.keep, args.repeat, args.methods.split(","))
+    run = {
+        "command": "python " + " ".join(["benchmarks/selection.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "foveate": foveate.__version__,
+        },
+        "settings": {name: getattr(args, name) for name in ("geometry", "dtype", "keep", "repeat")},
+        **measured,
+    }
+    Path(f"{args.out}.json").write_text(json.dumps(run, indent=2) + "\n")
+    shown = table(measured)
+    scaled = [f"{p['image_tokens']:,} tokens from {p['layers_timed']} of {p['layers']} layers" for p in
+              measured["prefill"] if p["layers_timed"] < p["layers"]]  # fmt: skip
+    notes = [
+        f"`{run['command']}`, {run['date']}, {run['device']}, {run['threads']} threads, {args.dtype}, torch "
+        f"{torch.__version__}: medians of {args.repeat} runs at keep {args.keep}, one picture.",
+        "`reading` is what the engine works out for a method; the share of the prefill counts both. "
+        + (f"The prefill of {' and of '.join(scaled)}, multiplied." if scaled else ""),
+        *(f"Left out: {line}." for line in measured["left_out"]),
+    ]
+    Path(f"{args.out}.md").write_text("\n\n".join(["# What choosing costs", *notes, shown.markdown()]) + "\n")
+    Console().print(shown.rich(), crop=False)
+
+
+if __name__ == "__main__":
+    main()
