@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import oracle
 import pytest
 import tiny
@@ -109,3 +110,32 @@ def test_gradient_checkpointing_and_split_models_are_refused():
     model.train()
     with prune(model, "fopru_rank"), pytest.raises(foveate.UnsupportedError, match="checkpointing"):
         model(**batch)
+
+
+def test_a_prompt_that_ends_in_its_image_still_attends_under_zipvl():
+    """The last row becomes the next token, so it must not fall silent although it is an image token."""
+    model, batch = tiny.build("llava"), tiny.inputs("llava")
+    end = int((batch["input_ids"][0] == tiny.IMAGE).nonzero()[-1]) + 1
+    batch |= {key: batch[key][:, :end] for key in ("input_ids", "attention_mask")}
+    with foveate.prune(model, "zipvl", keep=0.25, record=True) as pruned, torch.no_grad():
+        model(**batch, use_cache=True)
+    assert all(layer.seen[0, 0, -1] for layer in pruned.report.layers)
+
+
+def test_hooks_of_another_thread_may_go_while_a_layer_runs_its_own():
+    """Torch reads which hooks take keyword arguments while they are called, when this one's are gone already."""
+    model = tiny.build("llava")
+    with foveate.prune(model, "fastv", keep=0.5) as pruned:
+        assert pruned._before_layer(object(), 0, model, (torch.zeros(1),)) is None
+
+
+def test_numbers_of_other_kinds_and_sizes():
+    assert foveate.FastV(keep=np.int64(5)).keep == 5 and type(foveate.FastV(keep=np.int64(5)).keep) is int
+    assert type(foveate.FoPru(keep=np.float32(0.5)).keep) is float
+    with pytest.raises(ValueError, match="alpha must be"):
+        foveate.TopV(alpha=float("inf"))
+    model, batch = tiny.build("llava"), tiny.inputs("llava")
+    untouched = oracle.run(model, batch, max_new_tokens=2)
+    for name in ("uniform", "fastv", "plphp"):
+        with foveate.prune(model, name, keep=10**30):
+            assert torch.equal(oracle.run(model, batch, max_new_tokens=2).logits, untouched.logits)

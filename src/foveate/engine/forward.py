@@ -57,8 +57,6 @@ class Forward:
         self.outer: Forward | None = None
         self.prompt: Tensor | None = None
         self.verifies = False
-        if self.past and self.mask is not None:
-            self.evict_masked()
 
     def unhook(self) -> None:
         """Take the hooks off the layers."""
@@ -107,6 +105,7 @@ class Forward:
             ) from None
         is_image = self.ids.eq(self.session.image_token_id)
         self.groups, self.places = group_images(self.images, is_image)
+        self.check_fixed()
         self.text = self._text(is_image)
         if any(image.keep is not None for image in self.images):
             keep = self.valid().clone()
@@ -332,10 +331,12 @@ class Forward:
         into = self._cached.merge(stays, tokens.groups)
         if into is not None:
             layer.merge(self._joins(into, tokens.slots, tokens.groups, layer.physical))
-        if layer.keep(mask, tokens.visible) is not None:
+        distance = self._cached.decode_distance
+        # Where decoding evicts, too, rows must be aligned: padding goes even if nothing else does.
+        if layer.keep(mask, tokens.visible if distance is None else None) is not None:
             self.evicted.add(index)
-        if self._cached.decode_distance is not None:
-            layer.fixed_point = max(layer.physical - self._cached.decode_distance, 0)
+        if distance is not None:
+            layer.fixed_point = layer.physical - distance
 
     def _joins(self, into: Tensor, slots: Tensor, groups: ImageGroups, held: int) -> Tensor:
         """The slot that every slot joins, (batch, heads, slots), from what every image token joins."""
@@ -365,6 +366,8 @@ class Forward:
         assert layer is not None
         scores, width = self._cached.score(tokens), query.shape[2]
         _, stay = self._stays(scores, tokens, self._budget(scores, tokens), layer.physical)
+        # The last token must attend even if it is an image token: its row becomes the next token.
+        stay = stay.scatter(2, (tokens.last + tokens.past)[:, None, None].expand(-1, stay.shape[1], 1), True)
         choice = layer.keep(stay[:, :1], tokens.visible)
         if choice is None:
             self._note_rows(index)
@@ -398,9 +401,28 @@ class Forward:
                 self._evict_fixed()
 
     def _evict_fixed(self) -> None:
-        for layer in self.cache.layers if self.cache is not None else ():
-            if layer.fixed_point is not None and layer.fixed_point < layer.physical - 1:
+        method = self.session.cache_method
+        if method is None or method.decode_distance is None or self.cache is None:
+            return
+        for layer in self.cache.layers:
+            if layer.fixed_point is None:
+                continue
+            if layer.fixed_point < 0:  # the prompt was shorter than the distance: wait until as much is held
+                layer.fixed_point += 1
+            elif layer.fixed_point < layer.physical - 1:
                 layer.evict_slot(layer.fixed_point)
+
+    def check_fixed(self) -> None:
+        """Refuse what moves rows against each other where decoding evicts the same slot in all of them."""
+        method = self.session.cache_method
+        if method is None or method.decode_distance is None or self.cache is None:
+            return
+        way_out = f"use {method.name} with decode_distance=None, or one sample at a time"
+        held = any(layer.fixed_point is not None for layer in self.cache.layers)
+        if self.images and len({row for row, _ in self.places}) < self.ids.shape[0]:
+            raise UnsupportedError(f"{method.name} evicts while decoding, and not all samples have an image: {way_out}")
+        if held and not self.images and self.queries > 1 and not bool(self.valid().all()):
+            raise UnsupportedError(f"{method.name} evicts while decoding, and this turn is padded: {way_out}")
 
     def evict_masked(self) -> None:
         """Free entries of pruned layers that the 2-D mask hides, so that what is held is always attended to."""

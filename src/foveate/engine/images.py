@@ -72,11 +72,17 @@ def choose_encoder_tokens(
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     """Share `total` among parts in proportion to their sizes (largest remainder); every part gets at least 1."""
     total, whole = max(total, len(sizes)), sum(sizes)
-    shares = [total * size // whole for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return [min(max(1, share), size) for share, size in zip(shares, sizes, strict=True)]
+    if total >= whole:
+        return list(sizes)
+    shares = [max(1, total * size // whole) for size in sizes]
+    # How far each part is above its due; those that got their 1 for nothing are paid for by the others.
+    above = [share - total * size / whole for share, size in zip(shares, sizes, strict=True)]
+    for _ in range(abs(total - sum(shares))):
+        step = 1 if sum(shares) < total else -1
+        i = max((i for i in range(len(sizes)) if step > 0 or shares[i] > 1), key=lambda i: -step * above[i])
+        shares[i] += step
+        above[i] += step
+    return shares
 
 
 def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:
@@ -92,10 +98,10 @@ def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[Imag
             f"the prompt has {len(spots)} image tokens but the images were encoded to {sum(sizes)}: pass prompt and "
             "pixels that belong together (precomputed features must be encoded while the model is pruned)"
         )
-    places = []
+    places, rows, end = [], spots[:, 0].tolist(), 0
     for part in spots.split(sizes):
-        row = int(part[0, 0])
-        if int(part[-1, 0]) != row:
+        row, end = rows[end], end + len(part)
+        if rows[end - 1] != row:
             raise UnsupportedError("the image tokens of one sample do not match its images: check the prompts")
         places.append((row, part[:, 1]))
     device = is_image.device

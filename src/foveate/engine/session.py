@@ -299,6 +299,10 @@ class Pruned:
                 return kwargs, None  # the model has its own words for this
             ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
         forward = Forward(self, cache, ids, kwargs.get("attention_mask"))
+        if not brings_images:
+            forward.check_fixed()
+        if forward.past:
+            forward.evict_masked()
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
         if brings_images:
@@ -328,8 +332,9 @@ class Pruned:
         forward = active.forward
         return forward if forward is not None and forward.session is self else None
 
-    def _before_layer(self, forward: Forward, index: int, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if active.forward is not forward:  # another thread's
+    def _before_layer(self, forward: Forward, index: int, module: Any, args: Any, kwargs: Any = None) -> Any:
+        # Another thread's; torch passes no kwargs where that thread takes its hook off at this very moment.
+        if active.forward is not forward:
             return None
         if index == 0:
             forward.begin()

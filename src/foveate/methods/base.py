@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ def check_keep(keep: object) -> None:
 def check_range(name: str, value: object, low: float, high: float = math.inf, *, integer: bool = False) -> None:
     """Raise ValueError unless `low <= value <= high` (and `value` is an int where `integer`)."""
     kinds = int if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high or value == math.inf:
         kind = "an int" if integer else "a number"
         bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {kind} {bounds}, got {value!r}")
@@ -94,6 +95,9 @@ class Method(ABC):
     keep: float | int
 
     def __post_init__(self) -> None:
+        # numpy's numbers, too.
+        if isinstance(self.keep, numbers.Real) and not isinstance(self.keep, (bool, int, float)):
+            self.keep = int(self.keep) if isinstance(self.keep, numbers.Integral) else float(self.keep)
         check_keep(self.keep)
 
     @property
@@ -110,7 +114,7 @@ class Method(ABC):
     def share(self, groups: ImageGroups) -> Tensor:
         """(groups,) fraction of each image's tokens that `keep` asks for."""
         if isinstance(self.keep, int):
-            return (self.keep / groups.total.double()).clamp(max=1.0)
+            return (float(self.keep) / groups.total.double()).clamp(max=1.0)
         return torch.full_like(groups.total, self.keep, dtype=torch.float64)
 
     def to_dict(self) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class RandomCross(Seeded, CrossMethod):
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
         n = valid.sum(-1)
         if isinstance(self.keep, int):
-            k = torch.minimum(self.keep * images, n)
+            k = torch.minimum(min(self.keep, 1 << 32) * images, n)
         else:
             k = (self.keep * n + 1e-4).floor().long().clamp(min=1)
         return topk_mask(drawn(valid, self.seed)[:, 0], k)

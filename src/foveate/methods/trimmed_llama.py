@@ -47,7 +47,7 @@ class TrimmedLlama(CrossMethod):
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
         n = valid.sum(-1)
         if isinstance(self.keep, int):
-            k = torch.minimum(self.keep * images, n)
+            k = torch.minimum(min(self.keep, 1 << 32) * images, n)
         else:
             k = (self.keep * n + 1e-4).floor().long().clamp(min=1)
         return union_of_heads(attention, valid, k)
