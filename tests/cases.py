@@ -40,8 +40,15 @@ FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS i
 FITS += [("mllama", name) for name in IN_CROSS_ATTENTION]
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
 PLACES = [(family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")]
-# Methods that act around generate() are proven in files of their own.
-OWN_FILES = {"sgl": "test_guided.py", "mint": "test_contrast.py"}
+# Methods that act around generate(), or merge, are proven in files of their own.
+OWN_FILES = {
+    "sgl": "test_guided.py",
+    "mint": "test_contrast.py",
+    "visionzip": "test_merging_encoder.py",
+    "pooling": "test_merging_encoder.py",
+    "zipvl": "test_merging_cache.py",
+    "elastic_cache": "test_merging_cache.py",
+}
 TOLERANCE = 1e-4
 
 

@@ -536,7 +536,9 @@ coarse = st.lists(st.integers(0, 3).map(float), min_size=1, max_size=12)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(coarse, min_size=1, max_size=4), st.one_of(st.floats(0.01, 1.0), st.integers(1, 20)))
+@given(
+    st.lists(coarse, min_size=1, max_size=4), st.one_of(st.integers(1, 100).map(lambda p: p / 100), st.integers(1, 20))
+)
 def test_selection_takes_the_most_guided_and_the_earlier_of_equals(images, keep):
     width = max(map(len, images))
     guidance = torch.tensor([image + [-math.inf] * (width - len(image)) for image in images])

@@ -267,5 +267,6 @@ def test_the_matrix_covers_every_method():
     """A method without a row in the matrix, or a file of its own, is not proven."""
     assert {*METHOD_NAMES, *OWN_FILES} == set(foveate.methods())
     for name, file in OWN_FILES.items():
-        assert foveate.method_class(name).__name__ in (Path(__file__).parent / file).read_text()
+        text = (Path(__file__).parent / file).read_text()
+        assert name in text or foveate.method_class(name).__name__ in text
     assert {family for family, _ in FITS} == set(tiny.FAMILIES)
