@@ -29,7 +29,8 @@ ROWS = [
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["foveate", "eval", "--model", "m"])
     with Results(tmp_path / "first", "eval", {"model": "m", "seed": 0}, keys=("method", "keep")) as results:
         for each in ROWS:
             results.add(each)
@@ -68,7 +69,7 @@ def test_some_rows_sorted_with_intervals_and_the_command(folder):
         "| a | 75.0 (73.0 to 77.0) |",
         "| a | 50.0 (48.0 to 52.0) |",
     ]
-    assert text.splitlines()[-1].startswith("Measured by `foveate ")
+    assert text.splitlines()[-1].startswith("Measured by `foveate eval --model m`")
     rest = table(ROWS, ["method", "accuracy"], across="keep", where=[("keep", 0.25)])
     assert rest.body == [["untouched", "98.0"], ["a", "50.0"]]
 

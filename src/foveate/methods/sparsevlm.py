@@ -68,6 +68,8 @@ def recycled(
     # What all share costs the products their digits.
     apart = points - points.mean(1, keepdim=True)
     distance = torch.cdist(apart, apart, compute_mode="use_mm_for_euclid_dist") / apart.shape[-1] ** 0.5
+    # Two tokens that are each other's nearest tie, and must in spite of rounding.
+    distance = torch.maximum(distance, distance.transpose(1, 2))
     distance.diagonal(dim1=1, dim2=2).zero_()
     centers, real, member = density_peaks(distance, valid, clusters, most)
     kept = topk_mask(scores, first.squeeze(-1))
