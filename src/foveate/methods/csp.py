@@ -81,8 +81,8 @@ class CSP(CacheMethod):
         """(groups, kv_heads, 2, n): cross and self."""
         rows, layer = window_rows(tokens, self.window), with_zero_logit(tokens)
         is_text = tokens.keys_of(tokens.text).gather(1, rows.clamp(min=0) + tokens.past)
-        halves = [layer.received(rows.where(kind, -1))[..., 1:] for kind in (is_text, ~is_text)]
-        return tokens.per_kv_head(tokens.of_images(torch.stack(halves, dim=2)))
+        halves = layer.received(rows, torch.stack([is_text, ~is_text], dim=-1).float())[..., 1:]
+        return tokens.per_kv_head(tokens.of_images(halves))
 
     def select(self, scores: Tensor, budget: Tensor) -> Tensor:
         return split_budget(scores[:, :, 0], scores[:, :, 1], budget, self.cross_share)

@@ -128,6 +128,10 @@ class LayerTokens:
 
         Returns float32 (batch, heads, r, keys).
         """
+        return self._probabilities(rows) * (rows >= 0)[:, None, :, None]
+
+    def _probabilities(self, rows: Tensor) -> Tensor:
+        """The same, with no meaning at -1."""
         batch, heads, _, dim = self.query.shape
         at = rows.clamp(min=0)
         picked = self.query.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim))
@@ -137,24 +141,25 @@ class LayerTokens:
         hidden = torch.arange(self.key.shape[2], device=rows.device) > (at + self.past).unsqueeze(-1)
         if self.visible is not None:
             hidden = hidden | ~self.visible.unsqueeze(1)
-        weights = logits.masked_fill(hidden.unsqueeze(1), torch.finfo(torch.float32).min).softmax(-1)
-        return weights * (rows >= 0)[:, None, :, None]
+        return logits.masked_fill_(hidden.unsqueeze(1), torch.finfo(torch.float32).min).softmax(-1)
 
     def received(self, rows: Tensor, weights: Tensor | None = None, chunk_elements: int = 1 << 24) -> Tensor:
         """What every key receives from chosen rows: the sum of their attention, worked out in chunks.
 
-        rows: (batch, r), -1 counts nothing. weights: (batch, r) or None for ones. Returns (batch, heads, keys).
+        rows: (batch, r), -1 counts nothing. weights: (batch, r), or (batch, r, sums) for several sums of the same rows,
+        or None for ones. Returns (batch, heads, keys), or (batch, heads, sums, keys).
         """
         batch, heads = self.query.shape[:2]
+        several = weights is not None and weights.ndim == 3
+        share = (rows >= 0).float().unsqueeze(-1)
+        if weights is not None:
+            share = share * (weights if several else weights.unsqueeze(-1))
         step = max(1, chunk_elements // (batch * heads * self.key.shape[2]))
-        total = torch.zeros(batch, heads, self.key.shape[2], device=rows.device)
+        total = torch.zeros(batch, heads, share.shape[2], self.key.shape[2], device=rows.device)
         for start in range(0, rows.shape[1], step):
             part = slice(start, start + step)
-            attention = self.attention(rows[:, part])
-            if weights is not None:
-                attention = attention * weights[:, None, part, None]
-            total += attention.sum(2)
-        return total
+            total += share[:, part].transpose(1, 2).unsqueeze(1) @ self._probabilities(rows[:, part])
+        return total if several else total[:, :, 0]
 
     def keys_of(self, rows: Tensor) -> Tensor:
         """bool (batch, keys): the keys of chosen rows. rows: (batch, r), -1 has none."""
