@@ -177,7 +177,7 @@ def layer_work(method: LayerMethod, sizes: Sizes) -> tuple[Work, None]:
 
 def cache_work(method: CacheMethod, sizes: Sizes) -> tuple[Work, None]:
     tokens = sizes.layer()
-    layers = tokens.depth - method.first_layer()
+    layers = timed_layers(sizes.n, tokens.depth - method.first_layer())
     tokens = dataclasses.replace(tokens, entered=None, left=None, embedded=None)
 
     def select() -> None:
@@ -206,6 +206,11 @@ def cross_work(method: CrossMethod, sizes: Sizes) -> tuple[Work, Work]:
         received_by_features(query, key, tokens.scaling, None, rows)
 
     return lambda: method.select(attention, valid, images), read
+
+
+def timed_layers(n: int, layers: int) -> int:
+    """How many layers run: at long prompts two stand for all, since layers are alike."""
+    return layers if n <= 1000 else min(2, layers)
 
 
 WORK: tuple[tuple[type[Method], Callable[..., tuple[Work, Work | None]]], ...] = (
@@ -253,8 +258,7 @@ def measure(model: Any, sizes: tuple[int, ...], keep: float, repeat: int, wanted
     console = Console(stderr=True)
     prefills, rows, left_out = [], [], []
     for n in sizes:
-        # A long prompt takes minutes; its layers are alike, so two of them stand for all.
-        layers = depth if n <= 1000 else 2
+        layers = timed_layers(n, depth)
         times = clock(prefill(model, BEFORE + n + AFTER, layers), 3 if n <= 3000 else 1, model.device)
         whole = median(times) * depth / layers
         prefills.append({"image_tokens": n, "ms": whole, "layers_timed": layers, "layers": depth, "runs": len(times)})
@@ -267,7 +271,11 @@ def measure(model: Any, sizes: tuple[int, ...], keep: float, repeat: int, wanted
                 continue
             make = next(make for base, make in WORK if isinstance(method, base))
             select, read = make(method, Sizes(model, n))
-            low, middle, high = quartiles(clock(select, repeat, model.device))
+            scale = 1.0
+            if isinstance(method, CacheMethod):
+                own = depth - method.first_layer()
+                scale = own / timed_layers(n, own)
+            low, middle, high = (scale * each for each in quartiles(clock(select, repeat, model.device)))
             reading = None if read is None else median(clock(read, repeat, model.device))
             row = {"method": name, "image_tokens": n, "selection_ms": middle, "q1_ms": low, "q3_ms": high}
             row |= {"reading_ms": reading, "selection_of_prefill": middle / whole}
@@ -325,13 +333,17 @@ def main() -> None:
     }
     Path(f"{args.out}.json").write_text(json.dumps(run, indent=2) + "\n")
     shown = table(measured)
-    scaled = [f"{p['image_tokens']:,} tokens from {p['layers_timed']} of {p['layers']} layers" for p in
-              measured["prefill"] if p["layers_timed"] < p["layers"]]  # fmt: skip
+    scaled = [f"{p['image_tokens']:,}" for p in measured["prefill"] if p["layers_timed"] < p["layers"]]
     notes = [
         f"`{run['command']}`, {run['date']}, {run['device']}, {run['threads']} threads, {args.dtype}, torch "
         f"{torch.__version__}: medians of {args.repeat} runs at keep {args.keep}, one picture.",
         "`reading` is what the engine works out for a method; the share of the prefill counts both. "
-        + (f"The prefill of {' and of '.join(scaled)}, multiplied." if scaled else ""),
+        + (
+            f"At {' and '.join(scaled)} tokens prefill and methods in the KV cache ran in 2 layers, and their times "
+            "were multiplied by the number of layers."
+            if scaled
+            else ""
+        ),
         *(f"Left out: {line}." for line in measured["left_out"]),
     ]
     Path(f"{args.out}.md").write_text("\n\n".join(["# What choosing costs", *notes, shown.markdown()]) + "\n")
