@@ -337,12 +337,10 @@ def main() -> None:
     notes = [
         f"`{run['command']}`, {run['date']}, {run['device']}, {run['threads']} threads, {args.dtype}, torch "
         f"{torch.__version__}: medians of {args.repeat} runs at keep {args.keep}, one picture.",
-        "`reading` is what the engine works out for a method; the share of the prefill counts both. "
-        + (
-            f"At {' and '.join(scaled)} tokens prefill and methods in the KV cache ran in 2 layers, and their times "
-            "were multiplied by the number of layers."
-            if scaled
-            else ""
+        "`reading` is what the engine works out for a method; the share of the prefill counts both.",
+        *(
+            f"At {n} tokens prefill and methods in the KV cache ran in 2 layers, and their times were multiplied."
+            for n in scaled
         ),
         *(f"Left out: {line}." for line in measured["left_out"]),
     ]
