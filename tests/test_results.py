@@ -53,7 +53,7 @@ def test_other_settings_commands_and_folders_are_refused_and_left_alone(tmp_path
     before = (tmp_path / "out/run.json").read_text()
     with pytest.raises(Mistake, match="with seed 0, not 1: give another --out"):
         results(tmp_path / "out", {"model": "m", "seed": 1})
-    with pytest.raises(Mistake, match="holds results of foveate eval"):
+    with pytest.raises(Mistake, match="holds results of eval"):
         results(tmp_path / "out", command="bench")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").touch()
@@ -62,6 +62,21 @@ def test_other_settings_commands_and_folders_are_refused_and_left_alone(tmp_path
     with pytest.raises(Mistake, match="is a file"):
         results(tmp_path / "mine/letter.txt")
     assert (tmp_path / "out/run.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("/somewhere/bin/foveate", "foveate --out 'a b'"),
+        ("/somewhere/foveate/__main__.py", "foveate --out 'a b'"),
+        ("benchmarks/proof.py", "python benchmarks/proof.py --out 'a b'"),
+    ],
+)
+def test_the_command_can_be_typed_again(tmp_path, monkeypatch, program, says):
+    monkeypatch.setattr("sys.argv", [program, "--out", "a b"])
+    with results(tmp_path / "out"):
+        pass
+    assert read(tmp_path / "out")[1]["runs"][0]["command"] == says
 
 
 def test_nothing_is_written_before_the_work_begins(tmp_path):

@@ -25,10 +25,10 @@ Row = dict[str, Any]
 class Results:
     """The folder of one command: `rows.csv`, `rows.json` and `run.json`, rewritten after every finished row.
 
-    command: its name, such as "eval". settings: JSON-safe, all that decides what a row with given keys holds (model,
-    dtype, device, seeds, ...); a folder takes further rows only under the same settings and versions. keys: the columns
-    that name a row, such as ("method", "keep"). folder: None for an unfinished one of the same command line
-    under `results/`, or a new one there.
+    command: its name, such as "eval", or that of a script. settings: JSON-safe, all that decides what a row with given
+    keys holds (model, dtype, device, seeds, ...); a folder takes further rows only under the same settings and
+    versions. keys: the columns that name a row, such as ("method", "keep"). folder: None for an unfinished one of the
+    same command line under `results/`, or a new one there.
 
         results = Results(out, "eval", settings, keys=("method", "keep"))  # reads and checks, writes nothing
         with results:
@@ -104,7 +104,7 @@ class Results:
             return [], {}
         rows, about = read(self.folder)
         if about["command"] != self.command:
-            raise Mistake(f"{self.folder} holds results of foveate {about['command']}: give another --out")
+            raise Mistake(f"{self.folder} holds results of {about['command']}: give another --out")
         for ours, theirs in ((self.settings, about["settings"]), (self.versions, about["versions"])):
             for name in {**theirs, **ours}:
                 if theirs.get(name) != ours.get(name):
@@ -170,7 +170,9 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def command_line() -> str:
     """What was typed, for `run.json`."""
-    return shlex.join(["foveate", *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    script = program.suffix == ".py" and program.name != "__main__.py"
+    return shlex.join([*(["python", sys.argv[0]] if script else ["foveate"]), *sys.argv[1:]])
 
 
 def _commit() -> str | None:
