@@ -3,32 +3,32 @@
     python benchmarks/rounding.py
 
 Random LLaVA models of 4 to 64 layers, three methods of three places, two sets of weights, eager and sdpa. The largest
-of each dtype is what `ROUNDING` in foveate.evaluation.reference must leave room for; beside it, the smallest
-difference from a reference that masks nothing, which must stay out. Writes benchmarks/results/rounding.json.
+of each dtype is what `ROUNDING` in foveate.evaluation.reference must leave room for; `unmasked`, the smallest
+difference from a reference that masks nothing, must stay out.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
-import transformers
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-import tiny  # noqa: E402
+import foveate
+from foveate.evaluation.reference import ROUNDING, prove
+from foveate.evaluation.results import Results
+from foveate.evaluation.tables import markdown
 
-import foveate  # noqa: E402
-from foveate.evaluation.reference import ROUNDING, prove  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny
 
 DEPTHS = (4, 16, 32, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METHODS = ("fopru", "fastv", "plphp")
+SEEDS = (0, 1)
 
 
 def units(dtype: torch.dtype, attn: str, seed: int, name: str) -> tuple[float, float]:
@@ -41,26 +41,21 @@ def units(dtype: torch.dtype, attn: str, seed: int, name: str) -> tuple[float, f
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the folder of results")
     torch.set_num_threads(1)
-    rows = []
-    for depth in track(DEPTHS, description="depths"):
-        tiny._template.cache_clear()
-        tiny.LLM["num_hidden_layers"] = depth
-        for dtype in DTYPES:
-            cases = [units(dtype, a, s, m) for a in ("eager", "sdpa") for s in (0, 1) for m in METHODS]
+    settings = {"models": "tiny, random", "device": "cpu", "threads": 1, "seeds": list(SEEDS)}
+    with Results(parser.parse_args().out, "rounding", settings, keys=("layers", "dtype")) as results:
+        for depth, dtype in track(list(product(DEPTHS, DTYPES)), description="depths x dtypes"):
+            named = {"layers": depth, "dtype": str(dtype).removeprefix("torch.")}
+            if results.find(**named):
+                continue
+            tiny._template.cache_clear()
+            tiny.LLM["num_hidden_layers"] = depth
+            cases = [units(dtype, *case) for case in product(("eager", "sdpa"), SEEDS, METHODS)]
             masked, unmasked = zip(*cases, strict=True)
-            name = str(dtype).removeprefix("torch.")
-            rows.append({"layers": depth, "dtype": name, "rounding": max(masked), "unmasked": min(unmasked)})
-    table = Table("layers", "dtype", "rounding, at most", "without masking, at least", "allowed")
-    for row in rows:
-        allowed = ROUNDING[getattr(torch, row["dtype"])]
-        table.add_row(
-            str(row["layers"]), row["dtype"], f"{row['rounding']:.1f}", f"{row['unmasked']:.0f}", str(allowed)
-        )
-    Console().print(table)
-    versions = {module.__name__: module.__version__ for module in (foveate, torch, transformers)}
-    about = {"command": "python benchmarks/rounding.py", "versions": versions}
-    (HERE / "results" / "rounding.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+            results.add(named | {"rounding": max(masked), "allowed": ROUNDING[dtype], "unmasked": min(unmasked)})
+    print(markdown([results.folder]))
 
 
 if __name__ == "__main__":
