@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/foveate bench --geometry 1b --methods fopru,fastv,plphp --keep 1.0,0.25
 
 clean:
 	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache

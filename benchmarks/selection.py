@@ -6,7 +6,8 @@ Every registered method runs on plain tensors of the sizes that the 1b geometry 
 picture between 64 text tokens): all its stages, or all the layers it evicts from. `selection` is what the method
 itself computes; `reading` is what the engine must work out for it first, attention of the vision encoder or of the
 cross-attention layer that the model's own kernels do not hand over. Both stand beside the prefill of the same LLM on
-as many tokens, in one process. Prints a table; writes benchmarks/results/selection.json and selection.md.
+as many tokens, in one process. At long prompts two layers run for all, of the prefill and of methods in the KV cache,
+and their times are multiplied (`layers_timed`).
 """
 
 from __future__ import annotations
@@ -14,26 +15,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import math
-import platform
-import sys
 import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 
 import foveate
 from foveate.engine.attention import attention_marginals, prefix_attention, received_by_features
 from foveate.evaluation import geometries
-from foveate.evaluation.tables import Table
+from foveate.evaluation.evaluate import device_name
+from foveate.evaluation.results import Results
+from foveate.evaluation.tables import markdown
 from foveate.evaluation.timing import quartiles, synchronize
 from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
 from foveate.methods.tokens import EncoderTokens, ImageGroups, LayerTokens
@@ -252,23 +250,28 @@ def prefill(model: Any, length: int, layers: int) -> Work:
     return work
 
 
+def wanted(names: list[str], keep: float, console: Console) -> Iterator[Method]:
+    for name in names:
+        try:
+            yield foveate.get_method(name, keep=keep)
+        except ValueError as error:
+            console.print(f"left out: {error}")
+
+
 @torch.inference_mode()
-def measure(model: Any, sizes: tuple[int, ...], keep: float, repeat: int, wanted: list[str]) -> dict[str, Any]:
+def measure(
+    model: Any, methods: list[Method], sizes: list[int], repeat: int, results: Results, console: Console
+) -> None:
     depth = model.config.text_config.num_hidden_layers
-    console = Console(stderr=True)
-    prefills, rows, left_out = [], [], []
     for n in sizes:
+        missing = [method for method in methods if not results.find(method=method.name, image_tokens=n)]
+        if not missing:
+            continue
         layers = timed_layers(n, depth)
         times = clock(prefill(model, BEFORE + n + AFTER, layers), 3 if n <= 3000 else 1, model.device)
         whole = median(times) * depth / layers
-        prefills.append({"image_tokens": n, "ms": whole, "layers_timed": layers, "layers": depth, "runs": len(times)})
         console.print(f"{n:,} tokens: prefill {whole:,.0f} ms")
-        for name in wanted:
-            try:
-                method = foveate.get_method(name, keep=keep)
-            except ValueError as error:
-                left_out.append(f"{name}: {error}")
-                continue
+        for method in missing:
             make = next(make for base, make in WORK if isinstance(method, base))
             select, read = make(method, Sizes(model, n))
             scale = 1.0
@@ -277,30 +280,11 @@ def measure(model: Any, sizes: tuple[int, ...], keep: float, repeat: int, wanted
                 scale = own / timed_layers(n, own)
             low, middle, high = (scale * each for each in quartiles(clock(select, repeat, model.device)))
             reading = None if read is None else median(clock(read, repeat, model.device))
-            row = {"method": name, "image_tokens": n, "selection_ms": middle, "q1_ms": low, "q3_ms": high}
-            row |= {"reading_ms": reading, "selection_of_prefill": middle / whole}
-            row["with_reading_of_prefill"] = (middle + (reading or 0)) / whole
-            rows.append(row)
-            console.print(f"  {name}: {middle:,.2f} ms, {100 * middle / whole:.2f} %; reading {reading}")
-    return {"prefill": prefills, "methods": rows, "left_out": sorted(set(left_out))}
-
-
-def table(measured: dict[str, Any]) -> Table:
-    sizes = [prefill["image_tokens"] for prefill in measured["prefill"]]
-    head, body = ["method"], []
-    for n in sizes:
-        head += [f"{n:,}: selection ms", "reading ms", "of prefill %"]
-    for name in dict.fromkeys(row["method"] for row in measured["methods"]):
-        cells = [f"`{name}`"]
-        for n in sizes:
-            row = next(row for row in measured["methods"] if (row["method"], row["image_tokens"]) == (name, n))
-            read = "" if row["reading_ms"] is None else f"{row['reading_ms']:,.1f}"
-            cells += [f"{row['selection_ms']:,.1f}", read, f"{100 * row['with_reading_of_prefill']:.2f}"]
-        body.append(cells)
-    cells = ["prefill of the LLM"]
-    for each in measured["prefill"]:
-        cells += [f"{each['ms']:,.0f}", "", "100"]
-    return Table(head, [*body, cells], [False] + [True] * (len(head) - 1))
+            row = {"method": method.name, "image_tokens": n, "selection_ms": middle}
+            row |= {"selection_q1_ms": low, "selection_q3_ms": high, "reading_ms": reading, "prefill_ms": whole}
+            row |= {"prefill_runs": len(times), "layers_timed": layers}
+            results.add(row | {"of_prefill_share": (middle + (reading or 0)) / whole})
+            console.print(f"  {method.name}: {middle:,.2f} ms, {100 * middle / whole:.2f} %; reading {reading}")
 
 
 def main() -> None:
@@ -312,40 +296,18 @@ def main() -> None:
     parser.add_argument("--geometry", default="1b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selection")
+    parser.add_argument("--out", type=Path, help="the folder of results")
     args = parser.parse_args()
-    config = geometries.get_config(args.geometry)
-    model = geometries.build(config, device=args.device, dtype=args.dtype, attn=None)
-    sizes = tuple(map(int, args.sizes.split(",")))
-    measured = measure(model, sizes, args.keep, args.repeat, args.methods.split(","))
-    run = {
-        "command": "python " + " ".join(["benchmarks/selection.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "foveate": foveate.__version__,
-        },
-        "settings": {name: getattr(args, name) for name in ("geometry", "dtype", "keep", "repeat")},
-        **measured,
-    }
-    Path(f"{args.out}.json").write_text(json.dumps(run, indent=2) + "\n")
-    shown = table(measured)
-    scaled = [f"{p['image_tokens']:,}" for p in measured["prefill"] if p["layers_timed"] < p["layers"]]
-    notes = [
-        f"`{run['command']}`, {run['date']}, {run['device']}, {run['threads']} threads, {args.dtype}, torch "
-        f"{torch.__version__}: medians of {args.repeat} runs at keep {args.keep}, one picture.",
-        "`reading` is what the engine works out for a method; the share of the prefill counts both.",
-        *(
-            f"At {n} tokens prefill and methods in the KV cache ran in 2 layers, and their times were multiplied."
-            for n in scaled
-        ),
-        *(f"Left out: {line}." for line in measured["left_out"]),
-    ]
-    Path(f"{args.out}.md").write_text("\n\n".join(["# What choosing costs", *notes, shown.markdown()]) + "\n")
-    Console().print(shown.rich(), crop=False)
+    console = Console(stderr=True)
+    methods = list(wanted(args.methods.split(","), args.keep, console))
+    sizes = [int(size) for size in args.sizes.split(",")]
+    settings = {name: getattr(args, name) for name in ("geometry", "dtype", "keep", "repeat")}
+    settings |= {"device": device_name(args.device), "threads": torch.get_num_threads()}
+    with Results(args.out, "selection", settings, keys=("method", "image_tokens")) as results:
+        config = geometries.get_config(args.geometry)
+        model = geometries.build(config, device=args.device, dtype=args.dtype, attn=None)
+        measure(model, methods, sizes, args.repeat, results, console)
+    print(markdown([results.folder]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/methods.md, and the tables in the README and in docs/measuring.md.
+"""Writes docs/methods.md, and the tables in the README, in docs/measuring.md and in training/README.md.
 
 Facts (place, options, source) come from the code, prose from docs/methods/NAME.md. Tables stand between
 `<!-- methods -->`, or `<!-- foveate table ... -->` with any of that command's options, and `<!-- end -->`.
@@ -23,7 +23,7 @@ from foveate.methods import method_class, method_names
 from foveate.methods.base import Method
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "measuring.md")
+PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE.parent / "training" / "README.md")
 PLACES = {
     "encoder": "Before the LLM",
     "layer": "Inside the LLM",

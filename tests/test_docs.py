@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
 import foveate
 from foveate.evaluation.results import Results
+from foveate.evaluation.tables import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS.parent / "README.md", *DOCS.parent.glob("C*.md"), *DOCS.glob("*.md"), DOCS.parent / "training/README.md"]
+RESULTS = sorted((DOCS.parent / "benchmarks/results").glob("*"))
 PARTS = ("**Formula.**", "**Costs.**", "**Weak where.**", "**Certainty.**")
 
 
@@ -59,3 +63,24 @@ def test_a_block_holds_what_its_command_prints(tmp_path):
     page = generator().renewed(tmp_path / "page.md")
     table = "| method | accuracy % |\n| --- | --: |\n| fopru | 75.0 |\n"
     assert page == f"before\n{block}\n{table}<!-- end -->\nafter\n"
+
+
+def test_no_table_of_figures_in_the_readme_was_made_by_hand():
+    readme = (DOCS.parent / "README.md").read_text()
+    (measured,) = re.findall(r"^## What is measured so far\n(.*?)^## ", readme, flags=re.DOTALL | re.MULTILINE)
+    block = r"<!-- foveate table [^\n]* -->\n.*?<!-- end -->"
+    assert re.search(block, measured, flags=re.DOTALL)
+    by_hand = re.sub(block, "", measured, flags=re.DOTALL)
+    assert [line for line in by_hand.splitlines() if "|" in line or "<td" in line] == []
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_every_recorded_result_is_a_folder_with_a_table(folder):
+    assert (folder / "rows.csv").exists()
+    assert markdown([folder]).count("\n") >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS.parent)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []

@@ -1,88 +1,72 @@
-"""Scores glimpse on its held-out questions, beside what the majority answer and a wrong picture score.
+"""Scores glimpse on its held-out questions, beside what another picture and the most frequent answers score.
 
-python training/evaluate.py --write benchmarks/results/glimpse.json
+python training/evaluate.py --out benchmarks/results/glimpse
+
+The folder of results also gets `errors.csv`, the model's wrong answers.
 """
 
 import argparse
-import json
-import platform
-import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from foveate.evaluation import answer, blind, interval, majority, score
-from foveate.evaluation.scores import exact_match
+from foveate.evaluation import answer, blind, exact_match, interval, majority, score
+from foveate.evaluation.results import Results, write_csv
+from foveate.evaluation.tables import markdown
 from foveate.glimpse import HELDOUT_VERSION, PATH, heldout
 
 
-def evaluate(folder: Path, count: int, batch_size: int) -> dict:
-    """Figures of the model in a folder, loaded by plain transformers and computed in float32."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    own = (folder / "tokenizer.json").exists()  # the small model shares the processor of the other
-    processor = AutoProcessor.from_pretrained(folder if own else PATH)
+def evaluate(results: Results, model: Any, processor: Any, count: int, batch_size: int) -> None:
+    """Adds the rows that are missing: the model, and what is right without its looking or knowing."""
     questions = heldout(count)
     asked = [question.question for question in questions]
-    begun = time.perf_counter()
-    said = answer(model, processor, [question.image for question in questions], asked, batch_size=batch_size)
-    seconds = time.perf_counter() - begun
-    guessed = answer(model, processor, blind(questions), asked, batch_size=batch_size)
-    right = [exact_match(a, question.answer) for a, question in zip(said, questions, strict=True)]
-    return {
-        "exact_match": score(said, questions),
-        "interval_95": interval(right),
-        "wrong_picture": score(guessed, questions),
-        "majority_answer": score(majority(questions), questions),
-        "questions": count,
-        "heldout_version": HELDOUT_VERSION,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": round(seconds, 1),
-        "errors": [
-            {"kind": q.kind, "question": q.question, "answer": q.answer, "said": a}
-            for q, a, hit in zip(questions, said, right, strict=True)
-            if not hit
-        ][:50],
-    }
+    pictures = {"the model": [question.image for question in questions], "shown another picture": blind(questions)}
+    for label in (*pictures, "most frequent answer"):
+        if results.find(answers=label):
+            continue
+        begun = time.perf_counter()
+        if label in pictures:
+            said = answer(model, processor, pictures[label], asked, batch_size=batch_size)
+        else:
+            said = majority(questions)
+        seconds = round(time.perf_counter() - begun, 1)
+        right = [exact_match(a, question.answer) for a, question in zip(said, questions, strict=True)]
+        if label == "the model":
+            errors = [
+                {"kind": q.kind, "question": q.question, "answer": q.answer, "said": a}
+                for q, a, hit in zip(questions, said, right, strict=True)
+                if not hit
+            ]
+            write_csv(results.folder / "errors.csv", errors)
+        low, high = interval(right)
+        kinds = score(said, questions)
+        row = {"answers": label, "accuracy": kinds.pop("all"), "accuracy_low": low, "accuracy_high": high}
+        row |= {f"accuracy:{kind}": share for kind, share in kinds.items()}
+        results.add(row | {"seconds": seconds})
 
 
 def main() -> None:
-    """Prints the table, and writes the figures where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=PATH)
+    """Measures, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of another model than the shipped one")
     parser.add_argument("--count", type=int, default=2000, help="how many held-out questions")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--write", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="the folder of results")
     options = parser.parse_args()
-    figures = evaluate(options.model, options.count, options.batch_size)
-
-    table = Table(title=f"glimpse on {options.count} held-out questions, exact match in %")
-    table.add_column("kind")
-    columns = {
-        "exact_match": "glimpse",
-        "wrong_picture": "wrong picture",
-        "majority_answer": "majority answer",
-    }
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for kind in figures["exact_match"]:
-        table.add_row(kind, *(f"{100 * figures[column][kind]:.1f}" for column in columns))
-    Console().print(table)
-    if options.write:
-        figures |= {
-            "command": " ".join(["python", *sys.argv]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(json.dumps(figures, indent=1) + "\n")
+    folder = options.model or PATH
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    own = (folder / "tokenizer.json").exists()  # the small model shares the processor of the other
+    processor = AutoProcessor.from_pretrained(folder if own else PATH)
+    settings = {"model": str(options.model or "glimpse"), "parameters": model.num_parameters()}
+    settings |= {"dtype": "float32", "device": "cpu"}
+    settings |= {"threads": torch.get_num_threads(), "batch_size": options.batch_size}
+    settings |= {"data": f"glimpse {HELDOUT_VERSION}", "count": options.count}
+    with Results(options.out, "glimpse", settings, keys=("answers",)) as results:
+        evaluate(results, model, processor, options.count, options.batch_size)
+    print(markdown([results.folder]))
 
 
 if __name__ == "__main__":
