@@ -106,6 +106,8 @@ def test_methods_that_merge_are_refused_before_anything_runs(monkeypatch):
     ):
         with pytest.raises(foveate.UnsupportedError, match=f"{name} does more than drop"):
             prove(None, {}, build((name, options)))
+    with pytest.raises(foveate.UnsupportedError, match="exit_threshold sgl may drop nothing"):
+        prove(None, {}, build(("sgl", dict(guide=object(), exit_threshold=1.0))))
     assert cannot_prove(build(("sparsevlm", {}), ("zipvl", {}))) is None
     assert cannot_prove(build(("visionzip", dict(keep=1.0)))) is None
 
@@ -323,6 +325,15 @@ def test_several_methods_and_methods_together_have_a_verdict_each(tmp_path):
     assert "without masking" not in result.stdout
 
 
+def test_the_command_proves_a_method_with_a_guide(tmp_path):
+    result = run(PICTURE, QUESTION, "-m", "sgl", "-m", "sgl+plphp", "--keep", "0.4", "--steps", "4", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "sgl keep 0.4: equal" in result.stdout and "sgl keep 0.4 + plphp keep 0.4: equal" in result.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(row["difference"] <= row["limit"] < 1e-2 < 0.1 < row["without_masking"] for row in rows)
+    assert {row["kept"] for row in rows if row["method"] == "sgl keep 0.4"} == {57}
+
+
 def test_the_command_fails_where_the_proof_does(tmp_path, monkeypatch):
     behind_by_one(monkeypatch)
     result = run(PICTURE, QUESTION, "-m", "plphp", "--steps", "4", "--out", tmp_path)
@@ -351,6 +362,9 @@ def test_finished_methods_are_not_proven_again(tmp_path, monkeypatch):
         ([PICTURE, QUESTION, "-m", "trimmed_llama"], "which llava models lack"),
         ([PICTURE, QUESTION, "-m", "fopru+random"], "both act"),
         ([PICTURE, QUESTION, "-m", "visionzip"], "does more than drop"),
+        ([PICTURE, QUESTION, "-m", "sgl", "-o", "exit_threshold=0.9"], "leave it out"),
+        ([PICTURE, QUESTION, "-m", "sgl", "--guide", "./nowhere"], "(--guide takes"),
+        ([PICTURE, QUESTION, "-m", "plphp", "--guide", "./nowhere"], "none of the methods takes a guide"),
         ([PICTURE, QUESTION, "-m", "fastv", "-o", "layer=99"], "layer must be in"),
         ([PICTURE, QUESTION, "--steps", "0"], "steps"),
         ([PICTURE, QUESTION, "--keep", "2.0"], "(0, 1]"),

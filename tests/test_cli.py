@@ -68,6 +68,19 @@ def files(tmp_path_factory):
     (folder / "corrupt/model.safetensors").write_bytes(b"0" * 64)
     weights = next(foveate.glimpse.PATH.glob("*.safetensors"))
     (folder / "mute" / weights.name).symlink_to(weights)
+    # Guides: glimpse's small model with a tokenizer, without one, and with one of other words.
+    words = (foveate.glimpse.PATH / "tokenizer.json").read_text()
+    for name, tokenizer in (
+        ("guide", words),
+        ("deaf", None),
+        ("stranger", words.replace('"owl"', '"eagle"')),
+    ):
+        (folder / name).mkdir()
+        for part in foveate.glimpse.SMALL_PATH.iterdir():
+            (folder / name / part.name).symlink_to(part)
+        if tokenizer is not None:
+            (folder / name / "tokenizer.json").write_text(tokenizer)
+            (folder / name / "tokenizer_config.json").symlink_to(foveate.glimpse.PATH / "tokenizer_config.json")
     return folder
 
 
@@ -146,6 +159,16 @@ MISTAKES = {
     ),
     "drawing onto a folder": (["ask", "good.png", QUESTION, "--show", "folder.png"], "is a folder"),
     "placeholder in the question": (["ask", "good.png", "Is <image> red?"], "<image>"),
+    "no guide": (["ask", "good.png", QUESTION, "-m", "sgl", "--model", "weightless"], "by --guide"),
+    "guide for nobody": (["ask", "good.png", QUESTION, "--guide", "guide"], "none of the methods takes a guide"),
+    "guide as an option": (["ask", "good.png", QUESTION, "-m", "sgl", "-o", "guide=guide"], "is given by --guide"),
+    "guide folder is missing": (["ask", "good.png", QUESTION, "-m", "sgl", "--guide", "./nowhere"], "(--guide takes"),
+    "guide folder is empty": (["ask", "good.png", QUESTION, "-m", "sgl", "--guide", "folder"], "no config.json"),
+    "guide of another family": (["ask", "good.png", QUESTION, "-m", "sgl", "--guide", "bert"], "give one of llava"),
+    "guide without tokenizer": (["ask", "good.png", QUESTION, "-m", "sgl", "--guide", "deaf"], "the tokenizers of"),
+    "guide that reads otherwise": (["ask", "good.png", QUESTION, "-m", "sgl", "--guide", "stranger"], "tokenizer than"),
+    "guide without weights": (["ask", "good.png", QUESTION, "-m", "sgl", "--guide", "weightless"], "cannot load"),
+    "guide of bench": (["bench", "--model", "glimpse", "--methods", "sgl"], "guide of sgl is missing"),
     "unknown flag": (["ask", "good.png", QUESTION, "--kep", "0.5"], "--kep"),
     "unknown command": (["answer"], "answer"),
 }
@@ -201,7 +224,7 @@ def test_the_answer_is_printed_with_what_was_kept(files):
 
 def test_json_has_its_schema(files):
     out = ask_json(files / "good.png", QUESTION, "-m", "plphp", "--keep", "0.5", "-o", "delta=0.1", "-o", "alpha=none")
-    assert set(out) == {"model", "device", "dtype", "images", "question", "timing", "answers"}
+    assert set(out) == {"model", "guide", "device", "dtype", "images", "question", "timing", "answers"}
     assert (out["model"], out["timing"]) == ("glimpse", None)
     assert out["images"] == [str(files / "good.png")]
     assert out["question"] == QUESTION
@@ -241,6 +264,37 @@ def test_keep_all_answers_like_the_untouched_model(files):
     untouched, pruned = ask_json(files / "good.png", QUESTION, "--keep", "1.0", "--compare")["answers"]
     assert pruned["answer"] == untouched["answer"]
     assert pruned["kv_bytes"] == untouched["kv_bytes"]
+
+
+def test_glimpse_brings_a_guide_and_another_may_be_given(files, tmp_path):
+    own, given = (
+        ask_json(files / "good.png", QUESTION, "-m", "sgl", "--compare", *guide)
+        for guide in ([], ["--guide", files / "guide"])
+    )
+    assert (own["guide"], given["guide"]) == (None, str(files / "guide"))
+    for untouched, sgl in (own["answers"], given["answers"]):
+        assert untouched["guide"] is None
+        assert sgl["images"] == [{"tokens": 144, "kept": 43}] and sgl["options"] == {"keep": 0.3}
+        assert sgl["kv_bytes"] < sgl["kv_bytes_unpruned"] == untouched["kv_bytes"]
+        assert not sgl["guide"]["alone"] and sgl["guide"]["score"] is None
+        assert sgl["first_token_s"] > untouched["first_token_s"], "the guide answers first"
+    assert own["answers"][1]["answer"] == given["answers"][1]["answer"]
+    assert own["answers"][1]["guide"] == given["answers"][1]["guide"]
+
+
+def test_a_guide_that_answers_alone_is_said_to(files, tmp_path):
+    words = (files / "white.png", QUESTION, "-m", "sgl", "-o", "exit_threshold=0.0")
+    out = tmp_path / "kept.png"
+    (answer,) = ask_json(*words)["answers"]
+    assert answer["guide"]["alone"] and answer["answer"] == answer["guide"]["answer"]
+    assert 0 < answer["guide"]["score"] <= 1
+    assert (answer["images"], answer["kv_bytes"]) == ([{"tokens": 144, "kept": 0}], 0)
+    assert "the guide answered alone (score" in run("ask", *words).stdout
+    compared = run("ask", *words, "--compare", "--show", out)
+    assert compared.exit_code == 0, compared.output
+    assert "answered alone" in compared.stdout and "not timed" in compared.stdout
+    assert "144 of 144" in compared.stdout and "0 of 144" in compared.stdout
+    assert np.asarray(Image.open(out))[:HEIGHT].min() == 255, "nothing is darkened"
 
 
 def test_an_integer_keep_is_a_number_of_tokens(files):

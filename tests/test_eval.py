@@ -233,6 +233,9 @@ MISTAKES = {
     "no such data": (["--data", "nowhere"], "cannot read nowhere/data.jsonl"),
     "out is a file": (["--out", "file.txt"], "is a file"),
     "out holds something else": (["--out", "."], "no folder of results"),
+    "guide for nobody": (["--methods", "fopru", "--guide", "./nowhere"], "none of the methods takes a guide"),
+    "guide as an option": (["--methods", "sgl:guide=nowhere"], "is given by --guide"),
+    "no such guide": (["--methods", "sgl", "--guide", "./nowhere"], "(--guide takes"),
     "no questions": (["--count", "0"], "--count"),
 }
 

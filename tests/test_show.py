@@ -252,6 +252,22 @@ def test_the_command_writes_pictures_and_a_page(tmp_path):
     assert json.loads((out / "rows.json").read_text()) == rows
 
 
+def test_the_command_shows_what_a_guide_chose(tmp_path):
+    result = run(PICTURE, QUESTION, "-m", "sgl", "--keep", "0.25", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "sgl keep 0.25: bottom left" in result.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["kept"] for row in rows] == [144, 36, 36, 36, 36, 36]
+    assert {row["since"] for row in rows} == {"prefill"}
+    first, *pruned = [
+        bits(layer["kept"][0][0], 144) for layer in Page(tmp_path / "show.html").data["variants"][0]["layers"]
+    ]
+    assert first.all() and all(np.array_equal(layer, pruned[0]) for layer in pruned)
+    owl = pruned[0].reshape(12, 12)[8:, :4]
+    assert owl.mean() > 2 * pruned[0].mean(), "the small model looks at it, too"
+    assert Image.open(tmp_path / "kept-sgl-keep-0.25.png").width > 760
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -261,6 +277,9 @@ def test_the_command_writes_pictures_and_a_page(tmp_path):
         ([PICTURE, QUESTION, "-m", "trimmed_llama"], "which llava models lack"),
         ([PICTURE, QUESTION, "-m", "fastv", "-o", "layer=99"], "layer must be in"),
         ([PICTURE, QUESTION, "-m", "fopru+random"], "both act"),
+        ([PICTURE, QUESTION, "-m", "sgl", "-o", "exit_threshold=0.0"], "the guide answered alone"),
+        ([PICTURE, QUESTION, "-m", "sgl", "--guide", "./nowhere"], "(--guide takes"),
+        ([PICTURE, QUESTION, "-m", "plphp", "--guide", "./nowhere"], "none of the methods takes a guide"),
     ],
 )
 def test_mistakes_end_with_one_line_and_write_nothing(args, expected, tmp_path):

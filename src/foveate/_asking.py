@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .methods.base import Method
 
+GLIMPSE = "glimpse"
 DTYPES = ("float32", "bfloat16", "float16")
 RUNS = 5  # timed runs of each variant; their median is shown
 TIMED_TOKENS = 16  # decoded in every timed run, whatever the length of the answer
@@ -27,15 +28,19 @@ TIMED_TOKENS = 16  # decoded in every timed run, whatever the length of the answ
 
 @dataclass
 class Answer:
-    """What one variant said and cost. `method` is None for the untouched model."""
+    """What one variant said and cost. `method` is None for the untouched model.
+
+    guide: what the guide of a method that has one said; see `Asker.ask`. Where it answered alone there is no report.
+    """
 
     method: str | None
     options: dict[str, Any]
     text: str
     images: list[tuple[int, int]]
     kv_bytes: int
-    kv_bytes_unpruned: int
+    kv_bytes_unpruned: int | None
     report: Any = field(default=None, repr=False)
+    guide: dict[str, Any] | None = None
     first_token_s: float | None = None
     ms_per_token: float | None = None
 
@@ -46,6 +51,18 @@ class Answer:
             return "untouched"
         return " ".join([self.method, *(f"{name} {value}" for name, value in self.options.items())])
 
+    @property
+    def alone(self) -> bool:
+        """Whether the guide answered, and the model did not run."""
+        return self.guide is not None and self.guide["alone"]
+
+    def __str__(self) -> str:
+        """What was kept, in one line."""
+        if self.alone:
+            assert self.guide is not None
+            return f"{self.label}: the guide answered alone (score {self.guide['score']:.3f}), the model did not run"
+        return str(self.report)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
         return {
@@ -55,6 +72,7 @@ class Answer:
             "images": [{"tokens": tokens, "kept": kept} for tokens, kept in self.images],
             "kv_bytes": self.kv_bytes,
             "kv_bytes_unpruned": self.kv_bytes_unpruned,
+            "guide": self.guide,
             "first_token_s": self.first_token_s,
             "ms_per_token": self.ms_per_token,
         }
@@ -81,17 +99,17 @@ def hush() -> None:
         enable_progress_bars()
 
 
-def read_config(model: str) -> Any:
-    """The configuration of a model folder or hub id, without its weights."""
+def read_config(model: str, option: str = "--model") -> Any:
+    """The configuration of a model folder or hub id, without its weights. option: which took it."""
     from transformers import AutoConfig
 
     folder = Path(model)
     if folder.is_file():
-        raise Mistake(f"{model} is a file: --model takes a model folder or a hub id")
+        raise Mistake(f"{model} is a file: {option} takes a model folder or a hub id")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise Mistake(f"{model} is no model folder: it has no config.json")
     if not folder.exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
-        raise Mistake(f"no such model folder: {model} (--model takes a folder or a hub id such as owner/name)")
+        raise Mistake(f"no such model folder: {model} ({option} takes a folder or a hub id such as owner/name)")
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:
@@ -126,10 +144,21 @@ def resolve_device(name: str) -> str:
 
 def load(model: str, config: Any, *, device: str, dtype: str, attn: str | None) -> tuple[Any, Any]:
     """The model, ready to generate, and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(model)
+    except Exception as error:
+        raise Mistake(f"cannot load the model {model}: {one_line(error)}") from error
+    if not getattr(processor, "chat_template", None):
+        raise Mistake(f"{model} has no chat template, so it cannot be asked: choose an instruction-tuned model")
+    return _load_weights(model, config, device=device, dtype=dtype, attn=attn), processor
+
+
+def _load_weights(model: str, config: Any, *, device: str, dtype: str, attn: str | None) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
         loading: Any = AutoModelForImageTextToText.from_pretrained(
             model, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
         )
@@ -139,9 +168,50 @@ def load(model: str, config: Any, *, device: str, dtype: str, attn: str | None) 
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random weights.
         raise Mistake(f"the weights of {model} are incomplete: {len(missing)} are missing, e.g. {missing[0]}")
-    if not getattr(processor, "chat_template", None):
-        raise Mistake(f"{model} has no chat template, so it cannot be asked: choose an instruction-tuned model")
-    return loaded.to(device).eval(), processor
+    return loaded.to(device).eval()
+
+
+def load_guide(
+    methods: Iterable[Method], guide: str | None, source: str, config: Any, *, device: str, dtype: str
+) -> None:
+    """Load the guide, and put it where `methods` have its name.
+
+    guide: what --guide says; None for glimpse's own. source, config: of the model.
+    """
+    from .methods.base import GuidedMethod
+
+    guided = [method for method in methods if isinstance(method, GuidedMethod)]
+    if not guided and guide is not None:
+        raise Mistake(f"--guide {guide}: none of the methods takes a guide; leave it out, or ask for sgl")
+    if not guided:
+        return
+    small: Any
+    if guide is None:
+        from . import glimpse
+
+        small = glimpse.load("small", dtype=dtype)[0].to(device)
+    else:
+        own = read_config(guide, "--guide")
+        if own.model_type != config.model_type:
+            raise Mistake(
+                f"--guide {guide} is a {own.model_type} model and the model is not: give one of {config.model_type}"
+            )
+        _check_tokenizer(guide, source)
+        small = _load_weights(guide, own, device=device, dtype=dtype, attn=None)
+    for method in guided:
+        method.guide = small
+
+
+def _check_tokenizer(guide: str, model: str) -> None:
+    """A guide that reads other words would choose tokens for another question, and nobody would see it."""
+    from transformers import AutoTokenizer
+
+    try:
+        theirs, ours = (AutoTokenizer.from_pretrained(name).get_vocab() for name in (guide, model))
+    except Exception as error:
+        raise Mistake(f"cannot compare the tokenizers of --guide {guide} and the model: {one_line(error)}") from error
+    if not ours.items() <= theirs.items():
+        raise Mistake(f"--guide {guide} has another tokenizer than the model: both must read the same tokens")
 
 
 class Asker:
@@ -167,7 +237,10 @@ class Asker:
             raise Mistake(f"the model's processor refuses these inputs: {one_line(error)}") from error
 
     def ask(self, method: Method, options: dict[str, Any], *, record: bool) -> Answer:
-        """The answer under `method`, and what it kept."""
+        """The answer under `method`, what it kept, and what its guide said.
+
+        Of a guide: its answer, the score of that where there is a threshold, and whether it answered alone.
+        """
         import foveate
 
         try:
@@ -179,9 +252,19 @@ class Asker:
                 text = self.text()
         except foveate.UnsupportedError as error:
             raise Mistake(one_line(error)) from error
-        report: Any = pruned.report
+        report, said, guide = pruned.report, pruned.guided, None
+        if said is not None:
+            prompt = self.inputs["input_ids"].shape[1]
+            guide = {
+                "answer": self._decode(said.sequences[0, prompt:]),
+                "score": None if said.scores is None else float(said.scores[0]),
+                "alone": said.exited,
+            }
+        if report is None:  # the model read no image, and holds no cache
+            images = [(layout.tokens, 0) for layout in pruned.family.layouts(pruned.base, self.inputs)]
+            return Answer(method.name, options, text, images, 0, None, guide=guide)
         images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
-        return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report)
+        return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)
 
     def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
         """The answer of the model as it is; its cache is measured, not computed."""
@@ -195,11 +278,16 @@ class Asker:
 
         Every variant decodes the same number of tokens, and has answered before: it is warm.
         """
-        times: list[list[tuple[float, float]]] = [[] for _ in answers]
+        # With a threshold a guide's answer comes as a whole: there is no token to wait for.
+        timed = [
+            (answer, method, list[tuple[float, float]]())
+            for answer, method in zip(answers, methods, strict=True)
+            if getattr(method, "exit_threshold", None) is None
+        ]
         for _ in range(RUNS):
-            for method, measured in zip(methods, times, strict=True):
+            for _, method, measured in timed:
                 measured.append(self._timed(method))
-        for answer, measured in zip(answers, times, strict=True):
+        for answer, _, measured in timed:
             answer.first_token_s = statistics.median(first for first, _ in measured)
             answer.ms_per_token = 1000 * statistics.median(each for _, each in measured)
 
@@ -217,8 +305,10 @@ class Asker:
     def text(self) -> str:
         """What the model says as it is now."""
         out = self._generate(max_new_tokens=self.max_new_tokens)
-        new = out[0, self.inputs["input_ids"].shape[1] :]
-        return str(self.processor.decode(new, skip_special_tokens=True)).strip()
+        return self._decode(out[0, self.inputs["input_ids"].shape[1] :])
+
+    def _decode(self, tokens: Any) -> str:
+        return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
 
     def _generate(self, **options: Any) -> Any:
         import torch

@@ -87,6 +87,28 @@ def label(name: str, options: dict[str, Any]) -> str:
     return name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items())
 
 
+def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:
+    """The name of the guide as an option of a method that has one, until `_asking.load_guide` loads it.
+
+    options: of the method, as written. guide: None where there is none.
+
+    Raises:
+        ValueError: where the guide is missing, or written as an option.
+    """
+    from .methods.base import GuidedMethod
+
+    if not issubclass(cls, GuidedMethod):
+        return {}
+    if "guide" in options:
+        raise ValueError(f"the guide of {cls.name} is given by --guide, not as an option")
+    if guide is None:
+        raise ValueError(
+            f"the guide of {cls.name} is missing: give a smaller model of the same family by --guide "
+            "(foveate ask, check, eval and show have it)"
+        )
+    return {"guide": guide}
+
+
 def variants(
     methods: str,
     keeps: Sequence[float | int],
@@ -95,13 +117,13 @@ def variants(
     *,
     always: Sequence[str] = (),
     seed: int | None = None,
-    guide: Any = None,
+    guide: str | None = None,
 ) -> tuple[list[Variant], list[str]]:
     """Every method at every keep, and a line for each method that had to be left out.
 
     methods: what `--methods` says; `all` means every method that fits, once for each value of an option that is a
     choice of words. places: where the model's family lets methods act. always: methods that are put first where they
-    fit. seed: for methods that draw and were given none. guide: the smaller model of methods that have one.
+    fit. seed: for methods that draw and were given none. guide: as `guide_option` takes it.
 
     Raises:
         Mistake: for a named method that is unknown, does not fit, or does not take an option or keep.
@@ -128,11 +150,7 @@ def variants(
             if cls.place not in places:
                 raise ValueError(f"it drops tokens {PLACES[cls.place]}, which {model_type} models lack")
             drawn: dict[str, Any] = {"seed": seed} if seed is not None and "seed" in cls.__dataclass_fields__ else {}
-            if "guide" in cls.__dataclass_fields__:
-                if guide is None:
-                    raise ValueError("it needs a guide, a smaller model of the same family: foveate eval has --guide")
-                drawn["guide"] = guide
-            drawn |= options
+            drawn |= {**options, **guide_option(cls, options, guide)}
             chosen += [Variant(text, keep, foveate.get_method(name, keep=keep, **drawn), named) for keep in keeps]
         except (ValueError, TypeError) as error:
             line = f"{text}: {' '.join(str(error).split())}"

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from ._asking import (
     DTYPES,
+    GLIMPSE,
     RUNS,
     TIMED_TOKENS,
     Answer,
@@ -26,12 +27,13 @@ from ._asking import (
     built_in,
     hush,
     load,
+    load_guide,
     one_line,
     read_config,
     resolve_device,
 )
 from ._mistake import Mistake
-from ._options import PLACES, typed
+from ._options import PLACES, guide_option, typed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,11 +41,11 @@ if TYPE_CHECKING:
     from ._subject import Subject
     from .methods.base import Method
 
-GLIMPSE = "glimpse"
 TOGETHER = "See: foveate methods. May be repeated; a+b applies two of them together."
 KEEP = "Fraction of each image's tokens (0.25), or tokens per image (64)."
 OPTION = "Any other option of the method."
 ATTENTION = "Attention: sdpa, eager, flash_attention_2."
+GUIDE = "The smaller model of sgl: a hub id or a folder."
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 
 
@@ -132,6 +134,7 @@ def ask(
         str | None,
         typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own"),
     ] = None,
+    guide: Annotated[str | None, typer.Option(help=GUIDE, show_default="glimpse's own, if glimpse")] = None,
 ) -> None:
     """Ask a vision-language model about pictures, keeping only part of their tokens.
 
@@ -147,14 +150,8 @@ def ask(
 
     pictures = [open_picture(name) for name in names]
     with _status("loading", quiet=as_json):
-        hush()
-        if method:
-            _build(method, options)  # a wrong name should not wait for the model
-        source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
         device = resolve_device(device)
-        config = read_config(source)
-        methods = _build(_fitting(config, method), options)
-        loaded, processor = load(source, config, device=device, dtype=dtype, attn=attn)
+        loaded, processor, methods = _load(model, method, options, guide, device, dtype, attn)
         asker = Asker(loaded, processor, pictures, question, max_new_tokens)
 
     with _status("answering", quiet=as_json):
@@ -170,12 +167,12 @@ def ask(
         _draw(pictures, processor, answers, show)
 
     if as_json:
-        typer.echo(json.dumps(_as_json(model, device, loaded, names, question, answers), indent=2))
+        typer.echo(json.dumps(_as_json(model, guide, device, loaded, names, question, answers), indent=2))
     elif len(answers) > 1:
         _print_table(answers, f"{device}, {str(loaded.dtype).removeprefix('torch.')}")
     else:
         Console().print(Text(answers[0].text), soft_wrap=True)
-        Console().print(Text(str(answers[0].report), style="dim"), soft_wrap=True)
+        Console().print(Text(str(answers[0]), style="dim"), soft_wrap=True)
     if show is not None and not as_json:
         Console(stderr=True).print(Text(f"wrote {show}", style="dim"))
 
@@ -212,10 +209,7 @@ def eval_command(
         str | None,
         typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own"),
     ] = None,
-    guide: Annotated[
-        str | None,
-        typer.Option(help="The smaller model of sgl: a hub id or a folder.", show_default="glimpse's own, if glimpse"),
-    ] = None,
+    guide: Annotated[str | None, typer.Option(help=GUIDE, show_default="glimpse's own, if glimpse")] = None,
 ) -> None:
     """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
 
@@ -358,6 +352,7 @@ def check(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, auto; half precision proves less.")] = "float32",
     attn: Annotated[str | None, typer.Option(help=ATTENTION, show_default="the model's own")] = None,
+    guide: Annotated[str | None, typer.Option(help=GUIDE, show_default="glimpse's own, if glimpse")] = None,
 ) -> None:
     """Prove on a model of your own that pruning drops tokens and does nothing else.
 
@@ -366,7 +361,7 @@ def check(
 
     foveate check photo.jpg "What is in the picture?" --model llava-hf/llava-1.5-7b-hf --method plphp
     """
-    subject = _subject("check", words, model, method, keep, option, device, dtype, attn)
+    subject = _subject("check", words, model, method, keep, option, guide, device, dtype, attn)
 
     from .evaluation.check import check
 
@@ -386,6 +381,7 @@ def show(
     dtype: Annotated[str, typer.Option(help=f"auto, {', '.join(DTYPES)}.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     attn: Annotated[str | None, typer.Option(help=ATTENTION, show_default="the model's own")] = None,
+    guide: Annotated[str | None, typer.Option(help=GUIDE, show_default="glimpse's own, if glimpse")] = None,
 ) -> None:
     """Draw which tokens every layer and head keeps, and where the model looks.
 
@@ -393,7 +389,7 @@ def show(
 
     foveate show photo.jpg "What is in the picture?" --method fastv --method plphp --keep 0.4
     """
-    subject = _subject("show", words, model, method, keep, option, device, dtype, attn, max_new_tokens)
+    subject = _subject("show", words, model, method, keep, option, guide, device, dtype, attn, max_new_tokens)
 
     from .evaluation.show import show
 
@@ -507,8 +503,11 @@ def _parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _build(names: Sequence[str], options: dict[str, Any]) -> list[tuple[Method, dict[str, Any]]]:
-    """The methods, each with those of the options that it has; an option that none has is a mistake."""
+def _build(names: Sequence[str], options: dict[str, Any], guide: str | None) -> list[tuple[Method, dict[str, Any]]]:
+    """The methods, each with those of the options that it has; an option that none has is a mistake.
+
+    guide: as `guide_option` takes it.
+    """
     import foveate
 
     try:
@@ -519,7 +518,10 @@ def _build(names: Sequence[str], options: dict[str, Any]) -> list[tuple[Method, 
                 known = "; ".join(f"{c.name} has {', '.join(own)}" for c, own in zip(classes, fields, strict=True))
                 raise Mistake(f"no option {option!r}: {known}")
         own_options = [{name: options[name] for name in options if name in own} for own in fields]
-        built = [foveate.get_method(c.name, **own) for c, own in zip(classes, own_options, strict=True)]
+        built = [
+            foveate.get_method(c.name, **own, **guide_option(c, own, guide))
+            for c, own in zip(classes, own_options, strict=True)
+        ]
     except (ValueError, TypeError) as error:
         raise Mistake(one_line(error)) from error
     # `keep` belongs to every label, also where it is the default.
@@ -546,6 +548,27 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     return names
 
 
+def _load(
+    model: str,
+    names: Sequence[str] | None,
+    options: dict[str, Any],
+    guide: str | None,
+    device: str,
+    dtype: str,
+    attn: str | None,
+) -> tuple[Any, Any, list[tuple[Method, dict[str, Any]]]]:
+    """The model and its processor, and what `_build` makes of the methods asked for, or of the model's own."""
+    hush()
+    named = guide or (GLIMPSE if model == GLIMPSE else None)
+    if names:
+        _build(names, options, named)  # a wrong name should not wait for the model
+    source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
+    config = read_config(source)
+    methods = _build(_fitting(config, names), options, named)
+    load_guide([m for m, _ in methods], guide, source, config, device=device, dtype=dtype)
+    return *load(source, config, device=device, dtype=dtype, attn=attn), methods
+
+
 def _subject(
     command: str,
     words: Sequence[str],
@@ -553,6 +576,7 @@ def _subject(
     method: Sequence[str] | None,
     keep: str | None,
     option: Sequence[str] | None,
+    guide: str | None,
     device: str,
     dtype: str,
     attn: str | None,
@@ -570,17 +594,11 @@ def _subject(
     pictures = [open_picture(name) for name in names]
     together = [[name.strip() for name in part.split("+")] for part in method or []]
     with _status("loading", quiet=False):
-        hush()
-        if method:
-            _build([name for part in together for name in part], options)  # a wrong name should not wait for the model
-        source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
         device = resolve_device(device)
-        config = read_config(source)
-        fitting = _fitting(config, [name for part in together for name in part])
-        together = together or [list(fitting)]
-        built = {m.name: (m, own) for m, own in _build([name for part in together for name in part], options)}
-        variants = [Variant(*zip(*(built[name] for name in part), strict=True)) for part in together]
-        loaded, processor = load(source, config, device=device, dtype=dtype, attn=attn)
+        named = [name for part in together for name in part]
+        loaded, processor, methods = _load(model, named, options, guide, device, dtype, attn)
+        built = {m.name: (m, own) for m, own in methods}
+        variants = [Variant(*zip(*(built[name] for name in part), strict=True)) for part in together or [list(built)]]
         asker = Asker(loaded, processor, pictures, question, max_new_tokens)
     settings = {
         "model": model,
@@ -590,6 +608,8 @@ def _subject(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "attn": loaded.config._attn_implementation,
     }
+    if guide is not None:
+        settings["guide"] = guide
     return Subject(loaded, processor, asker, pictures, variants, settings)
 
 
@@ -607,7 +627,7 @@ def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], 
         tokens = sum(n for n, _ in answer.images)
         if answer.report is None:
             drawn = [_pictures.draw_kept(picture) for picture in seen]
-            legend = f"untouched: {tokens} of {tokens} image tokens"
+            legend = str(answer) if answer.alone else f"untouched: {tokens} of {tokens} image tokens"
         else:
             shares, layers, heads = _pictures.kept_shares(answer.report)
             images = answer.report.image_tokens[0]
@@ -625,10 +645,17 @@ def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], 
 
 
 def _as_json(
-    model: str, device: str, loaded: Any, images: Sequence[str], question: str, answers: Sequence[Answer]
+    model: str,
+    guide: str | None,
+    device: str,
+    loaded: Any,
+    images: Sequence[str],
+    question: str,
+    answers: Sequence[Answer],
 ) -> dict[str, Any]:
     return {
         "model": model,
+        "guide": guide,
         "device": device,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "images": list(images),
@@ -654,9 +681,14 @@ def _print_table(answers: Sequence[Answer], where: str) -> None:
             Text(answer.label),
             f"{kept} of {tokens}",
             human_bytes(answer.kv_bytes),
-            f"{1000 * (answer.first_token_s or 0):.1f} ms",
-            f"{answer.ms_per_token or 0:.2f} ms",
+            "-" if answer.first_token_s is None else f"{1000 * answer.first_token_s:.1f} ms",
+            "-" if answer.ms_per_token is None else f"{answer.ms_per_token:.2f} ms",
         )
     note = f"{where}; times: medians of {RUNS} runs in turn, {TIMED_TOKENS} tokens each, after a warm-up"
     console = Console()
     console.print(said, "", cost, Text(note, style="dim"), sep="\n")
+    if any(answer.first_token_s is None for answer in answers):
+        console.print(Text("-: not timed, as exit_threshold does not stream", style="dim"))
+    for answer in answers:
+        if answer.alone:
+            console.print(Text(str(answer), style="dim"), soft_wrap=True)

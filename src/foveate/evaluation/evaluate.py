@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from foveate._asking import DTYPES, built_in, hush, load, one_line, read_config, resolve_device
+from foveate._asking import DTYPES, GLIMPSE, built_in, hush, load, load_guide, one_line, read_config, resolve_device
 from foveate._mistake import Mistake
 from foveate._options import PLACES, Variant, parse_keeps, variants
 
@@ -19,7 +19,6 @@ from .results import Results, Row, write
 from .runner import Batches
 from .tables import Table, table
 
-GLIMPSE = "glimpse"
 COUNT = 1008  # glimpse's questions, as many of each kind: the 95 % intervals are 1 to 3 points to each side
 
 
@@ -58,8 +57,9 @@ def evaluate(
         import foveate
         from foveate import glimpse
 
+        named = guide or (GLIMPSE if model == GLIMPSE else None)
         if methods != "all":  # a wrong name should not wait for the model
-            variants(methods, keeps, tuple(PLACES), "", seed=seed, guide=guide or model == GLIMPSE or None)
+            variants(methods, keeps, tuple(PLACES), "", seed=seed, guide=named)
         source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
         device = resolve_device(device)
         config = read_config(source)
@@ -67,10 +67,10 @@ def evaluate(
         if family is None:
             known = ", ".join(foveate.families())
             raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
-        small = _guide(guide, model, device, dtype)
         chosen, left_out = variants(
-            methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed, guide=small
+            methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed, guide=named
         )
+        load_guide([v.method for v in chosen], guide, source, config, device=device, dtype=dtype)
 
         settings: Row = {"model": model, "dtype": _dtype(dtype, config), "device": device_name(device), "attn": attn}
         settings |= {"seed": seed, "match": match, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -127,17 +127,6 @@ def evaluate(
             raise
     _draw(results, f"{model}: {len(items):,} questions", groups)
     return results, lost + failures
-
-
-def _guide(guide: str | None, model: str, device: str, dtype: str) -> Any:
-    """The smaller model of methods that have one; glimpse brings its own."""
-    if guide is not None:
-        return load(guide, read_config(guide), device=device, dtype=dtype, attn=None)[0]
-    if model == GLIMPSE:
-        from foveate import glimpse
-
-        return glimpse.load("small", dtype=dtype)[0].to(device)
-    return None
 
 
 def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor
 from foveate.engine.errors import UnsupportedError
 from foveate.engine.session import prune
 from foveate.families import get_family
+from foveate.methods.base import GuidedMethod
 
 if TYPE_CHECKING:
     from foveate.engine.report import LayerReport, PruneReport
@@ -87,6 +88,9 @@ def _largest(numbers: Iterator[float]) -> float:
 
 def cannot_prove(methods: Sequence[Method]) -> str | None:
     """Why hiding keys cannot imitate these methods, or None."""
+    for method in methods:
+        if isinstance(method, GuidedMethod) and method.exit_threshold is not None:
+            return f"with exit_threshold {method.name} may drop nothing and return its guide's answer: leave it out"
     # Rows that fall silent in sparse attention are no keys, but the reference silences them, too.
     provable = [m.keeps_all or m.only_drops or getattr(m, "sparse_attention", False) for m in methods]
     names = [method.name for method, fine in zip(methods, provable, strict=True) if not fine]

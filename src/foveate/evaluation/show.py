@@ -106,9 +106,12 @@ def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:
     """The answer under a variant and its report; without `ask` only whether it may be pruned so."""
     try:
         with prune(subject.model, variant.methods, record=True) as pruned:
-            return (subject.asker.text(), pruned.report) if ask else None
+            found = (subject.asker.text(), pruned.report) if ask else None
     except (UnsupportedError, ValueError) as error:
         raise Mistake(f"{variant.label}: {one_line(error)}") from error
+    if found and found[1] is None:
+        raise Mistake(f"{variant.label}: the guide answered alone, so nothing was pruned: leave exit_threshold out")
+    return found
 
 
 def _layers(report: PruneReport) -> list[Layer]:
