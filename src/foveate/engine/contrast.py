@@ -115,10 +115,11 @@ class _Views(LogitsProcessor):
         """Reorder the reduced view's cache as the rows were: beams change places, and each has its prefix."""
         prefix = input_ids[:, :-1]
         assert self.ids is not None
-        if torch.equal(prefix, self.ids):
-            return
         if prefix.shape != self.ids.shape:
             raise UnsupportedError(f"{self.contrast.method.name} cannot follow rows that come and go between steps")
+        # A single row has none to change places with: nothing to wait for the device for.
+        if len(prefix) == self.samples or torch.equal(prefix, self.ids):
+            return
         # Rows of another sample may read the same; equal rows of one sample have equal entries.
         now, before = (ids.unflatten(0, (self.samples, -1)) for ids in (prefix, self.ids))
         same = (now.unsqueeze(2) == before.unsqueeze(1)).all(-1)
