@@ -67,6 +67,7 @@ def test_rows_are_complete(measured):
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
     about = json.loads((out / "run.json").read_text())
     assert about["finished"] and about["settings"]["threads"] == torch.get_num_threads()
+    assert about["settings"]["seed"] == 0
     assert {path.name for path in out.glob("*.png")} == {
         f"{n}-batch-{b}.png" for n in ("ttft", "decode") for b in (1, 2)
     }

@@ -267,6 +267,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in every run.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each variant; medians are shown.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights, inputs and tokens.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -296,6 +297,7 @@ def bench(
         image_tokens=image_tokens,
         new_tokens=new_tokens,
         repeat=repeat,
+        seed=seed,
         out=out,
         device=device,
         dtype=dtype,

@@ -47,6 +47,7 @@ def bench(
     image_tokens: int | None,
     new_tokens: int,
     repeat: int,
+    seed: int,
     out: Path | None,
     device: str,
     dtype: str,
@@ -69,7 +70,7 @@ def bench(
         import foveate
 
         if methods != "all":  # a wrong name should not wait
-            variants(methods, keeps, tuple(PLACES), "", seed=0)
+            variants(methods, keeps, tuple(PLACES), "", seed=seed)
         device = resolve_device(device)
         if geometry is not None:
             config = geometries.get_config(geometry, image_tokens)
@@ -82,15 +83,18 @@ def bench(
         if family is None:
             known = ", ".join(foveate.families())
             raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
-        inputs = {size: geometries.synthetic(config, size, tokens=image_tokens, padded=padded) for size in batches}
+        inputs = {
+            size: geometries.synthetic(config, size, tokens=image_tokens, padded=padded, seed=seed) for size in batches
+        }
         sketch = _sketch(config, attn)
-        chosen, left_out = variants(methods, keeps, family.places, config.model_type, seed=0)
+        chosen, left_out = variants(methods, keeps, family.places, config.model_type, seed=seed)
         chosen = list(fitting(sketch, chosen, left_out))
         if device == "cpu" and geometry is not None:
             _check_memory(geometry, sketch, dtype)
         settings: Row = {"geometry": geometry, "model": model, "image_tokens": image_tokens, "padded": padded}
         settings |= {"device": device_name(device), "dtype": dtype, "attn": attn, "threads": torch.get_num_threads()}
-        results = Results(out, "bench", settings | {"new_tokens": new_tokens, "repeat": repeat}, keys=KEYS)
+        settings |= {"new_tokens": new_tokens, "repeat": repeat, "seed": seed}
+        results = Results(out, "bench", settings, keys=KEYS)
     for line in left_out:
         console.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -100,7 +104,7 @@ def bench(
         nonlocal loaded
         if loaded is None:
             if geometry is not None:
-                loaded = geometries.build(config, device=device, dtype=dtype, attn=attn)
+                loaded = geometries.build(config, device=device, dtype=dtype, attn=attn, seed=seed)
             else:
                 loaded, _ = load(source, config, device=device, dtype=dtype, attn=attn)
                 geometries.endless(loaded)
