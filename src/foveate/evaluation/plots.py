@@ -83,7 +83,8 @@ def curves(
                 ends.append((ys[-1], xs[-1], method, style["color"]))
             if level:
                 panel.axhline(100 * level[y], color="black", linewidth=0.8)
-                panel.annotate("untouched", (0, 100 * level[y]), (3, 3), textcoords="offset points",
+                # At the right, where the methods have left it.
+                panel.annotate("untouched", (1, 100 * level[y]), (-3, 3), textcoords="offset points", ha="right",
                                xycoords=("axes fraction", "data"), fontsize=8)  # fmt: skip
             panel.set_title(PLACES[place], fontsize=10, loc="left")
             panel.set_xlabel(xlabel)
