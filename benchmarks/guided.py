@@ -59,6 +59,8 @@ def measure(results: Results, count: int, batch_size: int) -> None:
         return [exact_match(text, item.answer) for text, item in zip(said, questions, strict=True)]
 
     def note(method: str, keep: float | None, hits: list[bool], **more: float | None) -> None:
+        if results.find(method=method, keep=keep):
+            return
         low, high = interval(hits)
         row = {"method": method, "keep": keep, "accuracy": sum(hits) / count}
         results.add(row | {"accuracy_low": low, "accuracy_high": high} | more)
@@ -67,17 +69,18 @@ def measure(results: Results, count: int, batch_size: int) -> None:
         if not results.find(method=label, keep=None):
             note(label, None, right(generate(each, processor, batches, MAX_NEW_TOKENS)))
     for keep in track(KEEPS, description="keep"):
-        if not results.find(method="sgl", keep=keep):
+        guided_rows = ["sgl", *(f"sgl:exit_threshold={threshold}" for threshold in THRESHOLDS)]
+        if not all(results.find(method=label, keep=keep) for label in guided_rows):
             answers = guided(model, small, processor, batches, keep)
             large, guess = (right([answer[i] for answer in answers]) for i in (0, 1))
             note("sgl", keep, large)
-            for threshold in THRESHOLDS:
+            for threshold, label in zip(THRESHOLDS, guided_rows[1:], strict=True):
                 trusted = [score >= threshold for *_, score in answers]
                 taken = [g if t else m for g, m, t in zip(guess, large, trusted, strict=True)]
                 hits = [g for g, t in zip(guess, trusted, strict=True) if t]
                 sure = sum(hits) / len(hits) if hits else None
                 more = {"exits_share": sum(trusted) / count, "right_at_exit_share": sure}
-                note(f"sgl:exit_threshold={threshold}", keep, taken, **more)
+                note(label, keep, taken, **more)
         for label, (name, options) in OTHERS.items():
             if not results.find(method=label, keep=keep):
                 with foveate.prune(model, name, keep=keep, **options):

@@ -16,7 +16,7 @@ from foveate.cli import app
 from foveate.engine.cache import PrunedLayer
 from foveate.evaluation import geometries, timing
 from foveate.evaluation.ideal import Plan, ideal
-from foveate.evaluation.speed import Bench
+from foveate.evaluation.speed import Bench, _compare
 from foveate.methods.base import CacheMethod
 
 FAST = ["--geometry", "tiny", "--device", "cpu", "--dtype", "float32", "--new-tokens", "3", "--repeat", "2"]
@@ -97,7 +97,7 @@ def test_resumes_and_takes_further_methods(measured):
     after = rows_of(out)
     assert after[: len(before)] == before
     assert [(row["method"], row["keep"], row["batch"]) for row in after[len(before) :]] == [("random", 9, 2)]
-    other = run(*FAST, "--methods", "random", "--keep", "0.5", "--padded", "--out", out)
+    other = run(*FAST, "--methods", "random", "--keep", "0.5", "--batch", "2", "--padded", "--out", out)
     assert other.exit_code == 2 and "padded" in other.stderr and "--out" in other.stderr
 
 
@@ -351,6 +351,13 @@ def test_padded_batches_are_padded_on_the_left():
     assert inputs["attention_mask"][1, 0] == 0 and inputs["attention_mask"][1, -1] == 1
 
 
+def test_a_share_of_the_gain_needs_runs_that_show_the_noise():
+    shares = [
+        _compare("ttft", [6.0] * runs, [10.0] * runs, [5.0] * runs, True)["ttft_gain_share"] for runs in (1, 2, 3, 4)
+    ]
+    assert shares == [None, None, 0.8, 0.8]
+
+
 # -- mistakes -----------------------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -363,6 +370,8 @@ MISTAKES = {
     "layer": ([*FAST, "--methods", "fastv:layer=9"], "layer"),
     "keep": ([*FAST, "--keep", "1.5"], "keep"),
     "batch": ([*FAST, "--batch", "0"], "--batch 0"),
+    "one that is padded": ([*FAST, "--padded"], "--batch 2"),
+    "seed": ([*FAST, "--seed", str(2**63)], "--seed"),
     "words for a batch": ([*FAST, "--batch", "many"], "--batch many"),
     "device": (["--geometry", "tiny", "--device", "tpu9"], "tpu9"),
     "dtype": (["--geometry", "tiny", "--dtype", "int3"], "int3"),

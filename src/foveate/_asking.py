@@ -176,7 +176,7 @@ def load_guide(
 ) -> None:
     """Load the guide, and put it where `methods` have its name.
 
-    guide: what --guide says; None for glimpse's own. source, config: of the model.
+    guide: what --guide says; None, or its name, for glimpse's own. source, config: of the model.
     """
     from .methods.base import GuidedMethod
 
@@ -186,8 +186,11 @@ def load_guide(
     if not guided:
         return
     small: Any
-    if guide is None:
+    if guide in (None, GLIMPSE):
         from . import glimpse
+
+        if source != str(glimpse.PATH):
+            raise Mistake(f"--guide {GLIMPSE} goes with --model {GLIMPSE} only")
 
         small = glimpse.load("small", dtype=dtype)[0].to(device)
     else:

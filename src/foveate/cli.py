@@ -45,6 +45,7 @@ TOGETHER = "See: foveate methods. May be repeated; a+b applies two of them toget
 KEEP = "Fraction of each image's tokens (0.25), or tokens per image (64)."
 OPTION = "Any other option of the method."
 ATTENTION = "Attention: sdpa, eager, flash_attention_2."
+SEEDS = 2**63 - 1  # the most that torch takes
 GUIDE = "The smaller model of sgl: a hub id or a folder."
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 
@@ -198,7 +199,7 @@ def eval_command(
     match: Annotated[
         str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")
     ] = "exact",
-    seed: Annotated[int, typer.Option(min=0, help="Of random tokens, drawn questions and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of random tokens, drawn questions and intervals.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where results go; rows in it are kept.", show_default="results/eval-DATE"),
@@ -267,7 +268,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in every run.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each variant; medians are shown.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of random weights, inputs and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of random weights, inputs and tokens.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -65,6 +65,9 @@ def bench(
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
     keeps, batches = parse_keeps(keep), _batches(batch)
 
+    if padded and min(batches) < 2:
+        raise Mistake("--padded shortens every second sample: give --batch 2 or more")
+
     with console.status("preparing"):
         hush()
         import foveate

@@ -158,10 +158,14 @@ class Bench:
 
 
 def _compare(name: str, ours: list[float], plain: list[float], best: list[float], shortened: bool) -> Row:
-    """Medians of the ratios of runs in the same turn, and the share of the ideal gain: None where noise hides it."""
+    """Medians of the ratios of runs in the same turn, and the share of the ideal gain: None where noise hides it.
+
+    Fewer than three values show no noise.
+    """
     (p1, p2, p3), (b1, b2, b3) = quartiles(plain), quartiles(best)
     gain, noise = p2 - b2, max(p3 - p1, b3 - b1)
-    share = round((p2 - quartiles(ours)[1]) / gain, 4) if shortened and gain > 2 * noise else None
+    clear = shortened and len(plain) >= 3 and gain > 2 * noise
+    share = round((p2 - quartiles(ours)[1]) / gain, 4) if clear else None
     row: Row = {}
     for other, values in (("untouched", plain), ("ideal", best)):
         row[f"{name}_vs_{other}"] = round(quartiles([a / b for a, b in zip(ours, values, strict=True)])[1], 4)
