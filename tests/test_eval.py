@@ -14,7 +14,7 @@ from foveate import glimpse
 from foveate._mistake import Mistake
 from foveate._options import Variant
 from foveate.cli import app
-from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, measure
+from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, Answers, measure
 from foveate.evaluation.questions import draw, from_folder, from_glimpse
 from foveate.evaluation.results import Results, read
 from foveate.evaluation.runner import Batches, generate
@@ -309,6 +309,57 @@ def test_changed_data_is_not_mixed_into_old_rows(data, tmp_path):
     (data / "data.jsonl").write_text("{" + GOOD + "}\n")
     result = run(*args)
     assert result.exit_code == 2 and "holds rows with digest" in result.stderr
+
+
+def test_changed_pictures_are_not_mixed_into_old_rows(tmp_path):
+    folder, out = tmp_path / "mine", tmp_path / "out"
+    folder.mkdir()
+    questions = glimpse.heldout(3)
+    rows = [{"image": f"{index}.png", "question": q.question, "answers": q.answer} for index, q in enumerate(questions)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def pictures(broken=None):
+        for index, question in enumerate(questions):
+            question.image.save(folder / f"{index}.png")
+        if broken is not None:
+            (folder / f"{broken}.png").write_text("none")
+
+    args = ("--data", folder, "--keep", 0.5, "--out", out, "--methods")
+    pictures(broken=0)
+    assert run(*args, "uniform").exit_code == 1
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for broken in (1, None):  # as many questions as before, and one more
+        pictures(broken)
+        result = run(*args, "fastv")
+        assert result.exit_code == 2 and "holds rows with digest" in result.stderr
+    pictures(broken=0)
+    questions[2].image.rotate(180).save(folder / "2.png")
+    assert "holds rows with digest" in run(*args, "fastv").stderr
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    pictures(broken=0)
+    assert run(*args, "uniform").exit_code == 1  # as it was
+
+
+def test_the_digest_does_not_ask_where_the_folder_is(data, tmp_path):
+    digest = from_folder(data)[2]
+    assert from_folder(data.rename(tmp_path / "elsewhere"))[2] == digest
+
+
+def test_answers_to_other_questions_are_not_mixed(tmp_path):
+    answers = Answers(tmp_path / "answers.csv", from_glimpse(3))
+    answers.add("one", ["a", "b", "c"])
+    assert Answers(answers.path, from_glimpse(3)).said == {"one": ["a", "b", "c"]}
+    for others in (from_glimpse(4), from_glimpse(4)[1:]):
+        with pytest.raises(Mistake, match="other questions"):
+            Answers(answers.path, others)
+
+
+def test_rows_that_are_no_longer_bad_are_no_longer_listed(tmp_path):
+    args = ("--methods", "uniform", "--keep", 0.5, "--count", 3, "--out", tmp_path)
+    assert run(*args).exit_code == 0
+    (tmp_path / "bad-rows.txt").write_text("data.jsonl, line 1: broken\n")
+    assert run(*args).exit_code == 0
+    assert not (tmp_path / "bad-rows.txt").exists()
 
 
 def test_data_without_one_good_row_is_a_mistake(tmp_path):

@@ -110,21 +110,24 @@ def measure(
 
 
 class Answers:
-    """`answers.csv`: a line a question, a column for what each variant said."""
+    """`answers.csv`: a line a question, a column for what each variant said.
+
+    Raises:
+        Mistake: when the file holds other questions.
+    """
 
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         self.path = path
         self._questions = [
-            {"type": item.type, "question": item.question, "accepted": " | ".join(item.answers)} for item in items
+            {"type": item.type or "", "question": item.question, "accepted": " | ".join(item.answers)} for item in items
         ]
         self.said: dict[str, list[str]] = {}
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 lines = list(csv.DictReader(file))
-            if len(lines) == len(items):
-                self.said = {
-                    name: [line[name] for line in lines] for name in lines[0] if name not in self._questions[0]
-                }
+            if [{name: line.get(name) for name in self._questions[0]} for line in lines] != self._questions:
+                raise Mistake(f"{path} holds answers to other questions: give another --out")
+            self.said = {name: [line[name] for line in lines] for name in lines[0] if name not in self._questions[0]}
 
     def add(self, column: str, said: list[str]) -> None:
         """Write one more column."""

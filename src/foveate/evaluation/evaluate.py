@@ -13,7 +13,7 @@ from foveate._asking import DTYPES, GLIMPSE, built_in, hush, load, load_guide, o
 from foveate._mistake import Mistake
 from foveate._options import PLACES, Variant, parse_keeps, variants
 
-from .accuracy import BASELINES, GROUPS, MATCHES, measure
+from .accuracy import BASELINES, GROUPS, MATCHES, Answers, measure
 from .questions import FILE, draw, from_folder, from_glimpse
 from .results import Results, Row, write
 from .runner import Batches
@@ -104,9 +104,12 @@ def evaluate(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     from_user = data not in (None, GLIMPSE)
+    Answers(results.folder / "answers.csv", items)  # refuses other questions before anything is written
     with results:
         if lost:
             write(results.folder / "bad-rows.txt", "\n".join(lost) + "\n")
+        else:
+            (results.folder / "bad-rows.txt").unlink(missing_ok=True)  # an earlier run's
         try:
             failures = measure(
                 loaded,

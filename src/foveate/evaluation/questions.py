@@ -41,7 +41,7 @@ def from_glimpse(count: int) -> list[Item]:
 
 
 def from_folder(folder: str | Path) -> tuple[list[Item], list[tuple[int, str]], str]:
-    """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and the file's digest.
+    """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and a digest of all that.
 
     A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
     `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type`.
@@ -66,7 +66,7 @@ def from_folder(folder: str | Path) -> tuple[list[Item], list[tuple[int, str]], 
     if not items:
         first = "line {}: {}".format(*bad[0]) if bad else "it is empty"
         raise Mistake(f"{path} has no row that can be used: {first}")
-    return items, bad, hashlib.sha256(data).hexdigest()[:16]
+    return items, bad, _digest(data, items)
 
 
 def draw(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
@@ -74,6 +74,16 @@ def draw(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
     if count is None or count >= len(items):
         return list(items)
     return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
+
+
+def _digest(data: bytes, items: Sequence[Item]) -> str:
+    """Of what decides the questions and their answers: the file, which of its rows can be used, and their pictures."""
+    paths = dict.fromkeys(path for item in items for path in item.images if isinstance(path, Path))
+    pictures = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    digest = hashlib.sha256(data)
+    for item in items:  # without the paths: the folder may be moved
+        digest.update(" ".join([f"\n{item.line}", *(pictures[p] for p in item.images if isinstance(p, Path))]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _item(line: bytes, folder: Path, number: int) -> Item:
