@@ -1,6 +1,8 @@
 """`foveate check` proves what is right on a user's own model, and exposes engines and methods that are not."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
+from foveate import glimpse
 from foveate.cli import app
 from foveate.engine import forward as forward_module
 from foveate.engine.cache import PrunedLayer
@@ -350,6 +353,39 @@ def test_finished_methods_are_not_proven_again(tmp_path, monkeypatch):
     assert again.stdout == first.stdout
     other = run(*words[:-1], tmp_path, "--dtype", "bfloat16")
     assert other.exit_code == 2 and "dtype" in other.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_rows_of_a_changed_picture_or_model_are_not_shown_again(command, tmp_path):
+    model, guide = tmp_path / "model", tmp_path / "guide"
+    shutil.copytree(glimpse.PATH, model)
+    shutil.copytree(glimpse.SMALL_PATH, guide)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(glimpse.PATH / name, guide)
+    picture, out = tmp_path / "a.png", tmp_path / "out"
+    Image.open(PICTURE).save(picture)
+    steps = ("--steps", "2") if command == "check" else ()
+    words = (command, picture, QUESTION, "-m", "sgl", "--model", model, "--guide", guide, *steps, "--out", out)
+
+    def run():
+        return CliRunner().invoke(app, [*map(str, words)])
+
+    assert run().exit_code == 0, run().output
+    assert run().exit_code == 0
+    before = (out / "rows.json").read_text()
+    Image.open(PICTURE).save(picture, optimize=True)  # another file, the same picture
+    assert run().exit_code == 0
+    for change, name in (
+        (lambda: Image.open(PICTURE).rotate(180).save(picture), "pictures"),
+        (lambda: Image.open(PICTURE).save(picture), None),
+        (lambda: os.utime(guide / "model.safetensors"), "guide_files"),
+        (lambda: os.utime(model / "model.safetensors"), "model_files"),
+    ):
+        change()
+        result = run()
+        assert result.exit_code == (2 if name else 0)
+        assert name is None or f"holds rows with {name} " in result.stderr
+    assert (out / "rows.json").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -338,6 +340,16 @@ def test_changed_pictures_are_not_mixed_into_old_rows(tmp_path):
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     pictures(broken=0)
     assert run(*args, "uniform").exit_code == 1  # as it was
+
+
+def test_changed_weights_are_not_mixed_into_old_rows(data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(glimpse.PATH, model)
+    args = ("--data", data, "--model", model, "--methods", "uniform", "--keep", 0.5, "--out", tmp_path / "out")
+    assert run(*args).exit_code == run(*args).exit_code == 1
+    os.utime(model / "model.safetensors")
+    result = run(*args)
+    assert result.exit_code == 2 and "holds rows with model_files" in result.stderr
 
 
 def test_the_digest_does_not_ask_where_the_folder_is(data, tmp_path):

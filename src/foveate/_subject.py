@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ._asking import GLIMPSE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,3 +41,27 @@ class Subject:
     pictures: Sequence[Image]
     variants: Sequence[Variant]
     settings: dict[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The settings, and what is behind the names in them, which may change: rows of a folder must share it."""
+        pictures = [hashlib.sha256(f"{p.size}".encode() + p.tobytes()).hexdigest()[:16] for p in self.pictures]
+        return {
+            **self.settings,
+            "pictures": pictures,
+            **fingerprints(self.settings["model"], self.settings.get("guide")),
+        }
+
+
+def fingerprints(model: str, guide: str | None = None) -> dict[str, str]:
+    """Settings that change with the files of a model and of a guide, where these are folders.
+
+    From names, sizes and times: weights are too large to be read once more. Hub ids and glimpse have none.
+    """
+    found = {}
+    for name, folder in (("model_files", model), ("guide_files", guide)):
+        if folder is not None and folder != GLIMPSE and Path(folder).is_dir():
+            files = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name[0] != ".")
+            facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+            found[name] = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return found

@@ -37,7 +37,7 @@ def check(subject: Subject, *, steps: int, out: Path | None) -> bool:
             raise Mistake(reason)
         with _mistakes(variant):
             prune(subject.model, variant.methods).remove()
-    results = Results(out, "check", {**subject.settings, "steps": steps}, keys=("method", "step"))
+    results = Results(out, "check", {**subject.facts, "steps": steps}, keys=("method", "step"))
     console = Console()
     with results:
         for variant in subject.variants:

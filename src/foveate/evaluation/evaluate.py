@@ -12,6 +12,7 @@ from rich.console import Console
 from foveate._asking import DTYPES, GLIMPSE, built_in, hush, load, load_guide, one_line, read_config, resolve_device
 from foveate._mistake import Mistake
 from foveate._options import PLACES, Variant, parse_keeps, variants
+from foveate._subject import fingerprints
 
 from .accuracy import BASELINES, GROUPS, MATCHES, Answers, measure
 from .questions import FILE, draw, from_folder, from_glimpse
@@ -76,6 +77,7 @@ def evaluate(
         settings |= {"seed": seed, "match": match, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         if guide is not None:
             settings["guide"] = guide
+        settings |= fingerprints(model, guide)
         bad: list[tuple[int, str]] = []
         if data in (None, GLIMPSE):
             settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}

@@ -73,7 +73,7 @@ def show(subject: Subject, *, out: Path | None) -> None:
     """Ask under every variant, look at the untouched model's attention, and write pictures, a page and rows."""
     for variant in subject.variants:
         _under(subject, variant, ask=False)
-    results = Results(out, "show", subject.settings, keys=("method", "layer", "head", "image"))
+    results = Results(out, "show", subject.facts, keys=("method", "layer", "head", "image"))
     found = [_under(subject, variant) for variant in subject.variants]
     reports = [report for _, report in found]
     images = reports[0].image_tokens[0]
