@@ -1,5 +1,6 @@
 """foveate table: rows of result folders as Markdown; and the labels of the plots."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from foveate._mistake import Mistake
 from foveate.cli import app
+from foveate.evaluation.evaluate import overview
 from foveate.evaluation.plots import apart, curves, pareto
 from foveate.evaluation.results import Results
 from foveate.evaluation.tables import markdown, table
@@ -72,6 +74,76 @@ def test_some_rows_sorted_with_intervals_and_the_command(folder):
     assert text.splitlines()[-1].startswith("Measured by `foveate eval --model m`")
     rest = table(ROWS, ["method", "accuracy"], across="keep", where=[("keep", 0.25)])
     assert rest.body == [["untouched", "98.0"], ["a", "50.0"]]
+
+
+def test_a_key_that_is_a_number_names_rows(folder, tmp_path):
+    with Results(tmp_path / "deep", "proof", {}, keys=("layers", "dtype")) as results:
+        for layers in (4, 16):
+            for dtype in ("float32", "bfloat16"):
+                results.add({"layers": layers, "dtype": dtype, "rounding": layers + len(dtype)})
+    assert markdown([tmp_path / "deep"], "layers,rounding", across="dtype") == (
+        "| layers | dtype float32 | dtype bfloat16 |\n| --: | --: | --: |\n| 4 | 11 | 12 |\n| 16 | 23 | 24 |"
+    )
+    with pytest.raises(Mistake, match=r"one under dtype float32: add layers to --columns, or .* --where"):
+        markdown([tmp_path / "deep"], "rounding", across="dtype")
+    chosen = markdown([tmp_path / "deep"], "rounding", across="dtype", where=["layers=16"])
+    assert chosen.splitlines()[2:] == ["| 23 | 24 |"]
+    assert len(markdown([tmp_path / "deep"] * 2, "layers,rounding", across="dtype").splitlines()) == 4
+
+
+def test_rows_of_several_folders_stay_apart_when_a_column_is_spread(folder, tmp_path):
+    for name, accuracy in (("second", 0.25), ("more/first", 0.125)):
+        with Results(tmp_path / name, "eval", {"model": name}, keys=("method", "keep")) as results:
+            results.add(row("a", 0.5, accuracy))
+    with pytest.raises(Mistake, match=r"add results to --columns"):
+        markdown([folder, tmp_path / "second"], "method,accuracy", across="keep")
+    with pytest.raises(Mistake, match=r"add method to --columns"):
+        markdown([folder], "accuracy", across="keep")
+    both = markdown([folder, tmp_path / "second"], "results,method,accuracy", across="keep").splitlines()
+    assert both[3] == "| first | a | 75.0 | 50.0 |" and both[-1] == "| second | a | 25.0 | – |"  # noqa: RUF001
+    by_model = markdown([folder, tmp_path / "second"], "method,keep,accuracy", across="model").splitlines()
+    assert by_model[0] == "| method | keep | model m | model second |" and "| a | 0.5 | 75.0 | 25.0 |" in by_model
+    namesake = tmp_path / "more" / "first"
+    assert (
+        markdown([folder, namesake], "results,method,accuracy", across="keep")
+        .splitlines()[-1]
+        .startswith(f"| {namesake} | a | 12.5")
+    )
+
+
+def test_one_token_is_not_all_tokens(tmp_path):
+    with Results(tmp_path / "ends", "eval", {}, keys=("method", "keep")) as results:
+        for keep, accuracy in ((1, 0.25), (1.0, 0.75), (0.25, 0.5)):
+            results.add(row("a", keep, accuracy, batch=8))
+    spread = markdown([tmp_path / "ends"], "method,accuracy", across="keep").splitlines()
+    assert spread == [
+        "| method | keep 1.0 | keep 0.25 | keep 1 |",
+        "| --- | --: | --: | --: |",
+        "| a | 75.0 | 50.0 | 25.0 |",
+    ]
+    fixed = markdown([tmp_path / "ends"], "keep,accuracy", across="batch").splitlines()
+    assert fixed[2:] == ["| 1 | 25.0 |", "| 1.0 | 75.0 |", "| 0.25 | 50.0 |"]
+    whole = overview(results.rows)
+    assert [head.split("\n")[1] for head in whole.head] == ["keep", "1.0", "0.25", "1"]
+    assert whole.body == [["a", "75.0", "50.0", "25.0"]]
+    assert table(results.rows, ["keep"]).body == [["1"], ["1.0"], ["0.25"]]
+    for keep, accuracy in (("1", "25.0"), ("1.0", "75.0"), ("0.25", "50.0")):
+        text = markdown([tmp_path / "ends"], "keep,accuracy", where=[f"keep={keep}"])
+        assert text.splitlines()[2:] == [f"| {keep} | {accuracy} |"]
+    assert len(markdown([tmp_path / "ends"], where=["kept_share=1"]).splitlines()) == 4  # only a keep has two ones
+
+
+def test_every_command_that_measured_is_named(folder):
+    file = folder / "run.json"
+    about = json.loads(file.read_text())
+    (run,) = about["runs"]
+    converted = {name: value for name, value in run.items() if name != "rows"} | {"command": "python old.py"}
+    idle = {**run, "command": "foveate eval --again", "rows": 0}
+    more = {**run, "command": "foveate eval --methods b", "rows": 1}
+    file.write_text(json.dumps({**about, "runs": [run, idle, more, converted, more]}))
+    assert markdown([folder], command=True).splitlines()[-1] == (
+        "Measured by `foveate eval --model m` and `foveate eval --methods b` and `python old.py`."
+    )
 
 
 def test_several_folders_tell_their_rows_apart_by_name_and_settings(folder, tmp_path):

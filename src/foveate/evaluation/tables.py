@@ -47,10 +47,12 @@ class Table:
 def load(folders: Sequence[str | Path]) -> tuple[list[Row], list[Row]]:
     """The rows of all folders, with the settings they were made with as further columns, and each `run.json`."""
     rows, abouts = [], []
-    for folder in folders:
+    names = [Path(folder).name for folder in folders]
+    for name, folder in zip(names, folders, strict=True):
         found, about = read(folder)
-        plain = {name: value for name, value in about["settings"].items() if not isinstance(value, (dict, list))}
-        rows += [{"results": Path(folder).name, **plain, **row} for row in found]
+        plain = {key: value for key, value in about["settings"].items() if not isinstance(value, (dict, list))}
+        results = name if names.count(name) == 1 else str(folder)  # both may be called `eval`
+        rows += [{"results": results, **plain, **row} for row in found]
         abouts.append(about)
     if not rows:
         raise Mistake(f"no finished row in {', '.join(map(str, folders))}: let the command run on")
@@ -70,6 +72,7 @@ def table(
     rows: Sequence[Row],
     columns: Sequence[str],
     *,
+    keys: Sequence[str] = (),
     across: str | None = None,
     where: Sequence[tuple[str, Any]] = (),
     sort: str | None = None,
@@ -77,13 +80,15 @@ def table(
 ) -> Table:
     """Lay rows out.
 
-    columns: which, in order. across: a column whose values become columns: each number is shown once for every
-    value, and a row that has none (the untouched model has no `keep`) the same under all. where: `(column, value)`
-    pairs; several of one column mean either. sort: a column, with `-` in front the largest first. intervals: put
-    "(low to high)" behind numbers that have `_low` and `_high` columns.
+    columns: which, in order. keys: those that name a row, which text does anyway. across: a column whose values become
+    columns: each number that is no key is shown once for every value, and a row that has none (the untouched model has
+    no `keep`) the same under all. where: `(column, value)` pairs; several of one column mean either. sort: a column,
+    with `-` in front the largest first. intervals: put "(low to high)" behind numbers that have `_low` and `_high`
+    columns.
 
     Raises:
-        Mistake: for a column that no row has, or when no row is left.
+        Mistake: for a column that no row has, when no row is left, or when two rows would be one because what tells
+            them apart is not shown.
     """
     known = dict.fromkeys(name for row in rows for name in row)
     for name in [
@@ -97,8 +102,9 @@ def table(
             raise Mistake(f"no column {name!r}; there are {', '.join(each for each in known if each not in ends)}")
     allowed: dict[str, list[Any]] = {}
     for name, value in where:
-        allowed.setdefault(name, []).append(value)
-    rows = [r for r in rows if all(r.get(name) in (*values, *_free(name, across)) for name, values in allowed.items())]
+        # A row without the value that is spread stays, whatever is chosen of it.
+        allowed.setdefault(name, [_exact(name, None)] if name == across else []).append(_exact(name, value))
+    rows = [row for row in rows if all(_exact(name, row.get(name)) in values for name, values in allowed.items())]
     if not rows:
         raise Mistake(f"no row with {' and '.join(f'{name}={value}' for name, value in where)}")
     if sort:
@@ -107,7 +113,7 @@ def table(
         rest = [row for row in rows if row.get(name) is None]
         rows = sorted(valued, key=lambda row: row[name], reverse=sort.startswith("-")) + rest
     if across:
-        return _spread(rows, columns, across, intervals)
+        return _spread(rows, columns, keys, across, intervals)
     return Table(
         [_title(name) for name in columns],
         [[cell(row, name, intervals) for name in columns] for row in rows],
@@ -115,25 +121,33 @@ def table(
     )
 
 
-def _free(name: str, across: str | None) -> tuple[None, ...]:
-    """A row without the value that is spread stays, whatever is chosen of it."""
-    return (None,) if name == across else ()
+def _exact(name: str, value: Any) -> Any:
+    """What a value is compared by: for Python, a `keep` of 1 (token) equals 1.0 (all tokens)."""
+    return repr(value) if name == "keep" else value
 
 
-def _spread(rows: Sequence[Row], columns: Sequence[str], across: str, intervals: bool) -> Table:
+def _spread(rows: Sequence[Row], columns: Sequence[str], keys: Sequence[str], across: str, intervals: bool) -> Table:
     names = [name for name in columns if name != across]
-    fixed = [name for name in names if not _numeric(rows, name)]
+    fixed = [name for name in names if name in keys or not _numeric(rows, name)]
     spread = [name for name in names if name not in fixed]
-    values = list(dict.fromkeys(row[across] for row in rows if row.get(across) is not None))
+    values = list({_exact(across, row[across]): row[across] for row in rows if row.get(across) is not None}.values())
     if all(isinstance(value, (int, float)) for value in values):
         # Fractions before counts, both from most to least.
         values.sort(key=lambda value: (isinstance(value, int), -value))
     grouped: dict[tuple[Any, ...], dict[Any, Row]] = {}
     for row in rows:
-        group = grouped.setdefault(tuple(row.get(name) for name in fixed), {})
+        group = grouped.setdefault(tuple(_exact(name, row.get(name)) for name in fixed), {})
         for value in values if row.get(across) is None else [row[across]]:
-            group[value] = row
-    head, numeric = [_title(name) for name in fixed], [False] * len(fixed)
+            other = group.setdefault(_exact(across, value), row)
+            if other != row:
+                hidden = [name for name in keys if name not in (*names, across)]
+                differ = [name for name in hidden if _exact(name, row.get(name)) != _exact(name, other.get(name))]
+                apart = " and ".join(differ) or "a column that tells them apart"
+                raise Mistake(
+                    f"several rows would be one under {_title(across)} {value}: add {apart} to --columns, "
+                    "or choose among them by --where"
+                )
+    head, numeric = [_title(name) for name in fixed], [_numeric(rows, name) for name in fixed]
     for name in spread:
         for value in values:
             title = f"{_title(across)} {value}"
@@ -141,7 +155,7 @@ def _spread(rows: Sequence[Row], columns: Sequence[str], across: str, intervals:
             numeric.append(True)
     body = [
         [cell(next(iter(group.values())), name, intervals) for name in fixed]
-        + [cell(group.get(value, {}), name, intervals) for name in spread for value in values]
+        + [cell(group.get(_exact(across, value), {}), name, intervals) for name in spread for value in values]
         for group in grouped.values()
     ]
     return Table(head, body, numeric)
@@ -159,7 +173,7 @@ def cell(row: Row, name: str, intervals: bool = False) -> str:
 def _value(name: str, value: Any) -> str:
     if value is None:
         return NOTHING
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str)) or name == "keep":  # as it is written: 1 is a token, 1.0 all of them
         return str(value)
     if _is_share(name):
         return f"{100 * value:.1f}"
@@ -211,6 +225,8 @@ def markdown(
         if not equals:
             raise Mistake(f"--where {pair}: write column=value, such as keep=0.25")
         pairs.append((name.strip(), typed(value.strip())))
-    text = table(rows, chosen, across=across, where=pairs, sort=sort, intervals=intervals).markdown()
-    made = dict.fromkeys(f"`{about['runs'][0]['command']}`" for about in abouts)
+    keys = [*dict.fromkeys(name for about in abouts for name in about["keys"]), "results"]
+    text = table(rows, chosen, keys=keys, across=across, where=pairs, sort=sort, intervals=intervals).markdown()
+    # Some runs only found all rows there; those written by older scripts do not count theirs.
+    made = dict.fromkeys(f"`{run['command']}`" for about in abouts for run in about["runs"] if run.get("rows") != 0)
     return f"{text}\n\nMeasured by {' and '.join(made)}." if command else text
