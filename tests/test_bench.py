@@ -119,6 +119,30 @@ def test_an_interrupt_leaves_finished_rows(tmp_path, monkeypatch):
     assert [row["method"] for row in rows_of(tmp_path / "out")] == ["fopru", "plphp"]
 
 
+def test_without_out_the_same_command_goes_on_after_a_failure_and_after_ctrl_c_while_plots_are_drawn(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    args = (*FAST, "--methods", "fopru")
+
+    def fail(self, *args):
+        raise ValueError("no memory")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "measure", fail)
+        assert run(*args).exit_code == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.evaluation.bench._draw", stop)
+        assert run(*args).exit_code == 130
+    assert run(*args).exit_code == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    about = json.loads((folder / "run.json").read_text())
+    assert about["finished"] and [each["rows"] for each in about["runs"]] == [0, 1, 0]
+
+
 def test_every_method_that_fits_is_measured(tmp_path):
     result = run(*FAST, "--methods", "all", "--repeat", "1", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -217,6 +217,33 @@ def test_one_method_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
     assert "Traceback" in (tmp_path / "errors.txt").read_text()
 
 
+def test_without_out_the_same_command_goes_on_after_a_failure_and_after_ctrl_c_while_plots_are_drawn(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    args = ("--methods", "divprune", "--keep", 0.5, "--count", 1)
+    select = foveate.method_class("divprune").select
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(foveate.method_class("divprune"), "select", fail)
+    assert run(*args).exit_code == 1
+    monkeypatch.setattr(foveate.method_class("divprune"), "select", select)
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.evaluation.evaluate._draw", stop)
+        stopped = run(*args)
+        assert stopped.exit_code == 130 and "the same command goes on there" in stopped.stderr
+    assert run(*args).exit_code == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    rows, about = read(folder)
+    assert [row["method"] for row in rows] == [UNTOUCHED, *BLIND, "divprune"]
+    assert about["finished"] and [each["rows"] for each in about["runs"]] == [len(BLIND) + 1, 1, 0]
+
+
 def test_what_does_not_fit_is_left_out_of_all_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(foveate, "methods", lambda: ["fastv", "trimmed_llama"])
     result = run("--keep", 0.5, "--count", 1, "--out", tmp_path)

@@ -4,9 +4,11 @@ import csv
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from foveate._mistake import Mistake
-from foveate.evaluation.results import Results, read
+from foveate.cli import app
+from foveate.evaluation.results import Results, read, write
 
 KEYS = ("method", "keep")
 
@@ -92,3 +94,66 @@ def test_without_out_an_unfinished_folder_goes_on_and_a_finished_one_is_kept(tmp
         again.add({"method": "a", "keep": 1})
     third = results(None)
     assert first.folder == again.folder and third.folder.name == f"{first.folder.name}-2" and not third.rows
+
+
+OURS = {"command": "eval", "settings": {}, "keys": [], "versions": {}, "finished": False, "runs": [{"command": "x"}]}
+FOREIGN = {
+    "nothing": ({}, []),
+    "a list": ([], []),
+    "a number": (3, []),
+    "other settings": ({**OURS, "settings": None}, []),
+    "no runs": ({**OURS, "runs": []}, []),
+    "other runs": ({**OURS, "runs": ["x"]}, []),
+    "a run without its command": ({**OURS, "runs": [{}]}, []),
+    "rows that are none": (OURS, {}),
+    "rows of numbers": (OURS, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_json_of_other_programs_is_no_result(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "results/eval-old"
+    folder.mkdir(parents=True)
+    for file, content in zip(("run.json", "rows.json"), FOREIGN[name], strict=True):
+        (folder / file).write_text(json.dumps(content))
+    with pytest.raises(Mistake, match="written by something else"):
+        read(folder)
+    with pytest.raises(Mistake, match="written by something else"):
+        results(folder)
+    assert results(None).folder.name != "eval-old"  # passed over
+    table = CliRunner().invoke(app, ["table", str(folder)])
+    assert table.exit_code == 2 and len(table.stderr.splitlines()) == 1
+
+
+def test_the_shape_that_is_checked_is_ours(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(OURS))
+    assert read(tmp_path) == ([], OURS)
+
+
+def test_deep_json_is_no_result(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(Mistake, match="cannot read"):
+        read(tmp_path)
+
+
+def test_without_out_a_folder_goes_on_where_rows_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with results(None) as first:
+        first.complete = False
+    with results(None) as again:
+        pass
+    assert first.folder == again.folder != results(None).folder
+
+
+def test_what_cannot_be_written_leaves_no_part(tmp_path):
+    write(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write(tmp_path / "a.txt", "new \ud800")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(Mistake, match="cannot write"):
+        write(tmp_path / "folder", "text")
+    with pytest.raises(Mistake, match="cannot write"):
+        write(tmp_path / "a.txt/b.txt", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "folder"}
+    assert (tmp_path / "a.txt").read_text() == "old"

@@ -115,14 +115,16 @@ def bench(
         ready = {n: t.to(loaded.dtype) if t.is_floating_point() else t for n, t in on_device.items()}
         return Bench(loaded, ready, new_tokens=new_tokens, repeat=repeat)
 
-    try:
-        failures = run(make, chosen, batches, results, console)
-    except KeyboardInterrupt:
-        line = f"stopped: {len(results.rows)} finished rows are in {results.folder}; the same command goes on there"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-        raise
-    for size in sorted({row["batch"] for row in results.rows}):
-        _draw(results, size, f"{geometry or model}, batch {size}, {settings['device']}, {dtype}")
+    with results:
+        try:
+            failures = run(make, chosen, batches, results, console)
+            results.complete = not failures
+            for size in sorted({row["batch"] for row in results.rows}):
+                _draw(results, size, f"{geometry or model}, batch {size}, {settings['device']}, {dtype}")
+        except KeyboardInterrupt:
+            line = f"stopped: {len(results.rows)} finished rows are in {results.folder}; the same command goes on there"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            raise
     return results, failures
 
 

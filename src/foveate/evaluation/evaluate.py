@@ -126,11 +126,12 @@ def evaluate(
                 more={"bad_rows": len(lost)} if from_user else None,
                 console=console,
             )
+            results.complete = not failures
+            _draw(results, f"{model}: {len(items):,} questions", groups)
         except KeyboardInterrupt:
             line = f"stopped: {len(results.rows)} finished rows are in {results.folder}; the same command goes on there"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
             raise
-    _draw(results, f"{model}: {len(items):,} questions", groups)
     return results, lost + failures
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from foveate._mistake import Mistake
 
 Row = dict[str, Any]
+RUN = {"command": str, "settings": dict, "keys": list, "versions": dict, "finished": bool, "runs": list}
 
 
 class Results:
@@ -28,7 +29,8 @@ class Results:
     command: its name, such as "eval", or that of a script. settings: JSON-safe, all that decides what a row with given
     keys holds (model, dtype, device, seeds, ...); a folder takes further rows only under the same settings and
     versions. keys: the columns that name a row, such as ("method", "keep"). folder: None for an unfinished one of the
-    same command line under `results/`, or a new one there.
+    same command line under `results/`, or a new one there. complete: to be set to False where rows failed, so that the
+    same command goes on in this folder.
 
         results = Results(out, "eval", settings, keys=("method", "keep"))  # reads and checks, writes nothing
         with results:
@@ -56,6 +58,7 @@ class Results:
         self.rows, about = self._open()
         self._runs: list[Row] = about.get("runs", [])
         self._before = len(self.rows)
+        self.complete = True
 
     def find(self, **keys: Any) -> Row | None:
         """The finished row with these key columns."""
@@ -81,7 +84,7 @@ class Results:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._write(finished=kind is None)
+        self._write(finished=self.complete and kind is None)
 
     def _write(self, *, finished: bool) -> None:
         run = {**self._run, "seconds": round(time.perf_counter() - self._begun, 1)}
@@ -144,17 +147,34 @@ def read(folder: str | Path) -> tuple[list[Row], Row]:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     except FileNotFoundError as error:
         raise Mistake(f"{folder} is no folder of results: it has no run.json") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Mistake(f"cannot read the results in {folder}: {error}") from error
+    if not _ours(about, rows):
+        raise Mistake(f"{folder} is no folder of results: its run.json or rows.json was written by something else")
     return rows, about
+
+
+def _ours(about: Any, rows: Any) -> bool:
+    """Whether this has the shape of what `Results` writes: other programs use the same names."""
+    return (
+        isinstance(about, dict)
+        and all(isinstance(about.get(name), kind) for name, kind in RUN.items())
+        and len(about["runs"]) > 0
+        and all(isinstance(run, dict) and isinstance(run.get("command"), str) for run in about["runs"])
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) for row in rows)
+    )
 
 
 def write(path: Path, text: str) -> None:
     """Replace a file in one step, so that an interrupt leaves the old or the new one."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
+        try:
+            part.write_text(text, encoding="utf-8", newline="")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {error.strerror}") from error
 

@@ -181,10 +181,10 @@ def run(
 ) -> list[str]:
     """Measure every variant at every batch size, a row in `results` for each; returns a line for each left out.
 
-    make: the bench at a batch size. Rows that are there already are left alone.
+    make: the bench at a batch size. results: entered. Rows that are there already are left alone.
     """
     left_out = []
-    with results, _progress(console) as progress:
+    with _progress(console) as progress:
         bar = progress.add_task("", total=None)
         for number, batch in enumerate(batches):
             bench = None
