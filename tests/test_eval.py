@@ -313,6 +313,12 @@ BAD = {
     '{"image": "0.png", "question": "q?", "answers": [null]}': "got [null]",
     '{"image": "0.png", "question": "q?", "answers": [" "]}': "empty text",
     "{" + GOOD + ', "type": 3}': '"type" is empty or no text',
+    '{"image": "0.png", "question": "q?", "answers": ["a", "\\ud800"]}': "lone surrogate",
+    '{"image": "0.png", "question": "\\udfff?", "answers": ["a"]}': "lone surrogate",
+    '{"image": "\\ud800.png", "question": "q?", "answers": ["a"]}': "lone surrogate",
+    "{" + GOOD + ', "type": "\\ud800"}': "lone surrogate",
+    "[" * 100_000: "nested too deeply",
+    '{"image": "%s", "question": "q?", "answers": ["a"]}' % ("A" * 400): "too long for the name of a file",
     '{"image": "0.png", "question": "is <image> red?", "answers": ["a"]}': "stands for an image",
 }
 

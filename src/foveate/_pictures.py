@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +28,16 @@ def open_picture(path: str | Path) -> Image.Image:
     Raises:
         Mistake: for a missing, broken, truncated or oversized file, or one that is no picture.
     """
-    if str(path).startswith(("http://", "https://")):
-        raise Mistake(f"{path} is a web address: download the picture and give the file")
-    if Path(path).is_dir():
-        raise Mistake(f"{path} is a folder: give the picture files in it, e.g. {path}/*.jpg")
+    name = str(path)
+    if len(name) > 300:  # perhaps a picture itself, as base64
+        name = f"{name[:60]}..."
+    if name.startswith(("http://", "https://")):
+        raise Mistake(f"{name} is a web address: download the picture and give the file")
     try:
+        if Path(path).is_dir():
+            raise Mistake(f"{name} is a folder: give the picture files in it, e.g. {name}/*.jpg")
         if Path(path).stat().st_size == 0:
-            raise Mistake(f"{path} is empty: give a file with a picture in it")
+            raise Mistake(f"{name} is empty: give a file with a picture in it")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -43,17 +47,19 @@ def open_picture(path: str | Path) -> Image.Image:
     except Mistake:
         raise
     except FileNotFoundError:
-        raise Mistake(f"no such picture: {path} (check the name and the folder)") from None
+        raise Mistake(f"no such picture: {name} (check the name and the folder)") from None
     except PermissionError:
-        raise Mistake(f"no permission to read {path}") from None
+        raise Mistake(f"no permission to read {name}") from None
     except UnidentifiedImageError:
-        raise Mistake(f"{path} holds no picture that Pillow can read: convert it to PNG or JPEG") from None
+        raise Mistake(f"{name} holds no picture that Pillow can read: convert it to PNG or JPEG") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise Mistake(f"{path} has more than {limit} million pixels: make it smaller first") from None
+        raise Mistake(f"{name} has more than {limit} million pixels: make it smaller first") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise Mistake(f"{name} is too long for the name of a file: save the picture and give its file") from None
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise Mistake(f"{path} is broken or truncated ({cause}): save it anew") from None
+        raise Mistake(f"{name} is broken or truncated ({cause}): save it anew") from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def from_folder(folder: str | Path) -> tuple[list[Item], list[tuple[int, str]], 
             items.append(_item(line, path.parent, number))
         except (Mistake, ValueError) as error:
             bad.append((number, " ".join(str(error).split())))
+        except RecursionError:
+            bad.append((number, "nested too deeply: write one object with texts and lists of texts"))
     if not items:
         first = "line {}: {}".format(*bad[0]) if bad else "it is empty"
         raise Mistake(f"{path} has no row that can be used: {first}")
@@ -95,13 +98,16 @@ def _item(line: bytes, folder: Path, number: int) -> Item:
         raise Mistake(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise Mistake('not an object: write {"image": ..., "question": ..., "answers": [...]}')
-    images = [folder / name for name in _texts(row, "image", "images")]
+    names = _texts(row, "image", "images")
     question, kind = row.get("question"), row.get("type")
     if not isinstance(question, str) or not question.strip():
         raise Mistake('"question" is missing, empty or no text')
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
         raise Mistake('"type" is empty or no text: leave it out or name one')
     answers = _texts(row, "answers", "answer")
+    if re.search("[\ud800-\udfff]", "".join([*names, question, kind or "", *answers])):
+        raise Mistake("a text holds half a letter (a lone surrogate), which no file can hold: write it out")
+    images = [folder / name for name in names]
     for image in images:
         open_picture(image)  # a broken picture shows now, not in the middle of the run
     return Item(tuple(images), question.strip(), tuple(answers), kind and kind.strip(), number)
