@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from foveate._mistake import Mistake
 from foveate.cli import app
-from foveate.evaluation.results import Results, read, write
+from foveate.evaluation.results import Results, read, write, write_csv
 
 KEYS = ("method", "keep")
 
@@ -47,6 +47,14 @@ def test_the_same_settings_go_on(tmp_path):
             "accuracy": "",
             "note": "new, with a comma",
         }
+
+
+def test_csv_holds_any_text_and_quotes_only_what_needs_it(tmp_path):
+    rows = [{"a": "plain", "b": 0.5}, {"a": "one\rtwo", "b": None}, {"a": "\r\n", "c": '"\n,'}, {"a": "three\r"}]
+    write_csv(tmp_path / "a.csv", rows)
+    assert (tmp_path / "a.csv").read_bytes() == (b'a,b,c\nplain,0.5,\n"one\rtwo",,\n"\r\n",,"""\n,"\n"three\r",,\n')
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert [line["a"] for line in csv.DictReader(file)] == [row["a"] for row in rows]
 
 
 def test_other_settings_commands_and_folders_are_refused_and_left_alone(tmp_path):

@@ -181,11 +181,13 @@ def write(path: Path, text: str) -> None:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Replace a CSV file in one step; its columns are those of all rows."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, table.getvalue())
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = []
+    for row in ({name: name for name in names}, *rows):
+        line = io.StringIO()
+        csv.DictWriter(line, names, lineterminator="\r\n").writerow(row)  # else a lone "\r" would not be quoted
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    write(path, "".join(lines))
 
 
 def command_line() -> str:
