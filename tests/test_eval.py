@@ -20,6 +20,7 @@ from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, Answers, m
 from foveate.evaluation.questions import draw, from_folder, from_glimpse
 from foveate.evaluation.results import Results, read
 from foveate.evaluation.runner import Batches, generate
+from foveate.evaluation.scores import exact_match, holds
 from foveate.methods.base import CacheMethod, EncoderMethod, LayerMethod, floor_budget, topk_mask
 from foveate.methods.baselines import strided
 
@@ -144,6 +145,17 @@ def test_rows_hold_shares_intervals_and_groups(asked, tmp_path):
         lines = list(csv.DictReader(file))
     right = sum(line["uniform keep=0.25"] == line["accepted"] for line in lines)
     assert right / 54 == pytest.approx(row["accuracy"])
+
+
+def test_where_the_guide_answers_everything_no_share_is_kept(tmp_path):
+    methods = "sgl:exit_threshold=0.0,sgl:exit_threshold=1.0"
+    args = ("--methods", methods, "--keep", 0.5, "--count", 2, "--batch-size", 1, "--out", tmp_path)
+    assert run(*args).exit_code == 0
+    rows = {row["method"]: row for row in read(tmp_path)[0]}
+    shares = {name: (rows[name]["kept_share"], rows[name]["kv_share"]) for name in rows}
+    assert shares["sgl:exit_threshold=0.0"] == (None, None) and shares[UNTOUCHED] == (1.0, 1.0)
+    assert 0.4 < shares["sgl:exit_threshold=1.0"][0] < 1
+    assert (tmp_path / "accuracy.png").exists() and run(*args).exit_code == 0
 
 
 def test_all_answers_of_batches_made_anew_are_the_same(asked):
@@ -412,6 +424,38 @@ def test_data_without_one_good_row_is_a_mistake(tmp_path):
         (tmp_path / "data.jsonl").write_text(text)
         with pytest.raises(Mistake, match=cause):
             from_folder(tmp_path)
+
+
+def test_an_answer_that_silence_matches_is_a_bad_row(tmp_path):
+    glimpse.heldout(1)[0].image.save(tmp_path / "0.png")
+    answers = ["a", "?", ".", "\u732b", "-5"]
+    (tmp_path / "data.jsonl").write_text("\n".join("{" + GOOD.replace('"a"', json.dumps(a)) + "}" for a in answers))
+    for matches, lines in ((exact_match, [3]), (holds, [2, 3])):
+        items, bad, _ = from_folder(tmp_path, matches)
+        assert [line for line, _ in bad] == lines and all("holds no word" in cause for _, cause in bad)
+        assert len(items) == len(answers) - len(lines)
+    result = run(
+        "--data", tmp_path, "--match", "contains", "--methods", "uniform", "--keep", 0.5, "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 1 and "line 2: the answer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "found"),
+    [
+        ("It is -5 degrees.", "-5", True),
+        ("It is \u22125 degrees.", "-5", True),
+        ("x=-5", "-5", True),
+        ("It is -5 degrees.", "5", False),
+        ("5", "-5", False),
+        ("from 3-5", "5", True),
+        ("from 3-5", "-5", False),
+        ("a well-known owl", "known owl", True),
+        ("an owl", "a", False),
+    ],
+)
+def test_contains_looks_for_words_and_signed_numbers(said, answer, found):
+    assert holds(said, answer) == found
 
 
 def test_a_count_draws_by_seed_and_keeps_the_order():

@@ -165,9 +165,10 @@ def _ask(
     begun = time.perf_counter()
     with foveate.prune(model, variant.method) if variant else nullcontext() as pruned:
         said = generate(model, processor, batches, max_new_tokens, after)
+    whole = None if variant else 1.0  # nothing pruned: the guide has answered everything
     cost = {
-        "kept_share": counts["kept"] / counts["tokens"] if counts["tokens"] else 1.0,
-        "kv_share": counts["kv"] / counts["kv_full"] if counts["kv_full"] else 1.0,
+        "kept_share": counts["kept"] / counts["tokens"] if counts["tokens"] else whole,
+        "kv_share": counts["kv"] / counts["kv_full"] if counts["kv_full"] else whole,
         "seconds": round(time.perf_counter() - begun, 2),
     }
     return said, cost

@@ -84,7 +84,7 @@ def evaluate(
             items, groups = from_glimpse(count or COUNT), GROUPS
         else:
             assert data is not None
-            items, bad, digest = from_folder(data)
+            items, bad, digest = from_folder(data, MATCHES[match])
             settings |= {"data": Path(data).resolve().name, "digest": digest, "count": count}
             items, groups = draw(items, count, seed), {}
         results = Results(out, "eval", settings, keys=("method", "keep"))
@@ -154,12 +154,15 @@ def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Itera
 def _draw(results: Results, title: str, parts: dict[str, Any]) -> None:
     from .plots import curves, pareto
 
+    rows = [
+        row for row in results.rows if row["kept_share"] is not None
+    ]  # a guide answered all
     for part in ("", *parts):
         y = f"accuracy:{part}" if part else "accuracy"
-        if y in results.rows[0]:
+        if y in rows[0]:
             path = results.folder / f"{y.replace(':', '-')}.png"
-            curves(results.rows, path, y=y, dashed=BASELINES, title=f"{title}, {part}" if part else title)
-    pareto(results.rows, results.folder / "pareto.png", title=title)
+            curves(rows, path, y=y, dashed=BASELINES, title=f"{title}, {part}" if part else title)
+    pareto(rows, results.folder / "pareto.png", title=title)
 
 
 def overview(rows: Sequence[Row]) -> Table:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from PIL import Image
 
 from foveate._mistake import Mistake
 from foveate._pictures import open_picture
+
+from .scores import exact_match
 
 FILE = "data.jsonl"
 
@@ -41,11 +43,14 @@ def from_glimpse(count: int) -> list[Item]:
     return [Item((q.image,), q.question, (q.answer,), q.kind) for q in glimpse.heldout(count)]
 
 
-def from_folder(folder: str | Path) -> tuple[list[Item], list[tuple[int, str]], str]:
+def from_folder(
+    folder: str | Path, matches: Callable[[str, str], bool] = exact_match
+) -> tuple[list[Item], list[tuple[int, str]], str]:
     """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and a digest of all that.
 
     A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
-    `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type`.
+    `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type`. matches: compares what is said with an
+    answer; one that silence matches cannot be used.
 
     Raises:
         Mistake: when there is no such file, or no row can be used.
@@ -61,7 +66,7 @@ def from_folder(folder: str | Path) -> tuple[list[Item], list[tuple[int, str]], 
         if not line.strip():
             continue
         try:
-            items.append(_item(line, path.parent, number))
+            items.append(_item(line, path.parent, number, matches))
         except (Mistake, ValueError) as error:
             bad.append((number, " ".join(str(error).split())))
         except RecursionError:
@@ -89,7 +94,7 @@ def _digest(data: bytes, items: Sequence[Item]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _item(line: bytes, folder: Path, number: int) -> Item:
+def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], bool]) -> Item:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -105,6 +110,8 @@ def _item(line: bytes, folder: Path, number: int) -> Item:
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
         raise Mistake('"type" is empty or no text: leave it out or name one')
     answers = _texts(row, "answers", "answer")
+    if empty := [answer for answer in answers if matches("", answer)]:
+        raise Mistake(f"the answer {json.dumps(empty[0])[:60]} holds no word to compare: an empty one would be right")
     if re.search("[\ud800-\udfff]", "".join([*names, question, kind or "", *answers])):
         raise Mistake("a text holds half a letter (a lone surrogate), which no file can hold: write it out")
     images = [folder / name for name in names]

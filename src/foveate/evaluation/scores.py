@@ -60,7 +60,8 @@ def interval(hits: Sequence[bool], *, resamples: int = 2000, seed: int = 0) -> t
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    # A minus stays with its number; a dash between two is none.
+    return " ".join(re.findall(r"(?:(?<!\w)-(?=\d))?\w+", text.lower().replace("\u2212", "-")))
 
 
 def _normal(text: str) -> str:
