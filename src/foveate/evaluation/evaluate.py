@@ -154,9 +154,7 @@ def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Itera
 def _draw(results: Results, title: str, parts: dict[str, Any]) -> None:
     from .plots import curves, pareto
 
-    rows = [
-        row for row in results.rows if row["kept_share"] is not None
-    ]  # a guide answered all
+    rows = [row for row in results.rows if row["kept_share"] is not None]  # None: a guide answered all
     for part in ("", *parts):
         y = f"accuracy:{part}" if part else "accuracy"
         if y in rows[0]:
