@@ -16,7 +16,7 @@ from foveate._mistake import Mistake
 from foveate._options import PLACES, parse_keeps, variants
 
 from . import geometries
-from .evaluate import device_name, fitting
+from .evaluate import device_name, dtype_name, fitting
 from .results import Results, Row
 from .speed import KEYS, Bench, run
 from .tables import Table, table
@@ -95,7 +95,8 @@ def bench(
         if device == "cpu" and geometry is not None:
             _check_memory(geometry, sketch, dtype)
         settings: Row = {"geometry": geometry, "model": model, "image_tokens": image_tokens, "padded": padded}
-        settings |= {"device": device_name(device), "dtype": dtype, "attn": attn, "threads": torch.get_num_threads()}
+        settings |= {"device": device_name(device), "dtype": dtype_name(dtype, config), "attn": attn}
+        settings |= {"threads": torch.get_num_threads()}
         settings |= {"new_tokens": new_tokens, "repeat": repeat, "seed": seed}
         results = Results(out, "bench", settings, keys=KEYS)
     for line in left_out:
@@ -120,7 +121,7 @@ def bench(
             failures = run(make, chosen, batches, results, console)
             results.complete = not failures
             for size in sorted({row["batch"] for row in results.rows}):
-                _draw(results, size, f"{geometry or model}, batch {size}, {settings['device']}, {dtype}")
+                _draw(results, size, f"{geometry or model}, batch {size}, {settings['device']}, {settings['dtype']}")
         except KeyboardInterrupt:
             line = f"stopped: {len(results.rows)} finished rows are in {results.folder}; the same command goes on there"
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -73,8 +73,9 @@ def evaluate(
         )
         load_guide([v.method for v in chosen], guide, source, config, device=device, dtype=dtype)
 
-        settings: Row = {"model": model, "dtype": _dtype(dtype, config), "device": device_name(device), "attn": attn}
-        settings |= {"seed": seed, "match": match, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        settings: Row = {"model": model, "dtype": dtype_name(dtype, config), "device": device_name(device)}
+        settings |= {"attn": attn, "seed": seed, "match": match}
+        settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         if guide is not None:
             settings["guide"] = guide
         settings |= fingerprints(model, guide)
@@ -174,7 +175,7 @@ def overview(rows: Sequence[Row]) -> Table:
     return replace(whole, head=["right answers\nkeep", *head])
 
 
-def _dtype(dtype: str, config: Any) -> str:
+def dtype_name(dtype: str, config: Any) -> str:
     """What `auto` will become, as far as the configuration says."""
     own = getattr(config, "dtype", None)
     return str(own).removeprefix("torch.") if dtype == "auto" and own is not None else dtype
