@@ -19,7 +19,7 @@ from rich.progress import track
 import foveate
 from foveate import glimpse
 from foveate.evaluation import exact_match, generate, interval, prepare
-from foveate.evaluation.results import Results
+from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 from foveate.glimpse.world import question
 
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

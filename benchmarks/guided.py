@@ -16,7 +16,7 @@ from rich.progress import track
 import foveate
 from foveate import glimpse
 from foveate.evaluation import exact_match, generate, interval, prepare
-from foveate.evaluation.results import Results
+from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 
 KEEPS = (0.5, 0.25, 0.1)
@@ -102,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

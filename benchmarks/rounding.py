@@ -19,7 +19,7 @@ from rich.progress import track
 
 import foveate
 from foveate.evaluation.reference import ROUNDING, prove
-from foveate.evaluation.results import Results
+from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,7 @@ import foveate
 from foveate.engine.attention import attention_marginals, prefix_attention, received_by_features
 from foveate.evaluation import geometries
 from foveate.evaluation.evaluate import device_name
-from foveate.evaluation.results import Results
+from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 from foveate.evaluation.timing import quartiles, synchronize
 from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
@@ -311,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from foveate._mistake import Mistake
 from foveate.cli import app
-from foveate.evaluation.results import Results, read, write, write_csv
+from foveate.evaluation.results import Results, read, run_script, write, write_csv
 
 KEYS = ("method", "keep")
 
@@ -165,3 +165,12 @@ def test_what_cannot_be_written_leaves_no_part(tmp_path):
         write(tmp_path / "a.txt/b.txt", "text")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "folder"}
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_script_ends_with_one_line_in_a_folder_of_other_settings(tmp_path, capsys):
+    with results(tmp_path / "out") as out:
+        out.add({"method": "a", "keep": 0.5, "accuracy": 0.1})
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: results(tmp_path / "out", {"model": "m", "seed": 1}).add({}))
+    assert ended.value.code == 2
+    assert "seed" in (said := capsys.readouterr().err) and said.count("\n") == 1

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate.evaluation import answer, blind, exact_match, interval, majority, score
-from foveate.evaluation.results import Results, write_csv
+from foveate.evaluation.results import Results, run_script, write_csv
 from foveate.evaluation.tables import markdown
 from foveate.glimpse import HELDOUT_VERSION, PATH, heldout
 
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

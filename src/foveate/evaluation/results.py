@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -188,6 +188,15 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         csv.DictWriter(line, names, lineterminator="\r\n").writerow(row)  # else a lone "\r" would not be quoted
         lines.append(line.getvalue().removesuffix("\r\n") + "\n")
     write(path, "".join(lines))
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script that writes results; a mistake ends it with one line and status 2, as in foveate's own commands."""
+    try:
+        main()
+    except Mistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def command_line() -> str:
