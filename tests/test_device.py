@@ -71,10 +71,10 @@ def test_beams_work_on_a_device(family, name):
 def test_a_second_turn_works_on_a_device(family, name, image):
     model, batch = tiny.build(family), tiny.inputs(family, **tiny.BATCHES["ragged"])
 
-    def turns(batch: dict, acting: foveate.Method) -> list[list[int]]:
+    def turns(batch: dict, acting: foveate.Method) -> torch.Tensor:
         with foveate.prune(model, acting):
             first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-            turn = tiny.next_turn(model, {k: cpu(v) for k, v in batch.items()}, cpu(first.sequences), image)
+            turn = tiny.next_turn(model, {k: v.cpu() for k, v in batch.items()}, first.sequences.cpu(), image)
             turn = pretend.moved(turn) if model.device == pretend.DEVICE else turn
             return model.generate(**turn, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
 
@@ -82,10 +82,6 @@ def test_a_second_turn_works_on_a_device(family, name, image):
     with pretend.Device():
         pretend.move(model)
         assert turns(pretend.moved(batch), method(family, name)).tolist() == expected.tolist()
-
-
-def cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu()
 
 
 def waits(model: Any, acting: foveate.Method | None, batch: dict, steps: int, **kwargs: Any) -> int:

@@ -145,7 +145,6 @@ def _ask(
     """The answers of one variant, and what they cost."""
     import foveate
 
-    counted: list[Any] = [None]
     counts = {"tokens": 0, "kept": 0, "kv": 0, "kv_full": 0}
 
     def after() -> None:
@@ -153,9 +152,8 @@ def _ask(
         if variant is None:
             return
         report: Any = pruned.report  # type: ignore[union-attr]
-        if report is None or report is counted[-1]:  # nothing was pruned: the guide has answered
+        if report is None:  # nothing was pruned: the guide has answered
             return
-        counted.append(report)
         for tokens, kept in (image for sample in report.images for image in sample):
             counts["tokens"] += tokens
             counts["kept"] += kept

@@ -91,11 +91,11 @@ class Family:
 
     def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         """One layout per image, in order. inputs: the arguments of the model's `get_image_features`."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of families with the place "encoder"
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of families with the place "encoder"
 
     def prefix_tokens(self, base: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
@@ -114,12 +114,12 @@ class Family:
 
     def encoder_states(self, base: Any, states: Tensor) -> Tensor:
         """The projector's input in the order that `Tile.patches` counts in: (all patches, width)."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of families with the place "encoder"
 
     def features_per_image(self, base: Any) -> int:
         """Cross-attention features that every image slot occupies, padded tiles included."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of families with the place "cross"
 
     def feature_places(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
         """Per sample the indices of each image's features among the sample's, and its tiles. inputs: of the forward."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of families with the place "cross"

@@ -349,6 +349,13 @@ class CrossMethod(Method):
 
     place: ClassVar[Place] = "cross"
 
+    def budget(self, valid: Tensor, images: Tensor) -> Tensor:
+        """(batch,) features that `keep` asks for; valid, images: as `select` takes them."""
+        features = valid.sum(-1)
+        if isinstance(self.keep, int):
+            return torch.minimum(min(self.keep, 1 << 32) * images, features)  # any int, but no overflow
+        return (self.keep * features + 1e-4).floor().long().clamp(min=1)
+
     @abstractmethod
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
         """Which features stay.

@@ -132,12 +132,7 @@ class RandomCross(Seeded, CrossMethod):
     source = "baseline"
 
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
-        n = valid.sum(-1)
-        if isinstance(self.keep, int):
-            k = torch.minimum(min(self.keep, 1 << 32) * images, n)
-        else:
-            k = (self.keep * n + 1e-4).floor().long().clamp(min=1)
-        return topk_mask(drawn(valid, self.seed)[:, 0], k)
+        return topk_mask(drawn(valid, self.seed)[:, 0], self.budget(valid, images))
 
 
 @register("uniform")

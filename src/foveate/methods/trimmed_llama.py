@@ -45,9 +45,4 @@ class TrimmedLlama(CrossMethod):
     keep: float | int = 0.25
 
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
-        n = valid.sum(-1)
-        if isinstance(self.keep, int):
-            k = torch.minimum(min(self.keep, 1 << 32) * images, n)
-        else:
-            k = (self.keep * n + 1e-4).floor().long().clamp(min=1)
-        return union_of_heads(attention, valid, k)
+        return union_of_heads(attention, valid, self.budget(valid, images))
