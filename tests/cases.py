@@ -72,11 +72,11 @@ def check_second_turn(model, name: str, batch: dict, image: bool) -> tuple[list[
         first = oracle.run(model, batch, max_new_tokens=6)
         hides = oracle.hidden(pruned.report, batch["input_ids"].shape[1])
         turn = tiny.next_turn(model, batch, first.sequences, image)
-        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=8)
+        second = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=8)
         later = pruned.report
     _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
     hides = hides + oracle.hidden(later, turn["input_ids"].shape[1])
-    assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
+    assert oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides).max() < TOLERANCE
     for layer in second.cache.layers:
         for tensor in (layer.keys, layer.values):
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

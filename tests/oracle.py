@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
@@ -58,7 +59,7 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
 
     def note_start(module, args, kwargs):
         nonlocal start
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(tiny.CACHE)
         start = 0 if past is None else int(past.get_seq_length())
 
     def hide_keys(module, args, kwargs, layer: int):
@@ -123,7 +124,7 @@ def dense_logits(
             **kwargs,
         )
     assert torch.equal(out.sequences, sequences), "the reference did not replay the sequences"
-    return torch.stack(out.logits, 1), out.past_key_values
+    return torch.stack(out.logits, 1), getattr(out, tiny.CACHE)
 
 
 @dataclass
@@ -146,8 +147,8 @@ def run(model: PreTrainedModel, batch: dict, seed: int = 0, **kwargs) -> Run:
         beams = beams.long()
         assert (beams >= 0).all(), "a beam ended early"
         logits = logits[beams, torch.arange(beams.shape[1])]
-        return Run(out.sequences, logits, beams[:, 0], out.past_key_values)
-    return Run(out.sequences, logits, torch.arange(len(out.sequences)), out.past_key_values)
+        return Run(out.sequences, logits, beams[:, 0], getattr(out, tiny.CACHE))
+    return Run(out.sequences, logits, torch.arange(len(out.sequences)), getattr(out, tiny.CACHE))
 
 
 def errors(reference: PreTrainedModel, batch: dict, pruned: Run, hides: Sequence[Hide]) -> Tensor:

@@ -162,7 +162,7 @@ def watch_lengths(bench, run):
         handles.append(layer.register_forward_pre_hook(lambda module, args: computed.append(args[0].shape[1])))
 
     def hold(module, args, output):
-        held.append([layer.keys.shape[2] for layer in output.past_key_values.layers])
+        held.append([layer.keys.shape[2] for layer in getattr(output, tiny.CACHE).layers])
 
     # The hooks of the ideal, installed first, have shortened by then.
     handles.append(bench.model.register_forward_hook(hold))
@@ -213,7 +213,8 @@ def test_budgets_of_their_own_in_each_layer_reach_the_ideal():
     plan = Plan.of(pruned.report, "cache", it.start)
     assert plan.held[0] == 100 and len(set(plan.held)) > 1 and not plan.shortens_prefill
     with ideal(it.family, it.base, plan), torch.inference_mode():
-        cache = it.model.generate(**it.inputs, max_new_tokens=4, return_dict_in_generate=True).past_key_values
+        out = it.model.generate(**it.inputs, max_new_tokens=4, return_dict_in_generate=True)
+        cache = getattr(out, tiny.CACHE)
     assert [layer.keys.shape[2] - 3 for layer in cache.layers] == list(plan.held)
 
 
@@ -222,7 +223,7 @@ def test_the_ideal_of_fewer_image_tokens_is_the_untouched_model_on_fewer_embeddi
     plan = Plan(("self",) * 4, 100, it.start, 0, (73,) * 4, (73,) * 4)
     with torch.inference_mode():
         with ideal(it.family, it.base, plan):
-            ours = it.model(**it.inputs, past_key_values=DynamicCache()).logits
+            ours = it.model(**it.inputs, **{tiny.CACHE: DynamicCache()})).logits
         features = torch.cat(it.base.get_image_features(it.inputs["pixel_values"]).pooler_output)
         ids = it.inputs["input_ids"]
         embeds = it.model.get_input_embeddings()(ids)

@@ -276,10 +276,10 @@ def test_a_plain_forward_is_refused():
 def test_a_cached_conversation_is_refused_and_a_fresh_cache_is_not():
     model, batch = tiny.build("llava"), tiny.inputs("llava")
     with foveate.prune(model, "mint", **MINT):
-        first = oracle.run(model, batch | {"past_key_values": DynamicCache()}, max_new_tokens=4)
+        first = oracle.run(model, batch | {tiny.CACHE: DynamicCache()}, max_new_tokens=4)
         turn = tiny.next_turn(model, batch, first.sequences, image=True)
         with pytest.raises(foveate.UnsupportedError, match="whole conversation"):
-            model.generate(**turn, past_key_values=first.cache, max_new_tokens=2)
+            model.generate(**turn, **{tiny.CACHE: first.cache}, max_new_tokens=2)
 
 
 def test_other_methods_are_refused_beside_it():

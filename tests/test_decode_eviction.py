@@ -57,7 +57,7 @@ def test_batches_and_turns_in_which_rows_would_move_are_refused():
         turn["attention_mask"][0, -3] = 0  # padded in front of the last two tokens of its new turn
         before = [layer.physical for layer in first.cache.layers]
         with pytest.raises(foveate.UnsupportedError, match="padded"):
-            oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+            oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=4)
         assert [layer.physical for layer in first.cache.layers] == before
 
 
@@ -69,5 +69,5 @@ def test_eviction_ends_with_its_method():
     turn = tiny.next_turn(model, batch, first.sequences, False)
     new = turn["input_ids"].shape[1] - first.cache.layers[0].length
     with foveate.prune(model, "fopru", keep=0.5):
-        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+        second = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=4)
     assert second.cache.layers[0].physical == held + new + 3

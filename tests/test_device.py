@@ -52,7 +52,7 @@ def check(family: str, name: str, batch: dict, **kwargs: Any) -> None:
     with pretend.Device():
         pretend.move(model)
         found = generate(model, method(family, name, True), pretend.moved(batch), **kwargs)
-        assert all(layer.keys.device == pretend.DEVICE for layer in found.past_key_values.layers)
+        assert all(layer.keys.device == pretend.DEVICE for layer in getattr(found, tiny.CACHE).layers)
         assert found.sequences.tolist() == expected.tolist()
 
 
@@ -76,7 +76,7 @@ def test_a_second_turn_works_on_a_device(family, name, image):
             first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
             turn = tiny.next_turn(model, {k: v.cpu() for k, v in batch.items()}, first.sequences.cpu(), image)
             turn = pretend.moved(turn) if model.device == pretend.DEVICE else turn
-            return model.generate(**turn, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+            return model.generate(**turn, **{tiny.CACHE: getattr(first, tiny.CACHE)}, max_new_tokens=4, do_sample=False)
 
     expected = turns(batch, method(family, name))
     with pretend.Device():

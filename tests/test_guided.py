@@ -228,7 +228,7 @@ def test_a_prompt_without_an_image_does_not_ask_the_guide():
         first = oracle.run(model, batch, max_new_tokens=4)
         asked = pruned.guided
         turn = tiny.next_turn(model, batch, first.sequences)
-        oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+        oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=4)
         assert pruned.guided is asked
 
 
@@ -415,10 +415,10 @@ def test_a_plain_forward_is_refused():
 def test_a_new_image_in_a_cached_conversation_is_refused():
     model, batch = tiny.build("llava"), tiny.inputs("llava")
     with foveate.prune(model, sgl("llava")):
-        first = oracle.run(model, batch | {"past_key_values": DynamicCache()}, max_new_tokens=4)
+        first = oracle.run(model, batch | {tiny.CACHE: DynamicCache()}, max_new_tokens=4)
         turn = tiny.next_turn(model, batch, first.sequences, image=True)
         with pytest.raises(foveate.UnsupportedError, match="whole conversation"):
-            model.generate(**turn, past_key_values=first.cache, max_new_tokens=2)
+            model.generate(**turn, **{tiny.CACHE: first.cache}, max_new_tokens=2)
 
 
 class Printer(TextStreamer):
@@ -432,7 +432,7 @@ MODES = [
     dict(return_dict_in_generate=True),
     dict(do_sample=True, num_return_sequences=2),
     dict(streamer=Printer()),
-    dict(past_key_values=DynamicCache()),
+    {tiny.CACHE: DynamicCache()},
     dict(logits_processor=[lambda ids, scores: scores]),
     dict(stopping_criteria=[lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]),
     dict(prefix_allowed_tokens_fn=lambda row, ids: [3]),

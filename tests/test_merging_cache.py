@@ -81,7 +81,7 @@ class Dense:
         self.kept: list[Tensor] = []  # by layer
         self.entries: list[list[tuple[Tensor, Tensor]]] = []  # [layer][row]: keys and values, (kv_heads, slots, d)
         spans = image_spans(family, batch, images)
-        for i, (layer, attention) in enumerate(zip(out.past_key_values.layers, out.attentions, strict=True)):
+        for i, (layer, attention) in enumerate(zip(getattr(out, tiny.CACHE).layers, out.attentions, strict=True)):
             kept = valid.clone() if seen is None else seen[i][:, 0] & valid
             received = (attention.mean(1) * kept.unsqueeze(-1)).sum(1)
             keys, values = layer.keys.clone(), layer.values.clone()
@@ -144,7 +144,7 @@ class Dense:
             attention = self.model.model.language_model.layers[index].self_attn
             handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            out = self.model(input_ids=token, position_ids=position, past_key_values=cache)
+            out = self.model(input_ids=token, position_ids=position, **{tiny.CACHE: cache})
         finally:
             for handle in handles:
                 handle.remove()
@@ -276,7 +276,7 @@ def test_zipvl_goes_on_with_another_image(family, batch):
         first = oracle.run(model, batch, max_new_tokens=6)
         report = handle.report
         turn = tiny.next_turn(model, batch, first.sequences, image=True)
-        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=8)
+        second = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=8)
         later = handle.report
     dense = tiny.build(family, "eager")
     hides = hidden(report, batch["input_ids"].shape[1])
@@ -284,7 +284,7 @@ def test_zipvl_goes_on_with_another_image(family, batch):
         _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
     hides += hidden(later, turn["input_ids"].shape[1])
     with silenced(dense, later, second.rows):
-        assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
+        assert oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides).max() < TOLERANCE
     assert all(layer.kept_length < layer.length for layer in later.layers)
 
 

@@ -90,7 +90,7 @@ def test_forward_by_hand_goes_on_like_generate(family, name):
             more = {}
             if family == "mllama":
                 more["cross_attention_mask"] = batch["cross_attention_mask"][:, -1:]
-            out = model(input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True, **more)
+            out = model(input_ids=token[None, None], **{tiny.CACHE: getattr(out, tiny.CACHE)}, use_cache=True, **more)
 
 
 @pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
@@ -326,10 +326,10 @@ def test_seen_tells_what_a_later_prefill_saw(family, name, batch):
         first = oracle.run(model, batch, max_new_tokens=6)
         hides = seen_and_kept(pruned.report, batch["input_ids"].shape[1])
         turn = tiny.next_turn(model, batch, first.sequences, image=True)
-        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=6)
+        second = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=6)
         later = seen_and_kept(pruned.report, turn["input_ids"].shape[1])
     _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
-    error = oracle.errors(dense, turn | {"past_key_values": cache}, second, hides + later)
+    error = oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides + later)
     assert error.max() < TOLERANCE
 
 
@@ -340,11 +340,11 @@ def test_the_first_image_may_come_in_a_later_turn(family, name):
         first = oracle.run(model, batch, max_new_tokens=4)
         no_grids = {"image_grid_thw": torch.zeros(0, 3, dtype=torch.long)} if family == "qwen2_5_vl" else {}
         turn = tiny.next_turn(model, batch | no_grids, first.sequences, image=True)
-        second = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+        second = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=4)
         hides = hidden(pruned.report, turn["input_ids"].shape[1])
     assert any(hide.keys.any() for hide in hides)
     _, cache = oracle.dense_logits(dense, batch, first.sequences)
-    assert oracle.errors(dense, turn | {"past_key_values": cache}, second, hides).max() < TOLERANCE
+    assert oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides).max() < TOLERANCE
 
 
 @places
@@ -356,8 +356,8 @@ def test_a_copied_cache_goes_on_by_itself(family, name, batch):
         first = oracle.run(model, batch, max_new_tokens=4)
         spare = copy.deepcopy(first.cache)
         turn = tiny.next_turn(model, batch, first.sequences)
-        a = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
-        b = oracle.run(model, turn | {"past_key_values": spare}, max_new_tokens=4)
+        a = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=4)
+        b = oracle.run(model, turn | {tiny.CACHE: spare}, max_new_tokens=4)
     assert torch.equal(a.logits, b.logits)
 
 
@@ -384,9 +384,9 @@ def test_a_cache_cut_selected_and_repeated_stays_right(family, name, batch):
         ids = first.sequences if family == "mllama" else first.sequences[:, : length + 2]
         picked = {k: v[rows] for k, v in batch.items() if k in ("attention_mask", "cross_attention_mask")}
         turn = tiny.next_turn(model, picked, ids[rows])
-        second = oracle.run(model, turn | {"past_key_values": reshape(model, first.cache)}, max_new_tokens=4)
+        second = oracle.run(model, turn | {tiny.CACHE: reshape(model, first.cache)}, max_new_tokens=4)
     _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
-    turn["past_key_values"] = reshape(dense, cache)
+    turn[tiny.CACHE] = reshape(dense, cache)
     assert oracle.errors(dense, turn, second, [hide.rows(rows) for hide in hides]).max() < TOLERANCE
 
 

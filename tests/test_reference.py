@@ -81,7 +81,7 @@ def test_hidden_while_decoding_is_an_evicted_key(family):
         out = model.model.language_model(
             inputs_embeds=model.get_input_embeddings()(token[None, None]),
             position_ids=positions[..., -1:] + step,
-            past_key_values=cache,
+            **{tiny.CACHE: cache},
         )
         assert (model.lm_head(out.last_hidden_state[:, -1]) - dense[:, step]).abs().max() < TOLERANCE
 

@@ -49,7 +49,7 @@ def test_caches_that_cannot_be_pruned_are_refused(family, name, kind):
     before = snapshot(model)
     with prune(model, name):
         with pytest.raises(foveate.UnsupportedError, match=r"(?i)cache"):
-            model.generate(**batch, max_new_tokens=4, past_key_values=kind(model))
+            model.generate(**batch, max_new_tokens=4, **{tiny.CACHE: kind(model)})
         # The refusal cost nothing: the block still works.
         assert torch.equal(oracle.run(model, batch, max_new_tokens=4).logits, expected.logits)
     assert changes(before, snapshot(model)) == []
@@ -70,10 +70,10 @@ def test_a_cache_filled_by_an_unpruned_run_is_converted_or_refused(family, name)
     batch, model = tiny.inputs(family), tiny.build(family)
     first, again = (oracle.run(model, batch, max_new_tokens=6) for _ in range(2))
     turn = tiny.next_turn(model, batch, first.sequences)
-    untouched = oracle.run(model, turn | {"past_key_values": first.cache}, max_new_tokens=4)
+    untouched = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=4)
     with prune(model, name):
         try:
-            run = oracle.run(model, turn | {"past_key_values": again.cache}, max_new_tokens=4)
+            run = oracle.run(model, turn | {tiny.CACHE: again.cache}, max_new_tokens=4)
         except foveate.UnsupportedError as error:
             assert "cache" in str(error)
             return
@@ -88,7 +88,7 @@ def test_a_pruned_cache_is_of_no_use_outside_the_block(family, name):
         first = oracle.run(model, batch, max_new_tokens=4)
         turn = tiny.next_turn(model, batch, first.sequences)
     with pytest.raises(foveate.UnsupportedError, match="cache"):
-        model.generate(**turn, max_new_tokens=4, past_key_values=first.cache)
+        model.generate(**turn, max_new_tokens=4, **{tiny.CACHE: first.cache})
 
 
 @places

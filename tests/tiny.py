@@ -7,6 +7,7 @@ the processor code of transformers itself. Every input dict goes straight into `
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from itertools import count
@@ -18,6 +19,7 @@ from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -37,6 +39,9 @@ from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
     get_cross_attention_token_mask,
 )
+
+# What this release of transformers calls the KV cache.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "mllama")
 DECODER_FAMILIES = FAMILIES[:3]  # image tokens sit in the prompt; mllama looks at them through cross-attention

@@ -271,8 +271,10 @@ class Asker:
 
     def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
         """The answer of the model as it is; its cache is measured, not computed."""
+        from .engine.upstream import cache_behind
+
         out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
-        tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values) if t is not None]
+        tensors = [t for layer in cache_behind(out).layers for t in (layer.keys, layer.values) if t is not None]
         size = sum(t.numel() * t.element_size() for t in tensors)
         return Answer(None, {}, self.text(), [(tokens, tokens) for tokens, _ in images], size, size)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import AttentionInterface
 
 from .errors import UnsupportedError
+from .upstream import AttentionInterface
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 Handler = Callable[..., tuple[Tensor, Tensor | None]]

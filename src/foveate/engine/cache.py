@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from .compact import Compaction, compact
 from .errors import UnsupportedError
+from .upstream import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 if TYPE_CHECKING:
     from .forward import Forward
@@ -55,6 +55,11 @@ class PrunedLayer(DynamicLayer):
     def physical(self) -> int:
         """Slots really held."""
         return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put this layer back to where it was."""
+        return self.kind == "self" and self.fixed_point is None
 
     @property
     def bytes(self) -> int:
@@ -208,7 +213,7 @@ class PrunedLayer(DynamicLayer):
 
 def check_cache(cache: Any) -> None:
     """Raise UnsupportedError for a cache whose entries cannot be evicted."""
-    advice = "use the default dynamic cache (no cache_implementation, no past_key_values of another kind)"
+    advice = "use the default dynamic cache (no cache_implementation, no cache of another kind, no continuous batching)"
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise UnsupportedError(f"foveate cannot prune a {type(cache).__name__}; {advice}")
     if cache.offloading:

@@ -13,6 +13,7 @@ from ..methods.base import ContrastMethod
 from .cache import check_cache, new_cache
 from .errors import UnsupportedError
 from .generation import GenerateCall
+from .upstream import cache_name, without_cache
 
 if TYPE_CHECKING:
     from .session import Pruned
@@ -54,8 +55,8 @@ class Contrast:
             raise UnsupportedError(
                 f"{name} has only one view's entries in this KV cache: pass the whole conversation without a cache"
             )
-        if call.inputs.get("past_key_values") is not None:
-            check_cache(call.inputs["past_key_values"])
+        if call.cache is not None:
+            check_cache(call.cache)
         self._running.views = _Views(self, len(call.ids))
         try:
             others = call.arguments.get("logits_processor") or []
@@ -106,7 +107,8 @@ class _Views(LogitsProcessor):
         if self.ids is not None:
             self._follow(input_ids)
         self.ids = input_ids.clone()
-        inputs = {**self.steps.pop(), "past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        inputs = without_cache(self.steps.pop())
+        inputs |= {cache_name(self.contrast.session.model.forward): self.cache, "use_cache": True, "return_dict": True}
         inputs.update(output_attentions=False, output_hidden_states=False)
         reduced = self.contrast.run(inputs).to(scores.device)
         return self.contrast.method.contrast(scores.float(), reduced.float()).to(scores.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .errors import UnsupportedError
+from .upstream import cache_in
 
 
 @dataclass
@@ -64,7 +65,11 @@ class GenerateCall:
         return found
 
     @property
+    def cache(self) -> Any:
+        """The KV cache that came with the call, if any."""
+        return cache_in(self.inputs)
+
+    @property
     def past(self) -> int:
         """Tokens in the cache that came with the call."""
-        cache = self.inputs.get("past_key_values")
-        return 0 if cache is None else int(cache.get_seq_length())
+        return 0 if self.cache is None else int(self.cache.get_seq_length())

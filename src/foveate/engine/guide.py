@@ -21,6 +21,7 @@ from .errors import UnsupportedError
 from .generation import GenerateCall
 from .images import EncodedImage, group_images
 from .support import check_model, pruned_models
+from .upstream import CACHE_NAMES, without_cache
 
 if TYPE_CHECKING:
     from .session import Pruned
@@ -35,11 +36,11 @@ _SHARED = (
 )  # fmt: skip
 # Under these settings the guide's greedy tokens are not what was asked for.
 _NO_EXIT = (
-    "return_dict_in_generate", "num_beams", "num_return_sequences", "do_sample", "streamer", "past_key_values",
+    "return_dict_in_generate", "num_beams", "num_return_sequences", "do_sample", "streamer", *CACHE_NAMES,
     "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate", "guidance_scale",
     "penalty_alpha", "dola_layers", "token_healing",
 )  # fmt: skip
-_DECODER_INPUTS = frozenset({"inputs_embeds", "attention_mask", "position_ids", "past_key_values"})
+_DECODER_INPUTS = frozenset({"inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES})
 
 # A guide may serve several models and threads; its attention has one route at a time.
 _turn = threading.RLock()
@@ -169,8 +170,8 @@ class Guide:
                 setattr(config, name, getattr(self.model.generation_config, name))
         inputs = {
             name: self._move(value)
-            for name, value in call.inputs.items()
-            if name not in ("past_key_values", "mm_encoder_outputs", "logits_to_keep")
+            for name, value in without_cache(call.inputs).items()
+            if name not in ("mm_encoder_outputs", "logits_to_keep")
         }
         inputs["input_ids"] = ids = self._move(call.ids)
         groups, _ = group_images(self._images(call), ids.eq(self.session.image_token_id))

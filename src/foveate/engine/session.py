@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..families.base import Family, Tile
 from ..methods.base import (
@@ -30,6 +29,7 @@ from .forward import Forward
 from .guide import Guide, GuideAnswer
 from .report import PruneReport
 from .support import check_inputs, check_model, pruned_models, resolve_methods
+from .upstream import PreTrainedModel, cache_in, cache_name, without_cache
 from .vision import Vision
 
 # What a forward over later tokens of the same prompt must not bring again.
@@ -111,6 +111,7 @@ class Pruned:
         self.guide = Guide(self, layer) if isinstance(layer, GuidedMethod) else None
         self.contrast = Contrast(self, layer) if isinstance(layer, ContrastMethod) else None
         self._parameters = list(inspect.signature(base.forward).parameters)
+        self._cache_name = cache_name(base.forward)
         self._thread = _Thread()
         self._replaced: list[tuple[Any, str, Any]] = []
         self._handles: list[Any] = []
@@ -260,7 +261,7 @@ class Pruned:
         if self.contrast is not None and not self.contrast.reduced:
             self.contrast.check(brings_images)
             return kwargs, None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is not None:
             check_cache(cache)
         check_inputs(self.family, self.base.config, kwargs, brings_images)
@@ -281,9 +282,10 @@ class Pruned:
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
-            cache = kwargs["past_key_values"] = new_cache(self.decoder.config)
+            cache = new_cache(self.decoder.config)
         if cache is not None:
             adopt_cache(cache, self.kinds)
+            kwargs = {**without_cache(kwargs), self._cache_name: cache}
         elif self.needs_cache and brings_images:
             raise UnsupportedError(
                 f"{', '.join(m.name for m in self.methods if m.place != 'encoder')} needs the KV cache: call the model "

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..families import family_names, get_family
 from ..families.base import Family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import CacheMethod, ContrastMethod, LayerMethod, Method
 from .errors import UnsupportedError
+from .upstream import PreTrainedModel, release_note
 
 pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
 _WHERE = {
@@ -48,6 +49,8 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
             f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
             "torch.compile or another wrapper)"
         )
+    if note := release_note():
+        warnings.warn(note, stacklevel=3)
     family = get_family(model.config.model_type)
     if family is None:
         raise UnsupportedError(
@@ -123,8 +126,6 @@ def check_inputs(family: Family, config: Any, kwargs: dict[str, Any], brings_ima
         raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
     if brings_images and "encoder" in family.places and kwargs.get("input_ids") is None:
         raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
-    if kwargs.get("cache") is not None:
-        raise UnsupportedError("paged (continuous) batching cannot be pruned: use generate()")
     for name in ("output_attentions", "output_hidden_states"):
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(config, name, False)):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.upstream import cache_in
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -105,7 +107,7 @@ class _Shortened:
         """In front of the language model."""
         start = self.plan.start
         embeds, ids, mask = kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("attention_mask")
-        self.cache = kwargs["past_key_values"]
+        self.cache = cache_in(kwargs)
         self.fitted.clear()
         width = next(tensor.shape[1] for tensor in (embeds, ids) if tensor is not None)
         self.prefill = width > 1

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 
 from foveate.engine.errors import UnsupportedError
 from foveate.engine.session import prune
+from foveate.engine.upstream import cache_behind
 from foveate.families import get_family
 from foveate.methods.base import GuidedMethod
 
@@ -270,8 +271,9 @@ def _note_storage(base: nn.Module) -> Iterator[list[_Held]]:
     held: list[_Held] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if not held and output.past_key_values is not None:
-            held.extend(_Held.of(layer) for layer in output.past_key_values.layers)
+        cache = cache_behind(output)
+        if not held and cache is not None:
+            held.extend(_Held.of(layer) for layer in cache.layers)
 
     handle = base.register_forward_hook(note)
     try:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import foveate
 
+from ..engine.upstream import cache_behind
 from .ideal import Plan, ideal
 from .results import Results, Row
 from .timing import Stopwatch, Timing, cache_bytes, no_collector, quartiles, time_generate, watched
@@ -146,7 +147,7 @@ class Bench:
         held: list[int] = []
 
         def note(module: Any, args: Any, output: Any) -> None:
-            held.append(cache_bytes(output.past_key_values))
+            held.append(cache_bytes(cache_behind(output)))
 
         handle = self.model.register_forward_hook(note)
         try:

@@ -1,0 +1,88 @@
+"""What the engine stands on inside transformers, and the names that differ between its releases.
+
+Names are read from signatures and outputs, never from version numbers: what a release does counts, not what it is
+called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import requires, version
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from .errors import UnsupportedError
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward, `generate` and outputs call the KV cache: since 5.24, and before."""
+
+
+def release_note() -> str | None:
+    """One sentence where the installed transformers is none that foveate was tested with; None where it is."""
+    tested = next(r for r in map(Requirement, requires("foveate") or []) if r.name == "transformers").specifier
+    found = version("transformers")
+    if tested.contains(found, prereleases=True):
+        return None
+    return (
+        f"foveate was tested with transformers {','.join(sorted(map(str, tested), reverse=True))}, and this is {found}: "
+        "`foveate check` says whether pruning is right with it"
+    )
+
+
+try:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+    from transformers.modeling_utils import AttentionInterface
+except ImportError as error:
+    raise ImportError(
+        f"this release of transformers lacks what foveate stands on ({error}). {release_note() or ''}".strip()
+    ) from error
+
+__all__ = [
+    "CACHE_NAMES",
+    "AttentionInterface",
+    "Cache",
+    "DynamicCache",
+    "DynamicLayer",
+    "EncoderDecoderCache",
+    "PreTrainedModel",
+    "cache_behind",
+    "cache_in",
+    "cache_name",
+    "release_note",
+    "without_cache",
+]
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """The name under which `forward` takes its KV cache.
+
+    Raises:
+        UnsupportedError: where it takes none under a name that foveate knows.
+    """
+    parameters = inspect.signature(forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedError(
+        f"{getattr(forward, '__qualname__', forward)} takes no KV cache as {' or '.join(CACHE_NAMES)}, so its cache "
+        f"cannot be pruned. {release_note() or 'Use a model whose code is in transformers itself'}"
+    )
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a call, in whichever spelling; None where there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call but its KV cache."""
+    return {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+
+
+def cache_behind(output: Any) -> Any:
+    """The KV cache in the output of a forward or of `generate`; None where there is none."""
+    # The old name must not be asked for where the new one is known: it warns.
+    return getattr(output, "cache", None) if hasattr(output, "cache") else getattr(output, "past_key_values", None)
