@@ -27,12 +27,12 @@ from rich.console import Console
 from torch import Tensor
 
 import foveate
-from foveate.engine.attention import attention_marginals, prefix_attention, received_by_features
 from foveate.evaluation import geometries
 from foveate.evaluation.evaluate import device_name
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 from foveate.evaluation.timing import quartiles, synchronize
+from foveate.methods.attention import attention_marginals, prefix_attention, received_by_features
 from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
 from foveate.methods.tokens import EncoderTokens, ImageGroups, LayerTokens
 

@@ -190,8 +190,8 @@ def test_masking_instead_of_freeing_is_exposed(monkeypatch):
 
     right = PruneReport.__init__
 
-    def claim(self, forward, record):
-        right(self, forward, record)
+    def claim(self, forward, *args):
+        right(self, forward, *args)
         self.claimed = [layer.noted for layer in forward.cache.layers]
 
     monkeypatch.setattr(PrunedLayer, "keep", only_note)
@@ -224,8 +224,8 @@ def test_a_view_of_the_whole_cache_is_exposed(monkeypatch):
 def test_bytes_that_are_made_up_are_exposed(monkeypatch):
     right = PruneReport.__init__
 
-    def boast(self, forward, record):
-        right(self, forward, record)
+    def boast(self, *args):
+        right(self, *args)
         self.kv_bytes //= 2
 
     monkeypatch.setattr(PruneReport, "__init__", boast)
@@ -256,7 +256,7 @@ def behind_by_one(monkeypatch):
 
     def begin(self, args, kwargs):
         kwargs, forward = right(self, args, kwargs)
-        if forward is not None and forward.past:
+        if forward is not None and forward.forward.past:
             kwargs["position_ids"] = kwargs["position_ids"] - 1
         return kwargs, forward
 

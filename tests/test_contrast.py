@@ -19,7 +19,7 @@ from traces import changes, snapshot
 from transformers import DynamicCache, LogitsProcessor
 
 import foveate
-import foveate.engine.contrast
+import foveate.engine.places.logits
 from foveate.engine.cache import PrunedLayer, new_cache
 from foveate.methods.mint import contrast
 
@@ -179,7 +179,7 @@ def test_the_reduced_view_holds_less_and_nothing_afterwards(family, batch, monke
         held.append(sum(layer.bytes for layer in caches[0]().layers))
         return scores
 
-    monkeypatch.setattr(foveate.engine.contrast, "new_cache", noting)
+    monkeypatch.setattr(foveate.engine.places.logits, "new_cache", noting)
     with foveate.prune(model, "mint", record=True, **MINT) as pruned:
         model.generate(**batch, max_new_tokens=2, do_sample=False, logits_processor=[watch])
     report = pruned.report

@@ -11,8 +11,8 @@ from cases import PLACES, prune, pruned_run
 from slow import layer_tokens
 
 import foveate
-from foveate.engine.attention import attention_marginals
 from foveate.engine.cache import active
+from foveate.methods.attention import attention_marginals
 
 decoder_places = pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[0] != "mllama"])
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import groups_of, layer_tokens, slow_map, slow_topk
 
-from foveate.engine.attention import attention_marginals, received_by_features
-from foveate.engine.compact import compact
-from foveate.engine.images import apportion
+from foveate.engine.rows import compact
+from foveate.methods.attention import attention_marginals, received_by_features
 from foveate.methods.base import floor_budget, scaled_layers, token_budget, topk_mask
 from foveate.methods.baselines import Random, strided
 from foveate.methods.fastv import FastV, received_attention
 from foveate.methods.fopru import FoPru, significance, top_rows
 from foveate.methods.plphp import PLPHP, layer_classes, retention_rates
+from foveate.methods.selection import apportion
 from foveate.methods.tokens import EncoderTokens
 from foveate.methods.trimmed_llama import TrimmedLlama, union_of_heads
 

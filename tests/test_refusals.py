@@ -13,7 +13,12 @@ import torch
 from cases import FITS, IN_CROSS_ATTENTION, METHODS, OWN_FILES, PLACES, prune, pruned_run
 from traces import changes, snapshot
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import BaseQuantizedLayer, Cache
+from transformers.cache_utils import Cache
+
+try:
+    from transformers.cache_utils import BaseQuantizedLayer
+except ImportError:  # before 5.24
+    from transformers.cache_utils import QuantizedLayer as BaseQuantizedLayer
 
 import foveate
 
@@ -24,7 +29,7 @@ METHOD_NAMES = sorted({method for method, _ in METHODS.values()})
 class QuantizedLayer(BaseQuantizedLayer):
     """A quantized cache layer without a quantization library."""
 
-    def _quantize(self, tensor):
+    def _quantize(self, tensor, axis=None):
         return tensor
 
     def _dequantize(self, q_tensor):

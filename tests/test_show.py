@@ -22,7 +22,7 @@ from foveate.cli import app
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.maps import draw_heat, draw_share, palette, views
 from foveate.evaluation.show import show
-from foveate.families.base import Tile
+from foveate.layout import Tile
 
 PICTURE = "examples/demo.png"
 QUESTION = "Where is the owl?"

@@ -35,7 +35,7 @@ def test_clip_towers(family):
     base = tiny.build(family, "eager").model
     pixels = batch["pixel_values"]
     if family == "llava_next":  # a picture a tile, padded to the image with most tiles
-        layouts = foveate.get_family(family).layouts(base, batch)
+        layouts = foveate.get_family(family).layouts(base.config, batch)
         pixels = pixels.flatten(0, 1)[pixels.flatten(0, 1).flatten(1).abs().sum(-1) > 0]
     maps = base.vision_tower(pixels, output_attentions=True).attentions[-2].mean(1)[:, 1:, 1:]
     received, given = maps.mean(1), maps.mean(2)

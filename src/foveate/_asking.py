@@ -264,7 +264,7 @@ class Asker:
                 "alone": said.exited,
             }
         if report is None:  # the model read no image, and holds no cache
-            images = [(layout.tokens, 0) for layout in pruned.family.layouts(pruned.base, self.inputs)]
+            images = [(layout.tokens, 0) for layout in pruned.family.layouts(pruned.base.config, self.inputs)]
             return Answer(method.name, options, text, images, 0, None, guide=guide)
         images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
         return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)

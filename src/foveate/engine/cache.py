@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from .compact import Compaction, compact
 from .errors import UnsupportedError
+from .rows import Compaction, Stream, compact
 from .upstream import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-if TYPE_CHECKING:
-    from .forward import Forward
+
+class Pass(Protocol):
+    """What a cache layer asks of a forward pass."""
+
+    streams: dict[str, Stream]
+
+    def owns(self, layer: PrunedLayer) -> bool:
+        """Whether the layer belongs to the cache of this pass."""
+        ...
 
 
 class _Active(threading.local):
-    forward: Forward | None = None
+    forward: Any = None
 
 
 active = _Active()
-"""The pruned forward pass that this thread is in, if any."""
+"""The pruned forward pass (`Pass`) that this thread is in, if any."""
 
 
 class PrunedLayer(DynamicLayer):
@@ -57,7 +64,7 @@ class PrunedLayer(DynamicLayer):
         return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can put this layer back to where it was."""
         return self.kind == "self" and self.fixed_point is None
 
@@ -69,21 +76,23 @@ class PrunedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new entries; inside a pruned forward they may be only the surviving rows of it."""
-        forward = active.forward
-        if forward is None or not forward.owns(self):
-            if self.pruned_cache:
-                raise UnsupportedError(
-                    "this KV cache was pruned by foveate and only works while the model is pruned: call the model "
-                    "inside the same `with foveate.prune(...)` block, or start from a new cache"
-                )
-            new, rows, ragged = key_states.shape[-2], None, False
-        else:
-            new, rows, ragged = forward.incoming(self.kind, key_states.shape[-2])
+        forward: Pass | None = active.forward
+        new, rows = key_states.shape[-2], None
+        if forward is not None and forward.owns(self):
+            stream = forward.streams[self.kind]
+            rows = stream.rows
+            new = new if rows is None else stream.tokens
+        elif self.pruned_cache:
+            raise UnsupportedError(
+                "this KV cache was pruned by foveate and only works while the model is pruned: call the model "
+                "inside the same `with foveate.prune(...)` block, or start from a new cache"
+            )
         if rows is not None:
-            old = self.full_index(rows.shape[0], rows.device)
-            added = torch.where(rows < 0, rows, rows + self.length).unsqueeze(1)
+            index = rows.index
+            old = self.full_index(index.shape[0], index.device)
+            added = torch.where(index < 0, index, index + self.length).unsqueeze(1)
             self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1)
-            self.ragged = self.ragged or ragged
+            self.ragged = self.ragged or rows.ragged
             self.pruned_cache.add("rows")
         self.length += new
         return super().update(key_states, value_states, *args, **kwargs)
@@ -233,6 +242,19 @@ def adopt_cache(cache: Any, kinds: list[Literal["self", "cross"]]) -> None:
         elif type(cache.layers[i]) is DynamicLayer:
             cache.layers[i] = PrunedLayer.adopt(cache.layers[i], kind)
         cache.layers[i].pruned_cache = cache.layers[0].pruned_cache
+
+
+def evict_hidden(cache: Any, mask: Tensor) -> None:
+    """Free entries of pruned layers that a 2-D mask hides, so that what is held is always attended to.
+
+    mask: bool (batch, tokens).
+    """
+    for layer in cache.layers:
+        if layer.kind == "self" and layer.index is not None:
+            index = layer.full_index(mask.shape[0], mask.device)
+            hidden = mask.unsqueeze(1).expand(-1, index.shape[1], -1)
+            known = torch.nn.functional.pad(hidden, (0, max(0, layer.length - hidden.shape[-1])), value=True)
+            layer.keep(known.gather(-1, index.clamp(min=0)) & (index >= 0))
 
 
 def new_cache(config: Any) -> Cache:

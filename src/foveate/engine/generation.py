@@ -73,3 +73,21 @@ class GenerateCall:
     def past(self) -> int:
         """Tokens in the cache that came with the call."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
+
+
+# What a forward over later tokens of the same prompt must not bring again.
+_IMAGE_INPUTS = (
+    "pixel_values", "mm_encoder_outputs", "image_sizes", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"
+)  # fmt: skip
+
+
+def split_prompt(arguments: dict[str, Any], candidates: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a forward over a prompt with guessed tokens behind it, as those of two: prompt, then guesses."""
+    prompt = arguments["input_ids"].shape[1] - candidates
+    head, tail = dict(arguments), {k: v for k, v in arguments.items() if k not in _IMAGE_INPUTS}
+    for name, dim in (("input_ids", 1), ("position_ids", -1), ("mm_token_type_ids", -1)):
+        if arguments.get(name) is not None:
+            head[name], tail[name] = arguments[name].tensor_split([prompt], dim=dim)
+    if arguments.get("attention_mask") is not None:
+        head["attention_mask"] = arguments["attention_mask"][:, :-candidates]
+    return head, tail

@@ -1,19 +1,16 @@
-"""Images between encoder and decoder: which of their tokens an encoder method keeps, and where they stand."""
+"""Images between encoder and decoder: what travels with their features, and where they stand in the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..families.base import ImageLayout
-from ..methods.base import EncoderMethod, token_budget
-from ..methods.tokens import EncoderTokens, ImageGroups
+from ..layout import ImageLayout
+from ..methods.tokens import ImageGroups
 from .errors import UnsupportedError
-
-_BY_LAYER = ("received", "given", "cls")
 
 
 @dataclass(frozen=True)
@@ -25,64 +22,6 @@ class EncodedImage:
 
     layout: ImageLayout
     keep: Tensor | None
-
-
-def choose_encoder_tokens(
-    method: EncoderMethod,
-    layouts: Sequence[ImageLayout],
-    features: Sequence[Tensor],
-    patches: dict[str, Tensor],
-    project: Callable[[Tensor], Tensor],
-) -> list[tuple[Tensor, Tensor]]:
-    """Ask a method for the tokens of all images, equally shaped tiles together.
-
-    features: per image its (tokens, hidden). patches: what was read of the encoder, by name, (all patches, ...).
-    project: from the encoder's states to features. Returns per image which tokens stay, bool (tokens,), and its
-    features: the same tensor, or a new one where the method merges.
-    """
-    device = features[0].device
-    keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
-    merged = list(features)
-    shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for i, layout in enumerate(layouts):
-        sizes = [len(tile.index) for tile in layout.tiles]
-        for t, budget in enumerate(apportion(token_budget(method.keep, layout.tokens) - layout.pinned, sizes)):
-            shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
-    for grid, members in shapes.items():
-        at = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
-        read = {
-            name: values[at].transpose(1, 2) if name in _BY_LAYER else values[at] for name, values in patches.items()
-        }
-        index = [layouts[i].tiles[t].index.to(device) for i, t, _ in members]
-        if method.reads & {"features", "states"}:
-            read["features"] = torch.stack([features[i][spot] for (i, *_), spot in zip(members, index, strict=True)])
-            read.setdefault("states", read["features"])
-        budgets = [budget for *_, budget in members]
-        tokens = EncoderTokens(grid, len(members), device, project=project, most=max(budgets), **read)
-        chosen = method.select(tokens, torch.tensor(budgets, device=device))
-        becomes = method.merge(tokens, chosen)
-        for m, ((i, *_), spot) in enumerate(zip(members, index, strict=True)):
-            keeps[i][spot] = chosen[m]
-            if becomes is not None:
-                new = becomes[m].to(merged[i].dtype).where(chosen[m].unsqueeze(-1), merged[i][spot])
-                merged[i] = merged[i].index_copy(0, spot, new)
-    return list(zip(keeps, merged, strict=True))
-
-
-def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """Share `total` among parts in proportion to their sizes (largest remainder); every part gets at least 1."""
-    total, whole = max(total, len(sizes)), sum(sizes)
-    if total >= whole:
-        return list(sizes)
-    shares = [max(1, total * size // whole) for size in sizes]
-    # How far each part is above its due; those that got their 1 for nothing are paid for by the others.
-    above = [share - total * size / whole for share, size in zip(shares, sizes, strict=True)]
-    for _ in range(abs(total - sum(shares))):
-        step = 1 if sum(shares) < total else -1
-        i = max((i for i in range(len(sizes)) if step > 0 or shares[i] > 1), key=lambda i: -step * above[i])
-        shares[i] += step
-        above[i] += step
-    return shares
 
 
 def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:

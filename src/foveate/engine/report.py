@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..families.base import Tile
+from ..layout import Tile
+from ..methods.base import Method
 from .forward import Forward
 
 
@@ -40,6 +42,28 @@ class LayerReport:
     seen: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class GuideAnswer:
+    """What the guide said to the last prompt with images.
+
+    sequences: (batch, prompt + t) the prompt and its answer, as `generate()` returns them.
+    scores: (batch,) how far each answer can be trusted, None without an exit threshold.
+    exited: whether all scores reached the threshold, so that `generate()` returned this.
+    """
+
+    sequences: Tensor = field(repr=False)
+    scores: Tensor | None
+    exited: bool
+
+
+@dataclass
+class Outcome:
+    """What a session tells its user. Places write here what is theirs to say."""
+
+    report: PruneReport | None = None
+    guided: GuideAnswer | None = None
+
+
 class PruneReport:
     """What the last prefill kept.
 
@@ -48,12 +72,11 @@ class PruneReport:
     images' tokens, with record=True. Under a contrast the layers are those of the reduced view; kv_bytes counts both.
     """
 
-    def __init__(self, forward: Forward, record: bool) -> None:
-        session = forward.session
-        self.methods = tuple(method.to_dict() for method in session.methods)
-        self._batch, self._kinds = forward.ids.shape[0], session.kinds
-        length = forward.past + forward.queries
-        self._length = {"self": length, "cross": forward.cross.tokens}
+    def __init__(self, forward: Forward, methods: Sequence[Method], record: bool) -> None:
+        self.methods = tuple(method.to_dict() for method in methods)
+        self._batch, self._kinds = forward.ids.shape[0], forward.target.kinds
+        length, features = forward.past + forward.queries, forward.streams["cross"].tokens
+        self._length = {"self": length, "cross": features}
         layers = forward.cache.layers if forward.cache is not None else [None] * len(self._kinds)
         for layer in layers:
             if layer is not None and layer.kind == "cross":
@@ -62,9 +85,9 @@ class PruneReport:
         everything = torch.ones(self._batch, 1, length, dtype=torch.bool, device=device)
         if forward.mask is not None:
             everything = forward.mask[:, :length].unsqueeze(1)
-        features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
-        self._all = {"self": everything, "cross": features}
-        self._past = {"self": forward.past, "cross": self._length["cross"] - forward.cross.tokens}
+        all_features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
+        self._all = {"self": everything, "cross": all_features}
+        self._past = {"self": forward.past, "cross": self._length["cross"] - features}
         self._entered = forward.entered
         # References, not copies: the masks are only worked out when somebody asks.
         self._index = [
@@ -84,9 +107,7 @@ class PruneReport:
         held = [layer for layer in layers if layer is not None and layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
         self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.length for layer in held)
-        if session.contrast is not None:
-            self.kv_bytes += self.kv_bytes_unpruned
-        self._places = session.places(forward)
+        self._places = forward.image_tokens()
         self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
 
     def _kept(self, layer: int) -> Tensor:

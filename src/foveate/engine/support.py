@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ..families import family_names, get_family
-from ..families.base import Family
 from ..methods import get_method, method_class, method_names
-from ..methods.base import CacheMethod, ContrastMethod, LayerMethod, Method
+from ..methods.base import Method
 from .errors import UnsupportedError
-from .upstream import PreTrainedModel, release_note
+from .target import Target
+from .upstream import PreTrainedModel
 
 pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
 _WHERE = {
@@ -42,15 +41,13 @@ def resolve_methods(method: str | Method | Sequence[Method | str], options: dict
     return built
 
 
-def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
-    """The family and base model, or the reason why this model cannot be pruned this way."""
+def find_target(model: Any) -> Target:
+    """The model and its parts, or the reason why no method can prune it."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
             f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
             "torch.compile or another wrapper)"
         )
-    if note := release_note():
-        warnings.warn(note, stacklevel=3)
     family = get_family(model.config.model_type)
     if family is None:
         raise UnsupportedError(
@@ -67,15 +64,36 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
         raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
     if reason := family.check(base):
         raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
-    for method in methods:
-        if isinstance(method, ContrastMethod) and len(methods) > 1:
-            raise UnsupportedError(f"{method.name} compares with the untouched model: use it without other methods")
+    _check_attention(decoder.config)
+    target = Target(model, family, base, decoder)
+    assert target.cache_name  # or the reason why there is none
+    return target
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse attention that foveate cannot follow. config: of the decoder."""
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
+        raise UnsupportedError(
+            f"foveate does not know the attention implementation {implementation!r}; load the model with "
+            'attn_implementation="sdpa", "eager" or "flash_attention_2"'
+        )
+    layer_types = getattr(config, "layer_types", None) or []
+    if getattr(config, "sliding_window", None) and (not layer_types or any("full" not in kind for kind in layer_types)):
+        raise UnsupportedError(
+            "this decoder uses sliding-window attention, whose window counts dropped tokens; use a model (or a "
+            "configuration) with full attention"
+        )
+
+
+def check_methods(target: Target, methods: Sequence[Method]) -> None:
+    """Refuse methods whose place the model does not offer, and two of one place."""
     taken: dict[str, str] = {}
     for method in methods:
-        if method.place not in family.places:
-            fits = [name for name in method_names() if method_class(name).place in family.places]
+        if method.place not in target.family.places:
+            fits = [name for name in method_names() if method_class(name).place in target.family.places]
             raise UnsupportedError(
-                f"{method.name} acts {_WHERE[method.place]}, which {family.model_type} does not offer; "
+                f"{method.name} acts {_WHERE[method.place]}, which {target.family.model_type} does not offer; "
                 f"methods that fit: {', '.join(fits)}"
             )
         if other := taken.get(method.place):
@@ -84,38 +102,13 @@ def check_model(model: Any, methods: Sequence[Method]) -> tuple[Family, Any]:
                 "or methods of other places"
             )
         taken[method.place] = method.name
-        depth = len(decoder.layers)
-        if isinstance(method, LayerMethod):
-            _check_stages(method, depth)
-        if isinstance(method, CacheMethod) and method.first_layer() >= depth:
-            raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
-    implementation = decoder.config._attn_implementation
-    if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
-        raise UnsupportedError(
-            f"foveate does not know the attention implementation {implementation!r}; load the model with "
-            'attn_implementation="sdpa", "eager" or "flash_attention_2"'
-        )
-    layer_types = getattr(decoder.config, "layer_types", None) or []
-    if getattr(decoder.config, "sliding_window", None) and (
-        not layer_types or any("full" not in kind for kind in layer_types)
-    ):
-        raise UnsupportedError(
-            "this decoder uses sliding-window attention, whose window counts dropped tokens; use a model (or a "
-            "configuration) with full attention"
-        )
-    return family, base
 
 
-def _check_stages(method: LayerMethod, depth: int) -> None:
-    stages = method.stages(depth)
-    if not stages or list(stages) != sorted(set(stages)) or not 1 <= stages[0] <= stages[-1] < depth:
-        several = f"layers must be ascending and in [1, {depth - 1}]"
-        rule = f"layer must be in [1, {depth - 1}]" if len(stages) == 1 else several
-        raise ValueError(f"{method.name}: {rule} for this model, got {', '.join(map(str, stages)) or 'none'}")
-
-
-def check_inputs(family: Family, config: Any, kwargs: dict[str, Any], brings_images: bool) -> None:
+def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) -> None:
     """Refuse what a forward of the base model cannot do while tokens are dropped. kwargs: its arguments."""
+    decoder = target.decoder
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        raise UnsupportedError("gradient checkpointing runs layers a second time: prune in eval() mode, or without it")
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedError("foveate needs the 2-D attention mask of the processor, not a prepared 4-D mask")
@@ -124,11 +117,11 @@ def check_inputs(family: Family, config: Any, kwargs: dict[str, Any], brings_ima
         or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None
     ):
         raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
-    if brings_images and "encoder" in family.places and kwargs.get("input_ids") is None:
+    if brings_images and "encoder" in target.family.places and kwargs.get("input_ids") is None:
         raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
     for name in ("output_attentions", "output_hidden_states"):
         asked = kwargs.get(name)
-        if asked or (asked is None and getattr(config, name, False)):
+        if asked or (asked is None and getattr(target.base.config, name, False)):
             raise UnsupportedError(
                 f"{name} would return tensors of different lengths per layer while tokens are dropped; ask for it "
                 "outside the pruned block, or read the report (record=True)"

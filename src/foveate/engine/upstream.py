@@ -26,8 +26,8 @@ def release_note() -> str | None:
     if tested.contains(found, prereleases=True):
         return None
     return (
-        f"foveate was tested with transformers {','.join(sorted(map(str, tested), reverse=True))}, and this is {found}: "
-        "`foveate check` says whether pruning is right with it"
+        f"foveate was tested with transformers {','.join(sorted(map(str, tested), reverse=True))}, and this is "
+        f"{found}: `foveate check` says whether pruning is right with it"
     )
 
 

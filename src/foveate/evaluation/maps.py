@@ -14,7 +14,7 @@ from foveate._pictures import MARGIN, dimmed, paint_cells, scaled
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.families.base import Tile
+    from foveate.layout import Tile
 
 TEXT = 14
 GAP = 6

@@ -1,60 +1,16 @@
-"""What a model family tells the engine: where things are, and which tokens form an image."""
+"""What a model family tells: where things are, and which tokens form an image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-Box = tuple[float, float, float, float]
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+from ..layout import ImageLayout, Tile
 
-
-@dataclass(frozen=True)
-class Tile:
-    """A rectangle of image tokens that the vision encoder saw as one picture.
-
-    index: (n,) which of the image's tokens, in raster order. grid: (rows, columns), rows * columns = n.
-    patches: (n,) where each token stands in the family's `patch_values`.
-    box: (left, top, right, bottom) of the tile as fractions of the picture.
-    """
-
-    index: Tensor
-    grid: tuple[int, int]
-    patches: Tensor
-    box: Box = WHOLE
-
-    def centers(self) -> Tensor:
-        """(n, 2) where each token lies in the picture, (down, right) in [0, 1]."""
-        left, top, right, bottom = self.box
-        rows, columns = self.grid
-        down = top + (torch.arange(rows) + 0.5) / rows * (bottom - top)
-        across = left + (torch.arange(columns) + 0.5) / columns * (right - left)
-        return torch.cartesian_prod(down, across)
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """One image: how many tokens it has in the prompt, and its tiles. Tokens outside tiles are structure."""
-
-    tokens: int
-    tiles: tuple[Tile, ...]
-    candidates: Tensor = field(init=False)
-    centers: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
-        index, order = torch.cat([tile.index for tile in self.tiles]).sort()
-        object.__setattr__(self, "candidates", index)
-        object.__setattr__(self, "centers", torch.cat([tile.centers() for tile in self.tiles])[order])
-
-    @property
-    def pinned(self) -> int:
-        """Tokens that always stay."""
-        return self.tokens - len(self.candidates)
+__all__ = ["Family", "ImageLayout", "Tile"]
 
 
 class Family:
@@ -85,19 +41,19 @@ class Family:
         """The language model: has `layers` and a final `norm`."""
         return base.language_model
 
-    def image_token_id(self, base: Any) -> int:
-        """The id of the image placeholder in the prompt."""
-        return base.config.image_token_id
+    def image_token_id(self, config: Any) -> int:
+        """The id of the image placeholder in the prompt. config: of the model, here and below."""
+        return config.image_token_id
 
-    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        """One layout per image, in order. inputs: the arguments of the model's `get_image_features`."""
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        """One layout per image, in order. inputs: the arguments of the model's `get_image_features`. Needs no model."""
         raise NotImplementedError  # asked only of families with the place "encoder"
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""
         raise NotImplementedError  # asked only of families with the place "encoder"
 
-    def prefix_tokens(self, base: Any) -> int:
+    def prefix_tokens(self, config: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
         return 0
 
@@ -116,10 +72,10 @@ class Family:
         """The projector's input in the order that `Tile.patches` counts in: (all patches, width)."""
         raise NotImplementedError  # asked only of families with the place "encoder"
 
-    def features_per_image(self, base: Any) -> int:
+    def features_per_image(self, config: Any) -> int:
         """Cross-attention features that every image slot occupies, padded tiles included."""
         raise NotImplementedError  # asked only of families with the place "cross"
 
-    def feature_places(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
+    def feature_places(self, config: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
         """Per sample the indices of each image's features among the sample's, and its tiles. inputs: of the forward."""
         raise NotImplementedError  # asked only of families with the place "cross"

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import ImageLayout, Tile
 from . import register
-from .base import Family, ImageLayout, Tile
+from .base import Family
 
 
 @register
@@ -20,23 +21,24 @@ class Llava(Family):
     examples = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
     def check(self, base: Any) -> str | None:
-        if not hasattr(base.vision_tower, "encoder"):
-            kind = base.config.vision_config.model_type
+        tower, kind = base.vision_tower, base.config.vision_config.model_type
+        has_cls = hasattr(getattr(tower, "embeddings", None), "class_embedding")
+        if not hasattr(tower, "encoder") or self.prefix_tokens(base.config) != has_cls:
             return f"its vision encoder {kind!r} lays image tokens out in a way foveate does not know"
-        if base.config.vision_feature_select_strategy == "default" and not self.prefix_tokens(base):
+        if base.config.vision_feature_select_strategy == "default" and not has_cls:
             return (
                 'vision_feature_select_strategy "default" drops a [CLS] token that its vision encoder does not have; '
                 'set it to "full"'
             )
         return None
 
-    def side(self, base: Any) -> int:
+    def side(self, config: Any) -> int:
         """Patches along one side of the encoder's picture."""
-        vision = base.config.vision_config
-        return vision.image_size // vision.patch_size
+        return config.vision_config.image_size // config.vision_config.patch_size
 
-    def prefix_tokens(self, base: Any) -> int:
-        return int(hasattr(base.vision_tower.embeddings, "class_embedding"))
+    def prefix_tokens(self, config: Any) -> int:
+        # CLIP and its kin have a [CLS] token, SigLIP has none; `check` compares this with the model.
+        return int("clip" in config.vision_config.model_type)
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in base.vision_tower.encoder.layers[:-1]]
@@ -46,14 +48,14 @@ class Llava(Family):
 
     def encoder_states(self, base: Any, states: Tensor) -> Tensor:
         # With the "full" strategy [CLS] comes first.
-        return states[:, states.shape[1] - self.side(base) ** 2 :].flatten(0, 1)
+        return states[:, states.shape[1] - self.side(base.config) ** 2 :].flatten(0, 1)
 
-    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        side, cls = self.side(base), 0
-        strategy = inputs.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        side, cls = self.side(config), 0
+        strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
         if strategy == "full":
-            cls = self.prefix_tokens(base)
-        elif not self.prefix_tokens(base):
+            cls = self.prefix_tokens(config)
+        elif not self.prefix_tokens(config):
             raise ValueError('"default" drops a [CLS] token that this vision encoder does not have')
         patches = torch.arange(side * side)
         return [

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+from ..layout import ImageLayout, Tile
 from . import register
-from .base import ImageLayout, Tile
 from .llava import Llava
 
 
@@ -26,27 +26,25 @@ class LlavaNext(Llava):
     examples = ("llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf")
 
     def check(self, base: Any) -> str | None:
-        if base.config.vision_feature_select_strategy == "full" and self.prefix_tokens(base):
+        if base.config.vision_feature_select_strategy == "full" and self.prefix_tokens(base.config):
             return 'vision_feature_select_strategy "full" puts a [CLS] token into every tile; set it to "default"'
         return super().check(base)
 
-    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        strategy = inputs.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
-        if (strategy == "default") != bool(self.prefix_tokens(base)):
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
+        if (strategy == "default") != bool(self.prefix_tokens(config)):
             raise ValueError(f"vision_feature_select_strategy {strategy!r} does not fit the vision encoder")
         layouts, patches = [], 0
         for size in inputs["image_sizes"]:
-            layout, used = self._layout(base, size, patches)
+            layout, used = self._layout(config, size, patches)
             layouts.append(layout)
             patches += used
         return layouts
 
-    def _layout(self, base: Any, size: Tensor, first: int) -> tuple[ImageLayout, int]:
+    def _layout(self, config: Any, size: Tensor, first: int) -> tuple[ImageLayout, int]:
         """The layout of an image of `size` (height, width), whose patch scores start at `first`; and how many."""
-        side = self.side(base)
-        rows, columns = get_anyres_image_grid_shape(
-            size, base.config.image_grid_pinpoints, base.config.vision_config.image_size
-        )
+        side = self.side(config)
+        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
         whole = torch.arange(side * side)
         # The model itself says which positions survive: its own unpadding, run on their numbers.
         numbers = torch.arange(rows * side * columns * side).view(1, rows * side, columns * side)

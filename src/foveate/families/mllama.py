@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import Tile
 from . import register
-from .base import Family, Tile
+from .base import Family
 
 
 @register
@@ -20,15 +21,19 @@ class Mllama(Family):
     examples = ("meta-llama/Llama-3.2-11B-Vision-Instruct",)
     places = frozenset({"cross"})
 
-    def features_per_image(self, base: Any) -> int:
-        return base.config.vision_config.max_num_tiles * base.vision_model.num_patches
+    def tile_features(self, config: Any) -> int:
+        """Features of a tile: its patches and a [CLS]."""
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
-    def feature_places(self, base: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
+    def features_per_image(self, config: Any) -> int:
+        return config.vision_config.max_num_tiles * self.tile_features(config)
+
+    def feature_places(self, config: Any, inputs: dict[str, Any]) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
         ratios, mask = inputs.get("aspect_ratio_ids"), inputs.get("cross_attention_mask")
         if ratios is None:
             return []
-        vision, size = base.config.vision_config, self.features_per_image(base)
-        side, n = vision.image_size // vision.patch_size, base.vision_model.num_patches
+        vision, size = config.vision_config, self.features_per_image(config)
+        side, n = vision.image_size // vision.patch_size, self.tile_features(config)
         patches = 1 + torch.arange(side * side)  # the first feature of a tile is its [CLS]
         samples = []
         for row, sample in enumerate(ratios.tolist()):

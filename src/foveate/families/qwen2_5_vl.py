@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import ImageLayout, Tile
 from . import register
-from .base import Family, ImageLayout, Tile
+from .base import Family
 
 
 @register
@@ -34,8 +35,8 @@ class Qwen2_5_VL(Family):
         inner = [i for i in full if i <= len(base.visual.blocks) - 2]
         return [base.visual.blocks[i].attn for i in inner or full]
 
-    def layouts(self, base: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        merge, layouts, first = base.visual.spatial_merge_size, [], 0
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        merge, layouts, first = config.vision_config.spatial_merge_size, [], 0
         for frames, height, width in inputs["image_grid_thw"].tolist():
             grid = (frames * height // merge, width // merge)
             index = torch.arange(grid[0] * grid[1])

@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.base import Family
-from ..methods.base import EncoderMethod
-from .attention import attention_marginals, prefix_attention
-from .cache import active
-from .images import EncodedImage, choose_encoder_tokens
+from ...methods.attention import attention_marginals, prefix_attention
+from ...methods.base import EncoderMethod, Method
+from ...methods.selection import select_tokens
+from ..cache import active
+from ..fixtures import Fixtures
+from ..forward import Forward
+from ..images import EncodedImage
+from ..report import Outcome
+from ..target import Target
+from .place import Action, Place
 
 
 @dataclass
@@ -31,32 +36,40 @@ class _Current(threading.local):
     reading: _Reading | None = None
 
 
-class Vision:
-    """The vision encoder of a pruned model."""
+class EncoderPlace(Place):
+    """The vision encoder; there even without a method, since other places ask where the tokens of an image lie."""
 
-    def __init__(self, family: Family, base: Any, method: EncoderMethod | None) -> None:
-        self.family, self.base, self.method = family, base, method
+    def __init__(self, target: Target, method: EncoderMethod | None) -> None:
+        super().__init__(target)
+        self.family, self.base, self.method = target.family, target.base, method
         self.reads = method.reads if method is not None else frozenset()
         self._modules: list[nn.Module] = []
         if method is not None and self.reads & {"received", "given", "cls", "keys"}:
-            self._modules = family.vision_attentions(base)[-method.vision_layers :]
+            self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
         self._current = _Current()
 
-    def routes(self) -> dict[nn.Module, Any]:
-        """Handlers for the attention modules that are read."""
-        return {module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)}
+    @classmethod
+    def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
+        if "encoder" not in target.family.places:
+            return None
+        return cls(target, next((m for m in methods if isinstance(m, EncoderMethod)), None))
 
-    def hooks(self) -> list[Any]:
-        """Install the hook on the projector, where its input is read."""
+    def install(self, fixtures: Fixtures) -> None:
+        fixtures.wrap(self.base, "get_image_features", self.encode)
         projector = self.family.projector(self.base) if "states" in self.reads else None
-        return [] if projector is None else [projector.register_forward_pre_hook(self._note_states)]
+        if projector is not None:
+            fixtures.hook(projector.register_forward_pre_hook(self._note_states))
+        fixtures.route({module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)})
+
+    def act(self, forward: Forward) -> Action | None:
+        return EncoderAction(forward) if forward.brings_images else None
 
     def encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's `get_image_features`."""
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
-        layouts = self.family.layouts(self.base, {**inputs.pop("kwargs", {}), **inputs})
+        layouts = self.family.layouts(self.base.config, {**inputs.pop("kwargs", {}), **inputs})
         outer, reading = self._current.reading, _Reading([{} for _ in self._modules])
         self._current.reading = reading
         try:
@@ -67,7 +80,7 @@ class Vision:
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
             patches = self._patches(reading, layouts)
-            chosen = choose_encoder_tokens(self.method, layouts, features, patches, self._project)
+            chosen = select_tokens(self.method, layouts, features, patches, self._project)
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
             if any(new is not old for new, old in zip(merged, features, strict=True)):
@@ -75,7 +88,7 @@ class Vision:
         for feature, layout, keep in zip(features, layouts, keeps, strict=True):
             feature._foveate = EncodedImage(layout, keep)
         forward = active.forward
-        if forward is not None and forward.session.base is self.base:
+        if forward is not None and forward.target.base is self.base:
             forward.features = features
         return output.to_tuple() if as_tuple else output
 
@@ -107,7 +120,10 @@ class Vision:
     ) -> Any:
         if self._current.reading is not None:
             parts = self._current.reading.layers[layer]
-            prefix, scaling = self.family.prefix_tokens(self.base), kwargs.get("scaling") or query.shape[-1] ** -0.5
+            prefix, scaling = (
+                self.family.prefix_tokens(self.base.config),
+                kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            )
             bounds = kwargs.get("cu_seq_lens_q")
             sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
             for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
@@ -126,3 +142,20 @@ class Vision:
         if "keys" in self.reads:
             read["keys"] = key[:, :, prefix:].mean(1)
         return read
+
+
+class EncoderAction(Action):
+    """What was chosen when the images were encoded leaves in front of layer 0."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def begin(self) -> None:
+        forward = self.forward
+        if all(image.keep is None for image in forward.images):
+            return
+        keep = forward.valid().clone()
+        for image, (row, place) in zip(forward.images, forward.places, strict=True):
+            if image.keep is not None:
+                keep[row, place] &= image.keep
+        forward.drop(keep)

@@ -1,30 +1,27 @@
-"""A smaller model that answers first: where it looks, and whether its answer can be trusted."""
+"""Asking a smaller model: its greedy answer, where it looks meanwhile, and whether its answer can be trusted."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from ..families.base import Family
+from ..layout import ImageLayout
 from ..methods.base import GuidedMethod
 from ..methods.tokens import ImageGroups, LayerTokens
-from .attention import add_routes, remove_routes
-from .compact import compact, gather_rows
 from .errors import UnsupportedError
 from .generation import GenerateCall
 from .images import EncodedImage, group_images
-from .support import check_model, pruned_models
+from .report import GuideAnswer
+from .routes import add_routes, remove_routes
+from .rows import compact, gather_rows
+from .target import Target
 from .upstream import CACHE_NAMES, without_cache
-
-if TYPE_CHECKING:
-    from .session import Pruned
 
 # The settings of a generation that the guide shares; it is greedy whatever the others say.
 _SHARED = (
@@ -34,130 +31,33 @@ _SHARED = (
     "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
     "remove_invalid_values",
 )  # fmt: skip
-# Under these settings the guide's greedy tokens are not what was asked for.
-_NO_EXIT = (
-    "return_dict_in_generate", "num_beams", "num_return_sequences", "do_sample", "streamer", *CACHE_NAMES,
-    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate", "guidance_scale",
-    "penalty_alpha", "dola_layers", "token_healing",
-)  # fmt: skip
 _DECODER_INPUTS = frozenset({"inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES})
 
 # A guide may serve several models and threads; its attention has one route at a time.
 _turn = threading.RLock()
 
 
-@dataclass(frozen=True)
-class GuideAnswer:
-    """What the guide said to the last prompt with images.
-
-    sequences: (batch, prompt + t) the prompt and its answer, as `generate()` returns them.
-    scores: (batch,) how far each answer can be trusted, None without an exit threshold.
-    exited: whether all scores reached the threshold, so that `generate()` returned this.
-    """
-
-    sequences: Tensor = field(repr=False)
-    scores: Tensor | None
-    exited: bool
-
-
-def check_guide(method: GuidedMethod, family: Family, base: Any) -> Any:
-    """The guide's base model, or the reason why it cannot guide. family, base: of the large model."""
-    name = method.name
-    try:
-        own, guide = check_model(method.guide, ())
-    except UnsupportedError as error:
-        raise UnsupportedError(f"the guide of {name} cannot be used: {error}") from None
-    if guide is base:
-        raise UnsupportedError(f"the guide of {name} is the model itself: give a smaller one of the same family")
-    if own.model_type != family.model_type:
-        raise UnsupportedError(
-            f"the guide of {name} is a {own.model_type} model and the model is not: give one of {family.model_type}"
-        )
-    theirs, ours = own.image_token_id(guide), family.image_token_id(base)
-    if theirs != ours:
-        raise UnsupportedError(
-            f"the guide of {name} has {theirs} as the id of image tokens and the model {ours}: both must read the same "
-            "tokens"
-        )
-    return guide
-
-
 class Guide:
-    """The guide of a pruned model."""
+    """A guide and the method that it guides."""
 
-    def __init__(self, session: Pruned, method: GuidedMethod) -> None:
-        self.session, self.method, self.model = session, method, method.guide
-        self.base = check_guide(method, session.family, session.base)
-        self.decoder = session.family.decoder(self.base)
-        self._thread = threading.local()
-
-    def generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let the guide answer; return that, or run the model's `generate` with what the guide looked at."""
-        call = GenerateCall.read(self.session.model, generate, args, kwargs)
-        if not call.brings_images:
-            return generate(*args, **kwargs)
-        self._check(call)
-        answer, received = self._consult(call)
-        self.session.guided = answer
-        if answer.exited:
-            self.session.report = None
-            return answer.sequences
-        self._thread.guidance = received.to(self.session.model.device)
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            self._thread.guidance = None
-
-    def guidance(self, rows: int) -> Tensor:
-        """(rows, prompt) what every position received, for a prefill of `rows` rows, several a sample with beams."""
-        received: Tensor | None = getattr(self._thread, "guidance", None)
-        if received is None:
-            raise UnsupportedError(
-                f"{self.method.name} lets its guide answer first, in generate(): call that, or run the model outside "
-                "the pruned block"
-            )
-        return received.repeat_interleave(rows // len(received), dim=0)
-
-    def _check(self, call: GenerateCall) -> None:
-        """Refuse what the guide cannot answer, or may not."""
-        name = self.method.name
-        if self.base in pruned_models:
-            raise UnsupportedError(f"the guide of {name} is pruned itself: remove() that first")
-        if call.inputs.get("pixel_values") is None:
-            raise UnsupportedError(f"the guide of {name} encodes the images itself: pass pixel values")
-        if call.past:
-            raise UnsupportedError(
-                f"the guide of {name} has no part in this KV cache: pass the whole conversation without a cache"
-            )
-        if self.method.exit_threshold is not None and (modes := call.asks(_NO_EXIT)):
-            raise UnsupportedError(
-                f"with exit_threshold {name} may return its guide's greedy answer, a tensor of tokens: generate "
-                f"without {', '.join(modes)}, or use exit_threshold=None"
-            )
-
-    def _images(self, call: GenerateCall) -> list[EncodedImage]:
-        """The images as the guide will encode them: to as many tokens as the model does."""
-        layouts, others = (self.session.family.layouts(base, call.inputs) for base in (self.base, self.session.base))
-        for i, (layout, other) in enumerate(zip(layouts, others, strict=True)):
-            if layout.tokens != other.tokens:
-                raise UnsupportedError(
-                    f"the guide of {self.method.name} makes {layout.tokens} tokens of image {i} and the model "
-                    f"{other.tokens}: use a guide that encodes images alike"
-                )
-        return [EncodedImage(layout, None) for layout in layouts]
+    def __init__(self, target: Target, method: GuidedMethod) -> None:
+        self.target, self.method, self.model = target, method, target.model
 
     @torch.no_grad()
-    def _consult(self, call: GenerateCall) -> tuple[GuideAnswer, Tensor]:
-        """What the guide says, and what each position of the prompt received meanwhile: (batch, prompt)."""
+    def consult(self, call: GenerateCall, layouts: Sequence[ImageLayout]) -> tuple[GuideAnswer, Tensor]:
+        """What the guide says, and what each position of the prompt received meanwhile: (batch, prompt).
+
+        layouts: of the call's images, as the guide encodes them.
+        """
         scores, exits = None, False
         with _turn:
-            reading, sequences = self._ask(call)
+            reading, sequences = self._ask(call, layouts)
             if self.method.exit_threshold is not None:
                 scores = self._score(reading, sequences[:, call.ids.shape[1] :])
                 exits = bool((scores >= self.method.exit_threshold).all())
         return GuideAnswer(sequences.to(call.ids.device), scores, exits), reading.received
 
-    def _ask(self, call: GenerateCall) -> tuple[_Reading, Tensor]:
+    def _ask(self, call: GenerateCall, layouts: Sequence[ImageLayout]) -> tuple[_Reading, Tensor]:
         """What the guide looks at while it answers greedily, and its answer behind the prompt."""
         shared = {name: getattr(call.config, name, None) for name in _SHARED}
         config = GenerationConfig(
@@ -174,16 +74,15 @@ class Guide:
             if name not in ("mm_encoder_outputs", "logits_to_keep")
         }
         inputs["input_ids"] = ids = self._move(call.ids)
-        groups, _ = group_images(self._images(call), ids.eq(self.session.image_token_id))
-        reading = _Reading(
-            ids, ids.eq(self.session.image_token_id), groups, config, self.method.exit_threshold is not None
-        )
-        attentions = [getattr(layer, self.session.family.self_attention) for layer in self.decoder.layers]
+        is_image = ids.eq(self.target.image_token_id)
+        groups, _ = group_images([EncodedImage(layout, None) for layout in layouts], is_image)
+        reading = _Reading(ids, is_image, groups, config, self.method.exit_threshold is not None)
+        attentions = self.target.attentions()
         hooks: list[Any] = []
         add_routes(dict.fromkeys(attentions, reading.attend))
         try:
             hooks.append(self.model.register_forward_pre_hook(reading.enter, with_kwargs=True))
-            hooks.append(self.decoder.register_forward_pre_hook(reading.enter_decoder, with_kwargs=True))
+            hooks.append(self.target.decoder.register_forward_pre_hook(reading.enter_decoder, with_kwargs=True))
             return reading, self.model.generate(**inputs, generation_config=config, logits_processor=[reading])
         finally:
             for hook in hooks:
@@ -213,10 +112,10 @@ class Guide:
             source, keep = choice.source[:, 0], choice.real[:, 0]
             embeds = gather_rows(embeds, source)
             positions = positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1))
-        attentions = [getattr(layer, self.session.family.self_attention) for layer in self.decoder.layers]
+        attentions = self.target.attentions()
         add_routes(dict.fromkeys(attentions, _without_positions))
         try:
-            hidden = self.decoder(
+            hidden = self.target.decoder(
                 inputs_embeds=torch.cat([embeds, self.model.get_input_embeddings()(answer)], dim=1),
                 position_ids=torch.cat([positions, ahead], dim=-1),
                 attention_mask=torch.cat([keep, torch.ones_like(answer, dtype=torch.bool)], dim=1).long(),

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..methods.base import ContrastMethod
-from .cache import check_cache, new_cache
-from .errors import UnsupportedError
-from .generation import GenerateCall
-from .upstream import cache_name, without_cache
-
-if TYPE_CHECKING:
-    from .session import Pruned
+from ...methods.base import ContrastMethod, Method
+from ..cache import check_cache, new_cache
+from ..errors import UnsupportedError
+from ..fixtures import Fixtures
+from ..generation import GenerateCall
+from ..report import Outcome, PruneReport
+from ..target import Target
+from ..upstream import cache_name, without_cache
+from .place import Call, Place
 
 # Modes that show the processor other tokens than those of the forward before it, or run the model in between.
 _NOT_STEP_BY_STEP = (
@@ -29,12 +31,43 @@ class _Running(threading.local):
     reduced = False
 
 
-class Contrast:
-    """The contrast of a pruned model: in `generate()`, the session prunes the runs of the second view only."""
+class LogitsPlace(Place):
+    """The steps of `generate()`: the session prunes the runs of the second view only."""
 
-    def __init__(self, session: Pruned, method: ContrastMethod) -> None:
-        self.session, self.method = session, method
+    def __init__(self, target: Target, method: ContrastMethod) -> None:
+        super().__init__(target)
+        self.method = method
         self._running = _Running()
+
+    @classmethod
+    def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
+        method = next((m for m in methods if isinstance(m, ContrastMethod)), None)
+        return None if method is None else cls(target, method)
+
+    @classmethod
+    def check(cls, target: Target, methods: Sequence[Method]) -> None:
+        for method in methods:
+            if isinstance(method, ContrastMethod) and len(methods) > 1:
+                raise UnsupportedError(f"{method.name} compares with the untouched model: use it without other methods")
+
+    def install(self, fixtures: Fixtures) -> None:
+        fixtures.wrap(self.target.model, "generate", self.generate)
+        fixtures.hook(self.target.model.register_forward_pre_hook(self._note, with_kwargs=True))
+
+    def admits(self, call: Call) -> bool:
+        """The full view runs as it is."""
+        if self.reduced:
+            return True
+        if call.brings_images and self._running.views is None:
+            raise UnsupportedError(
+                f"{self.method.name} acts on the steps of generate(): call that, or run the model outside the pruned "
+                "block"
+            )
+        return False
+
+    def tell(self, report: PruneReport) -> None:
+        """The cache of the full view is held beside that of the reduced one."""
+        report.kv_bytes += report.kv_bytes_unpruned
 
     @property
     def reduced(self) -> bool:
@@ -43,7 +76,7 @@ class Contrast:
 
     def generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's `generate` with a logits processor that contrasts the two views."""
-        call = GenerateCall.read(self.session.model, generate, args, kwargs)
+        call = GenerateCall.read(self.target.model, generate, args, kwargs)
         if not call.brings_images:
             return generate(*args, **kwargs)
         name = self.method.name
@@ -64,24 +97,16 @@ class Contrast:
         finally:
             self._running.views = None
 
-    def note(self, kwargs: dict[str, Any]) -> None:
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of every forward of the model: remember what `generate()` runs it on."""
         if self._running.views is not None and not self.reduced:
             self._running.views.steps.append(kwargs)
-
-    def check(self, brings_images: bool) -> None:
-        """Refuse a prefill of the full view that no contrast follows."""
-        if brings_images and self._running.views is None:
-            raise UnsupportedError(
-                f"{self.method.name} acts on the steps of generate(): call that, or run the model outside the pruned "
-                "block"
-            )
 
     def run(self, inputs: dict[str, Any]) -> Tensor:
         """Logits of the reduced view behind these inputs: (rows, vocabulary)."""
         self._running.reduced = True
         try:
-            return self.session.model(**inputs).logits[:, -1]
+            return self.target.model(**inputs).logits[:, -1]
         finally:
             self._running.reduced = False
 
@@ -92,10 +117,10 @@ class _Views(LogitsProcessor):
     steps: inputs of the forwards of the full view since the last call.
     """
 
-    def __init__(self, contrast: Contrast, samples: int) -> None:
+    def __init__(self, contrast: LogitsPlace, samples: int) -> None:
         self.contrast, self.samples = contrast, samples
         self.steps: list[dict[str, Any]] = []
-        self.cache = new_cache(contrast.session.decoder.config)
+        self.cache = new_cache(contrast.target.decoder.config)
         self.ids: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -108,7 +133,7 @@ class _Views(LogitsProcessor):
             self._follow(input_ids)
         self.ids = input_ids.clone()
         inputs = without_cache(self.steps.pop())
-        inputs |= {cache_name(self.contrast.session.model.forward): self.cache, "use_cache": True, "return_dict": True}
+        inputs |= {cache_name(self.contrast.target.model.forward): self.cache, "use_cache": True, "return_dict": True}
         inputs.update(output_attentions=False, output_hidden_states=False)
         reduced = self.contrast.run(inputs).to(scores.device)
         return self.contrast.method.contrast(scores.float(), reduced.float()).to(scores.dtype)

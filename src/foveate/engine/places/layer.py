@@ -1,0 +1,108 @@
+"""Inside the LLM: tokens leave in front of a layer, in one or several stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods.base import LayerMethod, Method
+from ...methods.tokens import LayerTokens
+from ..attention import Attention, Output, Run
+from ..forward import Forward
+from ..report import Outcome
+from ..rows import gather_rows
+from ..target import Target
+from .place import Action, Place
+
+
+class LayerPlace(Place):
+    """The decoder layers in front of which a method drops tokens. stages: these layers."""
+
+    def __init__(self, target: Target, method: LayerMethod) -> None:
+        super().__init__(target)
+        self.method = method
+        self.stages = method.stages(len(target.kinds))
+
+    @classmethod
+    def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
+        method = next((m for m in methods if isinstance(m, LayerMethod)), None)
+        return None if method is None else cls(target, method)
+
+    @classmethod
+    def check(cls, target: Target, methods: Sequence[Method]) -> None:
+        depth = len(target.kinds)
+        for method in methods:
+            if isinstance(method, LayerMethod):
+                stages = method.stages(depth)
+                if not stages or list(stages) != sorted(set(stages)) or not 1 <= stages[0] <= stages[-1] < depth:
+                    several = f"layers must be ascending and in [1, {depth - 1}]"
+                    rule = f"layer must be in [1, {depth - 1}]" if len(stages) == 1 else several
+                    raise ValueError(
+                        f"{method.name}: {rule} for this model, got {', '.join(map(str, stages)) or 'none'}"
+                    )
+
+    def act(self, forward: Forward) -> Action | None:
+        return LayerAction(self, forward) if forward.brings_images else None
+
+
+class LayerAction(Action):
+    """The stages of one prefill."""
+
+    def __init__(self, place: LayerPlace, forward: Forward) -> None:
+        self.place, self.forward = place, forward
+        self.embedded: Tensor | None = None  # in front of layer 0
+        self.entered: Tensor | None = None  # in front of the layer before the stage
+        self.view: LayerTokens | None = None  # of that layer
+
+    def _ends(self, index: int) -> bool:
+        """Whether a stage comes behind this layer."""
+        return self.forward.groups is not None and index + 1 in self.place.stages
+
+    def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        if self.forward.groups is not None:
+            if index == 0 and self.place.method.uses_embeddings:
+                self.embedded = hidden
+            if index in self.place.stages:
+                hidden = self._stage(index, hidden)
+        return hidden, kwargs
+
+    def entering(self, index: int, hidden: Tensor) -> None:
+        self.entered = hidden if self._ends(index) else None
+
+    def attends(self, attention: Attention) -> bool:
+        return self._ends(attention.index)
+
+    def attend(self, attention: Attention, run: Run) -> Output:
+        self.view = attention.tokens
+        return run(attention)
+
+    def _stage(self, index: int, hidden: Tensor) -> Tensor:
+        """Let the method choose which image tokens go on; returns the hidden states they go on with."""
+        forward, method, stages = self.forward, self.place.method, self.place.stages
+        view, self.view, groups = self.view, None, forward.groups
+        assert view is not None and groups is not None
+        embedded = self.embedded
+        if embedded is not None and forward.rows is not None:
+            embedded = gather_rows(embedded, forward.rows.source)
+        tokens = dataclasses.replace(
+            view, entered=self.entered, left=hidden, embedded=embedded, stage=stages.index(index)
+        )
+        chosen = method.select(tokens)
+        states = method.merge(tokens, chosen)
+        if states is not None:
+            # Padding points one past the end.
+            at = torch.where(chosen, tokens.slots - tokens.past, hidden.shape[1])
+            room = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+            room[tokens.groups.row.unsqueeze(1), at] = states.to(hidden.dtype)
+            hidden = room[:, :-1]
+        gone = torch.zeros(forward.ids.shape[0], forward.queries + 1, dtype=torch.bool, device=hidden.device)
+        positions = torch.where(groups.present, groups.positions, forward.queries)
+        gone[groups.row.unsqueeze(1), positions] = ~chosen
+        forward.drop(forward.streams["self"].alive(forward.valid()) & ~gone[:, :-1], stage=True)
+        if index == stages[-1]:
+            self.embedded = None
+        return hidden

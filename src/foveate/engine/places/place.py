@@ -1,0 +1,102 @@
+"""The protocol of all places: what the session installs, and what then acts in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...layout import Tile
+from ...methods.base import Method
+from ..attention import Attention, Output, Run
+from ..fixtures import Fixtures
+from ..forward import Forward
+from ..report import Outcome, PruneReport
+from ..target import Target
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the base model, before anything is done.
+
+    arguments: by name. brings_images: whether pictures come with it. candidates: guessed tokens at its end, of assisted
+    decoding.
+    """
+
+    arguments: dict[str, Any]
+    brings_images: bool
+    candidates: int
+
+
+class Action:
+    """What a place does in one forward pass. Everything is optional; nothing is called in passes it leaves alone."""
+
+    def begin(self) -> None:
+        """In front of layer 0 of a prompt with images, once they are found."""
+
+    def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """In front of a decoder layer, in passes that bring images; may call `Forward.drop`.
+
+        hidden: (batch, rows, d), what the layer before left. kwargs: the layer's other arguments. Returns both.
+        """
+        return hidden, kwargs
+
+    def entering(self, index: int, hidden: Tensor) -> None:
+        """Behind what was dropped there: hidden states (batch, rows, d) as the layer gets them."""
+
+    def attends(self, attention: Attention) -> bool:
+        """Whether this action takes part in a layer's attention."""
+        return False
+
+    def attend(self, attention: Attention, run: Run) -> Output:
+        """Around a layer's attention; `run(attention)` goes on to the kernel."""
+        return run(attention)
+
+    def finish(self) -> None:
+        """Behind the base model."""
+
+    def image_tokens(self) -> Sequence[Sequence[tuple[Tensor, tuple[Tile, ...]]]]:
+        """Per sample the positions and tiles of images that are no part of the prompt, for the report."""
+        return ()
+
+
+class Place:
+    """A place on one model where methods act, for as long as the session lasts."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @classmethod
+    def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
+        """This place under these methods (those with something to say); None where it has nothing to do.
+
+        outcome: what the session tells its user, for places that have something to add.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, target: Target, methods: Sequence[Method]) -> None:
+        """Refuse methods that cannot act on this model. methods: all that were asked for.
+
+        Raises:
+            UnsupportedError, ValueError: with the way out.
+        """
+
+    def install(self, fixtures: Fixtures) -> None:
+        """Put on the model what this place needs there, beside the hooks that every session has."""
+
+    def admits(self, call: Call) -> bool:
+        """Whether the model is pruned in this call at all."""
+        return True
+
+    def refuse(self, call: Call) -> None:
+        """Raise UnsupportedError for a call that cannot be pruned here."""
+
+    def act(self, forward: Forward) -> Action | None:
+        """What this place does in the pass that begins; None where it leaves it alone."""
+        return None
+
+    def tell(self, report: PruneReport) -> None:
+        """Add to the report of a prefill."""

@@ -1,0 +1,79 @@
+"""Between transformers and its attention kernels: routing of marked modules, physical masks, and scores."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+from .upstream import AttentionInterface
+
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+Handler = Callable[..., tuple[Tensor, Tensor | None]]
+
+_routes: dict[nn.Module, Handler] = {}
+_lock = threading.Lock()
+_original: Any = None
+
+
+def _dispatch(kernel: Kernel, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    handler = _routes.get(module)
+    return kernel(module, *args, **kwargs) if handler is None else handler(kernel, module, *args, **kwargs)
+
+
+def _get_interface(self: AttentionInterface, attn_implementation: str, default: Kernel) -> Kernel:
+    return functools.partial(_dispatch, _original(self, attn_implementation, default))
+
+
+def add_routes(routes: dict[nn.Module, Handler]) -> None:
+    """Send the attention of these modules through their handlers, `handler(kernel, module, query, ...)`.
+
+    The lookup of kernels is shadowed while any route exists, instead of any registry entry: names, masks and
+    "eager" (which is no entry) keep their meaning, and modules without a route get their kernel unchanged.
+    """
+    global _original
+    if not routes:
+        return
+    with _lock:
+        if any(module in _routes for module in routes):
+            raise UnsupportedError("another pruned model shares attention modules with this one; remove() that first")
+        if AttentionInterface.get_interface is not _get_interface:
+            _original = AttentionInterface.get_interface
+            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+        _routes.update(routes)
+
+
+def remove_routes(modules: Iterable[nn.Module]) -> None:
+    """Undo `add_routes`; with the last route the lookup is what it was before the first."""
+    with _lock:
+        for module in modules:
+            _routes.pop(module, None)
+        if not _routes and AttentionInterface.get_interface is _get_interface:
+            AttentionInterface.get_interface = _original  # type: ignore[method-assign]
+
+
+def physical_mask(
+    implementation: str, queries: int, keys: int, filled: Tensor | None, dtype: torch.dtype, like: Tensor
+) -> Tensor | None:
+    """The mask of a layer whose slots are in order: causal, aligned at the end, without fillers.
+
+    filled: bool (batch, keys) or None. Returns what the implementation wants: None where it needs no mask, bool
+    (batch | 1, 1, queries, keys) for sdpa, additive floats for eager, (batch, keys) for flash attention.
+    """
+    if "flash" in implementation:
+        return filled
+    if filled is None and (queries == 1 or (queries == keys and implementation == "sdpa")):
+        return None
+    visible = None if filled is None else filled[:, None, None, :]
+    if queries > 1 or visible is None:
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
+        visible = causal if visible is None else causal & visible
+    mask = visible
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,138 @@
+"""Dense storage of ragged choices, and the rows of a forward pass that are still computed.
+
+Every row keeps its own entries; shorter rows are filled on the left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Where the kept entries of a mask come from.
+
+    source: (batch, heads, width) index into the masked dimension, ascending; where a row keeps fewer than `width`
+    entries it starts with fillers, copies of dropped entries that must never be attended to.
+    real: bool of the same shape, False at fillers. ragged: whether there is any filler.
+    """
+
+    source: Tensor
+    real: Tensor
+    ragged: bool
+
+
+def compact(mask: Tensor, present: Tensor) -> Compaction | None:
+    """Gather the True entries of `mask`; None when no present entry would go.
+
+    mask, present: bool (batch, heads, n). One device synchronisation.
+
+    Raises:
+        ValueError: when the heads of a row keep different numbers of entries, which no dense tensor can hold.
+    """
+    counts = mask.sum(-1)
+    lost = (present & ~mask).any()
+    uneven = (counts != counts[:, :1]).any()
+    low, high, any_lost, any_uneven = torch.stack(
+        [counts.min(), counts.max(), lost.to(counts.dtype), uneven.to(counts.dtype)]
+    ).tolist()
+    if any_uneven:
+        raise ValueError("every head of a layer must keep equally many entries of a sample")
+    if not any_lost:
+        return None
+    high = max(high, 1)
+    # A stable sort of 0 / 1 puts the kept entries last, in their own order.
+    source = mask.to(torch.uint8).argsort(dim=-1, stable=True)[..., -high:]
+    return Compaction(source, mask.gather(-1, source), low < high)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The surviving rows of a forward pass: a compaction shared by all heads.
+
+    source: (batch, width) index into the forward's tokens (or image features). real: bool (batch, width), False at
+    fillers. ragged: whether there is any filler.
+    """
+
+    source: Tensor
+    real: Tensor
+    ragged: bool
+
+    @property
+    def index(self) -> Tensor:
+        """(batch, width) like `source`, -1 at fillers."""
+        return torch.where(self.real, self.source, -1)
+
+
+def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
+    """Rows of a (batch | 1, n, d) tensor. source: (batch, width). Returns (batch, width, d)."""
+    tensor = tensor.expand(source.shape[0], -1, -1)
+    return tensor.gather(1, source.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
+
+
+class Stream:
+    """What comes in to the layers of one kind: the prompt's tokens, or image features.
+
+    tokens: how many of each sample, before any went. rows: those that are still computed, None while all are.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.rows: Rows | None = None
+        self._inverse: tuple[Rows, Tensor] | None = None
+
+    @property
+    def index(self) -> Tensor | None:
+        """(batch, width) which tokens are still computed, -1 at fillers; None while all are."""
+        return None if self.rows is None else self.rows.index
+
+    def narrow(self, keep: Tensor, valid: Tensor) -> Tensor | None:
+        """Let only the tokens where `keep` go on. keep, valid: bool (batch, tokens); valid: no padding.
+
+        Returns (batch, width): which of the rows that were computed so far go on; None where all do.
+        """
+        present = valid if self.rows is None else self.rows.real
+        mask = keep if self.rows is None else keep.gather(1, self.rows.source) & present
+        choice = compact(mask.unsqueeze(1), present.unsqueeze(1))
+        if choice is None:
+            return None
+        source = choice.source[:, 0]
+        kept = source if self.rows is None else self.rows.source.gather(1, source)
+        self.rows = Rows(kept, choice.real[:, 0], choice.ragged)
+        return source
+
+    def alive(self, valid: Tensor) -> Tensor:
+        """bool (batch, tokens): what is still computed. valid: of the same shape, no padding."""
+        if self.rows is None:
+            return valid
+        alive = torch.zeros(valid.shape[0], self.tokens + 1, dtype=torch.bool, device=valid.device)
+        return alive.scatter(1, torch.where(self.rows.real, self.rows.source, self.tokens), True)[:, :-1]
+
+    def rows_of(self, positions: Tensor, samples: Tensor) -> Tensor:
+        """The row of each token among those still computed, -1 where it is none of them; -1 leads to -1.
+
+        positions: (n, ...) of tokens. samples: (n,) which sample each line of `positions` belongs to.
+        """
+        if self.rows is None:
+            return positions
+        if self._inverse is None or self._inverse[0] is not self.rows:
+            batch, width = self.rows.source.shape
+            inverse = torch.full((batch, self.tokens + 2), -1, device=positions.device)
+            where = torch.where(self.rows.real, self.rows.source + 1, self.tokens + 1)
+            inverse = inverse.scatter(1, where, torch.arange(width, device=positions.device).expand_as(where))
+            inverse[:, 0] = -1
+            self._inverse = (self.rows, inverse)
+        inverse = self._inverse[1]
+        return inverse[samples.view(-1, *[1] * (positions.ndim - 1)), positions + 1]
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """From the rows still computed back to all tokens, zeros where some went: (batch, tokens, d)."""
+        if self.rows is None:
+            return hidden
+        full = hidden.new_zeros(hidden.shape[0], self.tokens, hidden.shape[-1])
+        source = self.rows.source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        real = hidden.masked_fill(~self.rows.real.unsqueeze(-1), 0) if self.rows.ragged else hidden
+        return full.scatter(1, source, real)

@@ -1,0 +1,63 @@
+"""The model that is pruned, and where its parts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from ..families.base import Family
+from .upstream import cache_name
+
+Kind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model of a known family.
+
+    model: the one with `generate()`. base: the module whose forward receives token ids and pixels. decoder: the
+    language model inside it.
+    """
+
+    model: Any
+    family: Family
+    base: Any
+    decoder: Any
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """What each decoder layer attends to: the prompt ("self") or image features ("cross")."""
+        return ["cross" if hasattr(layer, self.family.cross_attention) else "self" for layer in self.decoder.layers]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether images reach the decoder through cross-attention layers."""
+        return "cross" in self.kinds
+
+    @cached_property
+    def text_layer(self) -> int:
+        """The first layer that attends to the prompt."""
+        return self.kinds.index("self")
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The id of the image placeholder; -1 where images are no part of the prompt."""
+        return -1 if self.crosses else self.family.image_token_id(self.base.config)
+
+    @cached_property
+    def cache_name(self) -> str:
+        """The name under which the base model takes its KV cache."""
+        return cache_name(self.base.forward)
+
+    def attention(self, index: int) -> nn.Module:
+        """The attention module of a decoder layer."""
+        layer, kind = self.decoder.layers[index], self.kinds[index]
+        module: nn.Module = getattr(layer, getattr(self.family, f"{kind}_attention"))
+        return module
+
+    def attentions(self) -> list[nn.Module]:
+        """The attention modules of all decoder layers."""
+        return [self.attention(index) for index in range(len(self.kinds))]

@@ -1,0 +1,59 @@
+"""The layout of an image or clip: which tokens it has in the prompt, where they lie, which frame they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of image tokens that the vision encoder saw as one picture.
+
+    index: (n,) which of the image's tokens, in raster order. grid: (rows, columns), rows * columns = n.
+    patches: (n,) where each token stands in the family's `patch_values`.
+    box: (left, top, right, bottom) of the tile as fractions of the picture. frame: of a clip; 0 for a picture.
+    """
+
+    index: Tensor
+    grid: tuple[int, int]
+    patches: Tensor
+    box: Box = WHOLE
+    frame: int = 0
+
+    def centers(self) -> Tensor:
+        """(n, 2) where each token lies in the picture, (down, right) in [0, 1]."""
+        left, top, right, bottom = self.box
+        rows, columns = self.grid
+        down = top + (torch.arange(rows) + 0.5) / rows * (bottom - top)
+        across = left + (torch.arange(columns) + 0.5) / columns * (right - left)
+        return torch.cartesian_prod(down, across)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """One image: how many tokens it has in the prompt, and its tiles. Tokens outside tiles are structure.
+
+    candidates: (n,) indices of the tokens in tiles, ascending; methods choose among these. centers: (n, 2), theirs.
+    """
+
+    tokens: int
+    tiles: tuple[Tile, ...]
+    candidates: Tensor = field(init=False)
+    centers: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
+        index, order = torch.cat([tile.index for tile in self.tiles]).sort()
+        object.__setattr__(self, "candidates", index)
+        object.__setattr__(self, "centers", torch.cat([tile.centers() for tile in self.tiles])[order])
+
+    @property
+    def pinned(self) -> int:
+        """Tokens that always stay."""
+        return self.tokens - len(self.candidates)
