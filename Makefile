@@ -1,5 +1,5 @@
 # make demo: set up .venv, ask the built-in model about a picture, draw what was kept
-# make test: set up .venv, lint, type-check, run the tests
+# make test: set up .venv, lint, type-check, run the tests; then those of engine and commands on the lowest transformers
 #
 # PyPI's torch for Linux brings CUDA libraries. Without a GPU, the CPU build is 10 times smaller:
 #   make demo PIP_EXTRA_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -7,23 +7,30 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 PIP_EXTRA_ARGS ?=
 VENV := .venv
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA_ARGS)
+PIP := -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA_ARGS)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-newest test-lowest lint bench clean
 
 demo: $(VENV)/.runtime
 	@mkdir -p demo-output
 	$(BIN)/foveate ask examples/demo.png "Where is the owl?" \
 	    --method fopru --method plphp --compare --show demo-output/kept.png
 
-test: lint
+test: lint test-newest test-lowest
+
+test-newest: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-lowest: $(LOWEST)/.tests
+	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" tests/engine tests/commands
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
 	$(BIN)/foveate bench --geometry 1b --methods fopru,fastv,plphp --keep 1.0,0.25
@@ -34,16 +41,21 @@ clean:
 # The stamps make a second run quick; a changed pyproject.toml installs anew.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 	@echo "installing foveate into $(VENV) (torch is large: the first time takes minutes)"
-	@$(PIP) -e ".[pinned]"
+	@$(BIN)/python $(PIP) -e ".[pinned]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "installing foveate and its development tools into $(VENV) (torch is large: the first time takes minutes)"
-	@$(PIP) -e ".[dev]"
+	@$(BIN)/python $(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
 
-$(BIN)/python:
+$(LOWEST)/.tests: pyproject.toml | $(LOWEST)/bin/python
+	@echo "installing foveate with the lowest transformers into $(LOWEST) (the first time takes minutes)"
+	@$(LOWEST)/bin/python $(PIP) -e ".[lowest,tests]"
+	@touch $@
+
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "foveate needs Python 3.10 or newer: sudo apt install python3.11, or make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || \
-	    { rm -rf $(VENV); echo "this Python cannot make virtual environments: sudo apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $* || \
+	    { rm -rf $*; echo "this Python cannot make virtual environments: sudo apt install python3-venv"; exit 1; }

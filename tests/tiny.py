@@ -100,7 +100,7 @@ def _variant(name: str) -> LlavaConfig:
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **options)
 
 
-def _config(family: str):
+def config(family: str):
     if family in VARIANTS:
         return _variant(family)
     if family == "llava":  # 6 x 6 tokens an image
@@ -187,7 +187,7 @@ def _randomize(model: nn.Module, seed: int, peak: float) -> None:
 
 @cache
 def _template(family: str, seed: int, peak: float) -> PreTrainedModel:
-    model = CLASSES.get(family, LlavaForConditionalGeneration)(_config(family)).eval().requires_grad_(False)
+    model = CLASSES.get(family, LlavaForConditionalGeneration)(config(family)).eval().requires_grad_(False)
     _randomize(model, seed, peak)
     # No end token: all steps run.
     model.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=None, bos_token_id=1)
