@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from foveate._mistake import Mistake
+from foveate.asking.mistake import Mistake
 from foveate.cli import app
 from foveate.evaluation.results import Results, read, run_script, write, write_csv
 

@@ -17,28 +17,16 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from ._asking import (
-    DTYPES,
-    GLIMPSE,
-    RUNS,
-    TIMED_TOKENS,
-    Answer,
-    Asker,
-    built_in,
-    hush,
-    load,
-    load_guide,
-    one_line,
-    read_config,
-    resolve_device,
-)
-from ._mistake import Mistake
-from ._options import PLACES, guide_option, typed
+from foveate.asking.asker import RUNS, TIMED_TOKENS, Answer, Asker
+from foveate.asking.loading import DTYPES, GLIMPSE, built_in, hush, load, load_guide, read_config, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import PLACES, guide_option, typed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ._subject import Subject
+    from foveate.asking.subject import Subject
+
     from .methods.base import Method
 
 TOGETHER = "See: foveate methods. May be repeated; a+b applies two of them together."
@@ -147,7 +135,7 @@ def ask(
     if dtype not in ("auto", *DTYPES):
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
 
-    from ._pictures import open_picture
+    from foveate.asking.pictures import open_picture
 
     pictures = [open_picture(name) for name in names]
     with _status("loading", quiet=as_json):
@@ -591,8 +579,8 @@ def _subject(
     if dtype not in ("auto", *DTYPES):
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
 
-    from ._pictures import open_picture
-    from ._subject import Subject, Variant
+    from foveate.asking.pictures import open_picture
+    from foveate.asking.subject import Subject, Variant
 
     pictures = [open_picture(name) for name in names]
     together = [[name.strip() for name in part.split("+")] for part in method or []]
@@ -622,27 +610,27 @@ def _status(doing: str, *, quiet: bool) -> Any:
 
 
 def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], path: Path) -> None:
-    from . import _pictures
+    from foveate.asking import pictures as drawing
 
-    seen = [_pictures.crop_as_seen(picture, processor.image_processor) for picture in pictures]
+    seen = [drawing.crop_as_seen(picture, processor.image_processor) for picture in pictures]
     strips = []
     for answer in answers:
         tokens = sum(n for n, _ in answer.images)
         if answer.report is None:
-            drawn = [_pictures.draw_kept(picture) for picture in seen]
+            drawn = [drawing.draw_kept(picture) for picture in seen]
             legend = str(answer) if answer.alone else f"untouched: {tokens} of {tokens} image tokens"
         else:
-            shares, layers, heads = _pictures.kept_shares(answer.report)
+            shares, layers, heads = drawing.kept_shares(answer.report)
             images = answer.report.image_tokens[0]
-            drawn = [_pictures.draw_kept(*each) for each in zip(seen, (i.tiles for i in images), shares, strict=True)]
+            drawn = [drawing.draw_kept(*each) for each in zip(seen, (i.tiles for i in images), shares, strict=True)]
             kept = sum(n for _, n in answer.images)
             legend = f"{answer.label}: {kept} of {tokens} image tokens"
             if any(((share > 0) & (share < 1)).any() for share in shares):
                 each = f"{layers} layers x {heads} heads" if heads > 1 else f"{layers} layers"
                 legend += f"; the brighter, the more of {each} keep it"
-        strips.append(_pictures.strip(drawn, legend))
+        strips.append(drawing.strip(drawn, legend))
     try:
-        _pictures.arrange(strips, across=len(pictures) == 1).save(path)
+        drawing.arrange(strips, across=len(pictures) == 1).save(path)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {one_line(error)}") from error
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from foveate._asking import DTYPES, built_in, hush, load, one_line, read_config, resolve_device
-from foveate._mistake import Mistake
-from foveate._options import PLACES, parse_keeps, variants
+from foveate.asking.loading import DTYPES, built_in, hush, load, read_config, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import PLACES, parse_keeps, variants
 
 from . import geometries
 from .evaluate import device_name, dtype_name, fitting

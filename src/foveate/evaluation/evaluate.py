@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from foveate._asking import DTYPES, GLIMPSE, built_in, hush, load, load_guide, one_line, read_config, resolve_device
-from foveate._mistake import Mistake
-from foveate._options import PLACES, Variant, parse_keeps, variants
-from foveate._subject import fingerprints
+from foveate.asking.loading import DTYPES, GLIMPSE, built_in, hush, load, load_guide, read_config, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import PLACES, Variant, parse_keeps, variants
+from foveate.asking.subject import fingerprints
 
 from .accuracy import BASELINES, GROUPS, MATCHES, Answers, measure
 from .questions import FILE, draw, from_folder, from_glimpse
