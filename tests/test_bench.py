@@ -223,7 +223,7 @@ def test_the_ideal_of_fewer_image_tokens_is_the_untouched_model_on_fewer_embeddi
     plan = Plan(("self",) * 4, 100, it.start, 0, (73,) * 4, (73,) * 4)
     with torch.inference_mode():
         with ideal(it.family, it.base, plan):
-            ours = it.model(**it.inputs, **{tiny.CACHE: DynamicCache()})).logits
+            ours = it.model(**it.inputs, **{tiny.CACHE: DynamicCache()}).logits
         features = torch.cat(it.base.get_image_features(it.inputs["pixel_values"]).pooler_output)
         ids = it.inputs["input_ids"]
         embeds = it.model.get_input_embeddings()(ids)
