@@ -17,7 +17,7 @@ import foveate
 import foveate.glimpse
 from foveate.asking.mistake import Mistake
 from foveate.asking.pictures import DIM, HEIGHT, MARGIN, crop_as_seen, draw_kept, open_picture
-from foveate.cli import app
+from foveate.commands.app import app
 
 QUESTION = "What is in the picture?"
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from foveate.asking.mistake import Mistake
-from foveate.cli import app
+from foveate.commands.app import app
 from foveate.evaluation.results import Results, read, run_script, write, write_csv
 
 KEYS = ("method", "keep")

@@ -51,6 +51,12 @@ def read_config(model: str, option: str = "--model") -> Any:
         raise Mistake(f"cannot {where} the model {model}: {one_line(error)}") from error
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse what `--dtype` does not know."""
+    if dtype not in ("auto", *DTYPES):
+        raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
+
+
 def built_in(dtype: str) -> tuple[str, str]:
     """The folder of glimpse, and the dtype that suits it."""
     import torch
