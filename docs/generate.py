@@ -18,7 +18,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from foveate.cli import app
+from foveate.commands.app import app
 from foveate.methods import method_class, method_names
 from foveate.methods.base import Method
 

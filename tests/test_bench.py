@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import foveate
-from foveate.cli import app
+from foveate.commands.app import app
 from foveate.engine.cache import PrunedLayer
 from foveate.evaluation import geometries, timing
 from foveate.evaluation.ideal import Plan, ideal

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate import glimpse
-from foveate.cli import app
+from foveate.commands.app import app
 from foveate.engine import forward as forward_module
 from foveate.engine.cache import PrunedLayer
 from foveate.engine.forward import Forward

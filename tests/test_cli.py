@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import foveate
 import foveate.glimpse
-from foveate._mistake import Mistake
-from foveate._pictures import DIM, HEIGHT, MARGIN, crop_as_seen, draw_kept, open_picture
-from foveate.cli import app
+from foveate.asking.mistake import Mistake
+from foveate.asking.pictures import DIM, HEIGHT, MARGIN, crop_as_seen, draw_kept, open_picture
+from foveate.commands.app import app
 
 QUESTION = "What is in the picture?"
 
@@ -216,7 +216,7 @@ def test_other_errors_keep_their_traceback(files, monkeypatch):
     def fail(path):
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr("foveate._pictures.open_picture", fail)
+    monkeypatch.setattr("foveate.asking.pictures.open_picture", fail)
     assert isinstance(run("ask", files / "good.png", QUESTION).exception, KeyError)
 
 

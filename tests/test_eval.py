@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate import glimpse
-from foveate._mistake import Mistake
-from foveate._options import Variant
-from foveate.cli import app
+from foveate.asking.mistake import Mistake
+from foveate.asking.options import Variant
+from foveate.commands.app import app
 from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, Answers, measure
 from foveate.evaluation.questions import draw, from_folder, from_glimpse
 from foveate.evaluation.results import Results, read

@@ -3,8 +3,8 @@
 import pytest
 
 import foveate
-from foveate._mistake import Mistake
-from foveate._options import parse_keeps, parse_methods, variants
+from foveate.asking.mistake import Mistake
+from foveate.asking.options import parse_keeps, parse_methods, variants
 
 LLAVA = foveate.get_family("llava").places
 

@@ -6,8 +6,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from foveate._mistake import Mistake
-from foveate.cli import app
+from foveate.asking.mistake import Mistake
+from foveate.commands.app import app
 from foveate.evaluation.results import Results, read, run_script, write, write_csv
 
 KEYS = ("method", "keep")

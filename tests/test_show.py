@@ -16,9 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
-from foveate._pictures import DIM
-from foveate._subject import Subject, Variant
-from foveate.cli import app
+from foveate.asking.pictures import DIM
+from foveate.asking.subject import Subject, Variant
+from foveate.commands.app import app
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.maps import draw_heat, draw_share, palette, views
 from foveate.evaluation.show import show

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from foveate._mistake import Mistake
-from foveate.cli import app
+from foveate.asking.mistake import Mistake
+from foveate.commands.app import app
 from foveate.evaluation.evaluate import overview
 from foveate.evaluation.plots import apart, curves, pareto
 from foveate.evaluation.results import Results

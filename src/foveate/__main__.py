@@ -1,5 +1,5 @@
 """`python -m foveate` is the command `foveate`."""
 
-from .cli import app
+from foveate.commands.app import app
 
 app(prog_name="foveate")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from foveate._mistake import Mistake
+from foveate.asking.mistake import Mistake
 
 from .results import Results, Row, write_csv
 from .runner import Batches, generate
 from .scores import exact_match, holds, interval
 
 if TYPE_CHECKING:
-    from foveate._options import Variant
+    from foveate.asking.options import Variant
 
     from .questions import Item
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from foveate._asking import DTYPES, built_in, hush, load, one_line, read_config, resolve_device
-from foveate._mistake import Mistake
-from foveate._options import PLACES, parse_keeps, variants
+from foveate.asking.loading import built_in, check_dtype, hush, load, read_config, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import PLACES, parse_keeps, variants
 
 from . import geometries
 from .evaluate import device_name, dtype_name, fitting
@@ -61,8 +61,7 @@ def bench(
     if (model is None) == (geometry is None):
         known = ", ".join(geometries.GEOMETRIES)
         raise Mistake(f"give either --geometry, for random weights ({known}), or --model, a hub id or a model folder")
-    if dtype not in ("auto", *DTYPES):
-        raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     keeps, batches = parse_keeps(keep), _batches(batch)
 
     if padded and min(batches) < 2:

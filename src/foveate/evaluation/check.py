@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from foveate._asking import one_line
-from foveate._mistake import Mistake
+from foveate.asking.mistake import Mistake, one_line
 from foveate.engine.errors import UnsupportedError
 from foveate.engine.report import human_bytes
 from foveate.engine.session import prune
@@ -23,7 +22,7 @@ from foveate.evaluation.reference import Proof, cannot_prove, prove
 from foveate.evaluation.results import Results, Row
 
 if TYPE_CHECKING:
-    from foveate._subject import Subject, Variant
+    from foveate.asking.subject import Subject, Variant
 
 
 def check(subject: Subject, *, steps: int, out: Path | None) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from foveate._asking import DTYPES, GLIMPSE, built_in, hush, load, load_guide, one_line, read_config, resolve_device
-from foveate._mistake import Mistake
-from foveate._options import PLACES, Variant, parse_keeps, variants
-from foveate._subject import fingerprints
+from foveate.asking.loading import GLIMPSE, built_in, check_dtype, hush, load, load_guide, read_config, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import PLACES, Variant, parse_keeps, variants
+from foveate.asking.subject import fingerprints
 
 from .accuracy import BASELINES, GROUPS, MATCHES, Answers, measure
 from .questions import FILE, draw, from_folder, from_glimpse
@@ -47,8 +47,7 @@ def evaluate(
     """
     if match not in MATCHES:
         raise Mistake(f"--match {match} is unknown: use {' or '.join(MATCHES)}")
-    if dtype not in ("auto", *DTYPES):
-        raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if data is None and model != GLIMPSE:
         raise Mistake(f"--data is missing: a folder with a data.jsonl, or {GLIMPSE} for the drawn pictures of glimpse")
     keeps = parse_keeps(keep)

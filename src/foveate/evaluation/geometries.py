@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from foveate._mistake import Mistake
+from foveate.asking.mistake import Mistake
 
 BEFORE, AFTER = 32, 32  # text tokens in front of the image and behind it
 SHORTER = 16  # how much shorter every second sample of a padded batch is

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from foveate._pictures import MARGIN, dimmed, paint_cells, scaled
+from foveate.asking.pictures import MARGIN, dimmed, paint_cells, scaled, wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,6 +145,4 @@ def _explain(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    from foveate._pictures import _wrap
-
-    return [line for part in text.splitlines() for line in _wrap(part, font, width)]
+    return [line for part in text.splitlines() for line in wrap(part, font, width)]

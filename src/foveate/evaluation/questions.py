@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from foveate._mistake import Mistake
-from foveate._pictures import open_picture
+from foveate.asking.mistake import Mistake
+from foveate.asking.pictures import open_picture
 
 from .scores import exact_match
 

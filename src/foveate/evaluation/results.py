@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from foveate._mistake import Mistake
+from foveate.asking.mistake import Mistake
 
 Row = dict[str, Any]
 RUN = {"command": str, "settings": dict, "keys": list, "versions": dict, "finished": bool, "runs": list}

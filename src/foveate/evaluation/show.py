@@ -19,9 +19,8 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from foveate._asking import one_line
-from foveate._mistake import Mistake
-from foveate._pictures import crop_as_seen, scaled
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.pictures import crop_as_seen, scaled
 from foveate.engine.errors import UnsupportedError
 from foveate.engine.session import prune
 from foveate.evaluation.attention import last_token_attention
@@ -31,7 +30,7 @@ from foveate.evaluation.results import Results, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate._subject import Subject, Variant
+    from foveate.asking.subject import Subject, Variant
     from foveate.engine.report import PruneReport
 
 ACROSS = 6  # panels in a row, where a method has one choice a layer

@@ -23,7 +23,7 @@ from .results import Results, Row
 from .timing import Stopwatch, Timing, cache_bytes, no_collector, quartiles, time_generate, watched
 
 if TYPE_CHECKING:
-    from foveate._options import Variant
+    from foveate.asking.options import Variant
 
 KEYS = ("method", "keep", "batch")
 Setting = Callable[[], AbstractContextManager[Any]]  # what a variant runs in

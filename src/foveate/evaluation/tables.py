@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate._mistake import Mistake
-from foveate._options import typed
+from foveate.asking.mistake import Mistake
+from foveate.asking.options import typed
 
 from .results import Row, read
 

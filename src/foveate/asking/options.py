@@ -7,10 +7,10 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from ._mistake import Mistake
+from foveate.asking.mistake import Mistake
 
 if TYPE_CHECKING:
-    from .methods.base import Method
+    from foveate.methods.base import Method
 
 PLACES = {
     "encoder": "before the LLM",
@@ -54,7 +54,7 @@ def typed(text: str) -> Any:
 
 def parse_keeps(text: str) -> list[float | int]:
     """`0.5,64`: fractions of each image's tokens, and tokens per image."""
-    from .methods.base import check_keep
+    from foveate.methods.base import check_keep
 
     keeps = [typed(part.strip()) for part in text.split(",")]
     for keep in keeps:
@@ -88,14 +88,14 @@ def label(name: str, options: dict[str, Any]) -> str:
 
 
 def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:
-    """The name of the guide as an option of a method that has one, until `_asking.load_guide` loads it.
+    """The name of the guide as an option of a method that has one, until `loading.load_guide` loads it.
 
     options: of the method, as written. guide: None where there is none.
 
     Raises:
         ValueError: where the guide is missing, or written as an option.
     """
-    from .methods.base import GuidedMethod
+    from foveate.methods.base import GuidedMethod
 
     if not issubclass(cls, GuidedMethod):
         return {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, UnidentifiedImageError
 
-from ._mistake import Mistake
+from foveate.asking.mistake import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +154,7 @@ def strip(pictures: Sequence[Image.Image], legend: str) -> Image.Image:
     """Put drawn pictures side by side over one line of text (more lines where it is too long)."""
     font = ImageFont.load_default(TEXT)
     width = sum(p.width for p in pictures) + MARGIN * (len(pictures) - 1)
-    lines = _wrap(legend, font, width)
+    lines = wrap(legend, font, width)
     canvas = Image.new("RGB", (width, max(p.height for p in pictures) + (TEXT + 6) * len(lines) + 8), "white")
     left = 0
     for picture in pictures:
@@ -165,7 +165,8 @@ def strip(pictures: Sequence[Image.Image], legend: str) -> Image.Image:
     return canvas
 
 
-def _wrap(text: str, font: Any, width: int) -> list[str]:
+def wrap(text: str, font: Any, width: int) -> list[str]:
+    """The lines of a text that is at most so many pixels wide."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

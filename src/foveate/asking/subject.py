@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._asking import GLIMPSE
+from foveate.asking.loading import GLIMPSE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ._asking import Asker
-    from .methods.base import Method
+    from foveate.asking.asker import Asker
+    from foveate.methods.base import Method
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""`foveate ask`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from foveate.asking.asker import RUNS, TIMED_TOKENS, Answer, Asker
+from foveate.asking.loading import GLIMPSE, check_dtype, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.commands.display import status
+from foveate.commands.parameters import Attention, Device, Dtype, Guide, Json, Keep, MaxNewTokens, Model, Options, Words
+from foveate.commands.prepare import load_chosen, parse_options, split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from foveate.methods.base import Method
+
+
+def ask(
+    words: Words,
+    model: Model = GLIMPSE,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="See: foveate methods. May be repeated.",
+            show_default="fopru, or what fits",
+        ),
+    ] = None,
+    keep: Keep = None,
+    option: Options = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model too, and measure.")] = False,
+    show: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw which tokens stayed.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: MaxNewTokens = 64,
+    attn: Attention = None,
+    guide: Guide = None,
+) -> None:
+    """Ask a vision-language model about pictures, keeping only part of their tokens.
+
+    foveate ask photo.jpg "What is in the picture?" --method plphp --keep 0.4 --compare
+    """
+    names, question = split(words)
+    _check_output(show, names)
+    options = parse_options(keep, option or [])
+    check_dtype(dtype)
+
+    from foveate.asking.pictures import open_picture
+
+    pictures = [open_picture(name) for name in names]
+    with status("loading", quiet=as_json):
+        device = resolve_device(device)
+        loaded, processor, methods = load_chosen(model, method, options, guide, device, dtype, attn)
+        asker = Asker(loaded, processor, pictures, question, max_new_tokens)
+
+    with status("answering", quiet=as_json):
+        answers = [asker.ask(m, own, record=show is not None) for m, own in methods]
+        variants: list[Method | None] = [m for m, _ in methods]
+        if compare:
+            answers.insert(0, asker.ask_untouched(answers[0].images))
+            variants.insert(0, None)
+    if len(answers) > 1:
+        with status("measuring", quiet=as_json):
+            asker.time(answers, variants)
+    if show is not None:
+        _draw(pictures, processor, answers, show)
+
+    if as_json:
+        typer.echo(json.dumps(_as_json(model, guide, device, loaded, names, question, answers), indent=2))
+    elif len(answers) > 1:
+        _print_table(answers, f"{device}, {str(loaded.dtype).removeprefix('torch.')}")
+    else:
+        Console().print(Text(answers[0].text), soft_wrap=True)
+        Console().print(Text(str(answers[0]), style="dim"), soft_wrap=True)
+    if show is not None and not as_json:
+        Console(stderr=True).print(Text(f"wrote {show}", style="dim"))
+
+
+def _check_output(show: Path | None, names: Sequence[str]) -> None:
+    if show is None:
+        return
+    if show.suffix.lower() != ".png":
+        raise Mistake(f"--show writes PNG: {show} must end in .png")
+    if not show.absolute().parent.is_dir():
+        raise Mistake(f"--show {show}: no folder {show.parent}; make it first")
+    if any(Path(name).resolve() == show.resolve() for name in names):
+        raise Mistake(f"--show {show} would overwrite the picture that is asked about: name another file")
+    if show.is_dir():
+        raise Mistake(f"--show {show} is a folder: name a file in it")
+
+
+def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], path: Path) -> None:
+    from foveate.asking import pictures as drawing
+
+    seen = [drawing.crop_as_seen(picture, processor.image_processor) for picture in pictures]
+    strips = []
+    for answer in answers:
+        tokens = sum(n for n, _ in answer.images)
+        if answer.report is None:
+            drawn = [drawing.draw_kept(picture) for picture in seen]
+            legend = str(answer) if answer.alone else f"untouched: {tokens} of {tokens} image tokens"
+        else:
+            shares, layers, heads = drawing.kept_shares(answer.report)
+            images = answer.report.image_tokens[0]
+            drawn = [drawing.draw_kept(*each) for each in zip(seen, (i.tiles for i in images), shares, strict=True)]
+            kept = sum(n for _, n in answer.images)
+            legend = f"{answer.label}: {kept} of {tokens} image tokens"
+            if any(((share > 0) & (share < 1)).any() for share in shares):
+                each = f"{layers} layers x {heads} heads" if heads > 1 else f"{layers} layers"
+                legend += f"; the brighter, the more of {each} keep it"
+        strips.append(drawing.strip(drawn, legend))
+    try:
+        drawing.arrange(strips, across=len(pictures) == 1).save(path)
+    except OSError as error:
+        raise Mistake(f"cannot write {path}: {one_line(error)}") from error
+
+
+def _as_json(
+    model: str,
+    guide: str | None,
+    device: str,
+    loaded: Any,
+    images: Sequence[str],
+    question: str,
+    answers: Sequence[Answer],
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "guide": guide,
+        "device": device,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "images": list(images),
+        "question": question,
+        "timing": {"runs": RUNS, "tokens": TIMED_TOKENS} if len(answers) > 1 else None,
+        "answers": [answer.to_dict() for answer in answers],
+    }
+
+
+def _print_table(answers: Sequence[Answer], where: str) -> None:
+    from foveate.engine.report import human_bytes
+
+    said, cost = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
+    for table in (said, cost):
+        table.add_column(style="bold", no_wrap=True)
+    said.add_column("answer")
+    for name in ("image tokens", "KV cache", "first token", "per token"):
+        cost.add_column(name, justify="right", no_wrap=True)
+    for answer in answers:
+        kept, tokens = sum(n for _, n in answer.images), sum(n for n, _ in answer.images)
+        said.add_row(Text(answer.label), Text(answer.text))
+        cost.add_row(
+            Text(answer.label),
+            f"{kept} of {tokens}",
+            human_bytes(answer.kv_bytes),
+            "-" if answer.first_token_s is None else f"{1000 * answer.first_token_s:.1f} ms",
+            "-" if answer.ms_per_token is None else f"{answer.ms_per_token:.2f} ms",
+        )
+    note = f"{where}; times: medians of {RUNS} runs in turn, {TIMED_TOKENS} tokens each, after a warm-up"
+    console = Console()
+    console.print(said, "", cost, Text(note, style="dim"), sep="\n")
+    if any(answer.first_token_s is None for answer in answers):
+        console.print(Text("-: not timed, as exit_threshold does not stream", style="dim"))
+    for answer in answers:
+        if answer.alone:
+            console.print(Text(str(answer), style="dim"), soft_wrap=True)

@@ -1,0 +1,23 @@
+"""What several commands show on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def status(doing: str, *, quiet: bool) -> Any:
+    """A spinner on stderr while something takes its time."""
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    return console.status(doing)
+
+
+def listing() -> Table:
+    """An empty table of names and what is said of each."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 1, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table

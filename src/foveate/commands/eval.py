@@ -1,0 +1,72 @@
+"""`foveate eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from foveate.asking.loading import GLIMPSE
+from foveate.commands.parameters import SEEDS, Attention, Device, Dtype, Guide, Keeps, MaxNewTokens, Model
+
+
+def eval_command(
+    model: Model = GLIMPSE,
+    methods: Annotated[
+        str, typer.Option(metavar="all|A,B:OPTION=VALUE,...", help="Methods; the baselines are always among them.")
+    ] = "all",
+    keep: Keeps = "0.5,0.25,0.1",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Your own questions: FOLDER/data.jsonl.", show_default="glimpse's"),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many questions.", show_default="1008 of glimpse's, all of yours")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    max_new_tokens: MaxNewTokens = 64,
+    match: Annotated[
+        str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")
+    ] = "exact",
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of random tokens, drawn questions and intervals.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where results go; rows in it are kept.", show_default="results/eval-DATE"),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = None,
+    guide: Guide = None,
+) -> None:
+    """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
+
+    foveate eval --methods fopru,plphp:delta=0.2 --keep 0.5,0.25,0.1
+    """
+    from foveate.evaluation.evaluate import evaluate, overview
+
+    console = Console(stderr=True)
+    results, lost = evaluate(
+        model=model,
+        methods=methods,
+        keep=keep,
+        data=data,
+        count=count,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        match=match,
+        seed=seed,
+        out=out,
+        device=device,
+        dtype=dtype,
+        attn=attn,
+        guide=guide,
+        console=console,
+    )
+    Console().print(overview(results.rows).rich(), crop=False)
+    console.print(Text(f"wrote {results.folder}", style="dim"), soft_wrap=True)
+    if lost:
+        console.print(Text(f"{len(lost)} rows of the data or of the results are missing: see above"), soft_wrap=True)
+        raise typer.Exit(1)

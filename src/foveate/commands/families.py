@@ -1,0 +1,34 @@
+"""`foveate families`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from foveate.commands.display import listing
+from foveate.commands.parameters import Json
+
+
+def families(as_json: Json = False) -> None:
+    """List the model families, the methods that fit each, and models of it."""
+    import foveate
+
+    rows: list[dict[str, Any]] = []
+    for name in foveate.families():
+        family = foveate.get_family(name)
+        assert family is not None
+        fitting = [m for m in foveate.methods() if foveate.method_class(m).place in family.places]
+        examples = list(family.examples)
+        rows.append({"model_type": name, "summary": family.summary, "methods": fitting, "examples": examples})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = listing()
+    for row in rows:
+        more = f"\nmethods: {', '.join(row['methods'])}\nsuch as {', '.join(row['examples'])}"
+        table.add_row(row["model_type"], Text.assemble(row["summary"], (more, "dim")))
+    Console().print(table)

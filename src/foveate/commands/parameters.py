@@ -1,0 +1,32 @@
+"""Arguments and options that several commands have, declared once."""
+
+from typing import Annotated
+
+import typer
+
+from foveate.asking.loading import DTYPES
+
+SEEDS = 2**63 - 1  # the most that torch takes
+
+Words = Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False)]
+Model = Annotated[str, typer.Option(help="glimpse (built in), a hub id, or a model folder.")]
+Together = Annotated[
+    list[str] | None,
+    typer.Option("--method", "-m", help="See: foveate methods. May be repeated; a+b applies two of them together."),
+]
+Keep = Annotated[str | None, typer.Option(help="Fraction of each image's tokens (0.25), or tokens per image (64).")]
+Keeps = Annotated[str, typer.Option(metavar="KEEP,...", help="Fractions of each image's tokens, or tokens per image.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Any other option of the method.")
+]
+Guide = Annotated[
+    str | None,
+    typer.Option(help="The smaller model of sgl: a hub id or a folder.", show_default="glimpse's own, if glimpse"),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+Dtype = Annotated[str, typer.Option(help=f"auto, {', '.join(DTYPES)}.")]
+Attention = Annotated[
+    str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,164 @@
+"""Reads what a command was given about pictures, methods and a model, and loads what it names."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.asking.asker import Asker
+from foveate.asking.loading import GLIMPSE, built_in, check_dtype, hush, load, load_guide, read_config, resolve_device
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import PLACES, guide_option, typed
+from foveate.asking.subject import Subject, Variant
+from foveate.commands.display import status
+
+if TYPE_CHECKING:
+    from foveate.methods.base import Method
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+
+
+def split(words: Sequence[str], command: str = "ask") -> tuple[Sequence[str], str]:
+    """Images and question; the question comes last."""
+    *images, question = words
+    looks_like_file = Path(question).suffix.lower() in PICTURES and len(question.split()) == 1
+    with contextlib.suppress(OSError):  # too long for a file name: a question
+        looks_like_file = looks_like_file or Path(question).exists()
+    if looks_like_file and question.strip():
+        raise Mistake(
+            f'no question: the last argument is {question}; write: foveate {command} {question} "What is this?"'
+        )
+    if not images:
+        raise Mistake(f'no image: write the picture before the question: foveate {command} photo.jpg "{question}"')
+    if not question.strip():
+        raise Mistake('the question is empty: write one after the image, such as "What is in the picture?"')
+    return images, question
+
+
+def parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """The options of methods, `keep` among them, as `--keep` and `-o name=value` write them."""
+    options: dict[str, Any] = {}
+    if keep is not None:
+        options["keep"] = typed(keep)
+        if not isinstance(options["keep"], (int, float)) or isinstance(options["keep"], bool):
+            raise Mistake(f"--keep {keep} is no number: give a fraction (0.25) or tokens per image (64)")
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise Mistake(f"-o {pair}: write name=value, such as -o strategy=row")
+        if name in options:
+            raise Mistake(f"{name} is given twice: give it once, by --keep or -o")
+        options[name] = typed(value.strip())
+    return options
+
+
+def _build(names: Sequence[str], options: dict[str, Any], guide: str | None) -> list[tuple[Method, dict[str, Any]]]:
+    """The methods, each with those of the options that it has; an option that none has is a mistake.
+
+    guide: as `guide_option` takes it.
+    """
+    import foveate
+
+    try:
+        classes = [foveate.method_class(name) for name in dict.fromkeys(names)]
+        fields = [[f.name for f in dataclasses.fields(cls)] for cls in classes]
+        for option in options:
+            if not any(option in own for own in fields):
+                known = "; ".join(f"{c.name} has {', '.join(own)}" for c, own in zip(classes, fields, strict=True))
+                raise Mistake(f"no option {option!r}: {known}")
+        own_options = [{name: options[name] for name in options if name in own} for own in fields]
+        built = [
+            foveate.get_method(c.name, **own, **guide_option(c, own, guide))
+            for c, own in zip(classes, own_options, strict=True)
+        ]
+    except (ValueError, TypeError) as error:
+        raise Mistake(one_line(error)) from error
+    # `keep` belongs to every label, also where it is the default.
+    return [(m, {"keep": m.keep, **own}) for m, own in zip(built, own_options, strict=True)]
+
+
+def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
+    """The methods asked for, or the family's natural one; checked against the family before weights load."""
+    import foveate
+
+    family = foveate.get_family(config.model_type)
+    if family is None:
+        known = ", ".join(foveate.families())
+        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known} (see: foveate families)")
+    fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]
+    if not names:
+        blind = [name for name in fitting if foveate.method_class(name).source.startswith("baseline")]
+        return ["fopru"] if "fopru" in fitting else [name for name in fitting if name not in blind][:1]
+    for name in names:
+        if name not in fitting:
+            place = PLACES[foveate.method_class(name).place]
+            others = ", ".join(fitting)
+            raise Mistake(f"{name} drops tokens {place}, which {config.model_type} models lack: use {others}")
+    return names
+
+
+def load_chosen(
+    model: str,
+    names: Sequence[str] | None,
+    options: dict[str, Any],
+    guide: str | None,
+    device: str,
+    dtype: str,
+    attn: str | None,
+) -> tuple[Any, Any, list[tuple[Method, dict[str, Any]]]]:
+    """The model and its processor, and what `_build` makes of the methods asked for, or of the model's own."""
+    hush()
+    named = guide or (GLIMPSE if model == GLIMPSE else None)
+    if names:
+        _build(names, options, named)  # a wrong name should not wait for the model
+    source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
+    config = read_config(source)
+    methods = _build(_fitting(config, names), options, named)
+    load_guide([m for m, _ in methods], guide, source, config, device=device, dtype=dtype)
+    return *load(source, config, device=device, dtype=dtype, attn=attn), methods
+
+
+def load_subject(
+    command: str,
+    words: Sequence[str],
+    model: str,
+    method: Sequence[str] | None,
+    keep: str | None,
+    option: Sequence[str] | None,
+    guide: str | None,
+    device: str,
+    dtype: str,
+    attn: str | None,
+    max_new_tokens: int = 64,
+) -> Subject:
+    """Read the arguments of a command that looks at a model closely, and load what they name."""
+    names, question = split(words, command)
+    options = parse_options(keep, option or [])
+    check_dtype(dtype)
+
+    from foveate.asking.pictures import open_picture
+
+    pictures = [open_picture(name) for name in names]
+    together = [[name.strip() for name in part.split("+")] for part in method or []]
+    with status("loading", quiet=False):
+        device = resolve_device(device)
+        named = [name for part in together for name in part]
+        loaded, processor, methods = load_chosen(model, named, options, guide, device, dtype, attn)
+        built = {m.name: (m, own) for m, own in methods}
+        variants = [Variant(*zip(*(built[name] for name in part), strict=True)) for part in together or [list(built)]]
+        asker = Asker(loaded, processor, pictures, question, max_new_tokens)
+    settings = {
+        "model": model,
+        "images": list(names),
+        "question": question,
+        "device": device,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "attn": loaded.config._attn_implementation,
+    }
+    if guide is not None:
+        settings["guide"] = guide
+    return Subject(loaded, processor, asker, pictures, variants, settings)

@@ -1,0 +1,126 @@
+"""What a picture of the world holds: its words, its things, and where they lie; everything follows from a seed.
+
+A picture holds one to six things, each in its own cell of a 3x3 grid (never near a border between two
+cells, so that every place has one name): emoji sprites, coloured shapes, at most one printed number and one
+printed word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SPRITES = {
+    "dog": "🐕", "cat": "🐈", "horse": "🐎", "cow": "🐄", "pig": "🐖", "rabbit": "🐇",
+    "elephant": "🐘", "monkey": "🐒", "tiger": "🐅", "bear": "🐻", "panda": "🐼", "fox": "🦊",
+    "frog": "🐸", "penguin": "🐧", "owl": "🦉", "duck": "🦆", "chicken": "🐔", "turtle": "🐢",
+    "snake": "🐍", "whale": "🐳", "octopus": "🐙", "crab": "🦀", "bee": "🐝", "snail": "🐌",
+    "ladybug": "🐞", "spider": "🕷", "apple": "🍎", "banana": "🍌", "lemon": "🍋", "pear": "🍐",
+    "pineapple": "🍍", "carrot": "🥕", "mushroom": "🍄", "pizza": "🍕", "burger": "🍔", "donut": "🍩",
+    "cake": "🎂", "tree": "🌳", "cactus": "🌵", "sunflower": "🌻", "rose": "🌹", "car": "🚗",
+    "bus": "🚌", "bicycle": "🚲", "train": "🚂", "rocket": "🚀", "tractor": "🚜", "helicopter": "🚁",
+    "house": "🏠", "clock": "⏰", "key": "🔑", "umbrella": "☔", "book": "📕", "guitar": "🎸",
+    "drum": "🥁", "ball": "⚽", "balloon": "🎈", "crown": "👑", "hat": "🎩", "gift": "🎁",
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "diamond")
+COLOURS = {
+    "red": (214, 40, 40), "orange": (247, 140, 20), "yellow": (250, 220, 40), "green": (40, 160, 60),
+    "blue": (40, 80, 220), "purple": (140, 50, 180), "white": (250, 250, 250), "black": (20, 20, 20),
+}  # fmt: skip
+WORDS = (
+    "stop", "exit", "open", "sale", "shop", "bank", "hotel", "park", "milk", "tea", "fish", "zoo",
+    "north", "south", "east", "west", "hello", "yes", "cash", "wine", "music", "taxi", "push", "pull",
+)  # fmt: skip
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+
+SIZE = 168  # pixels a side of a picture as the model sees it
+PATCH = 14  # pixels a side of one patch, so 12 x 12 patches
+PRINT = 24 / 168  # height of print, as a fraction of the picture: one digit is as wide as one patch
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing. `x`, `y` (centre) and `size` are fractions of the picture's side, `angle` is in degrees."""
+
+    kind: str  # a sprite's name, a shape's name, "number" or "word"
+    detail: str  # the shape's colour, the digits, the word; "" for a sprite
+    cell: int  # 0..8, row by row
+    x: float
+    y: float
+    size: float
+    angle: float
+    brightness: float
+
+    @property
+    def name(self) -> str:
+        """What an answer calls it, as in "dog", "red circle", "number 42", "word stop"."""
+        if self.kind in SHAPES:
+            return f"{self.detail} {self.kind}"
+        return f"{self.kind} {self.detail}".strip()
+
+    @property
+    def place(self) -> str:
+        """Name of its cell, as in "top left"."""
+        return place(self.cell)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in reading order, and the seed of the background behind them."""
+
+    things: tuple[Thing, ...]
+    background: int
+
+
+def place(cell: int) -> str:
+    """Name of a cell of the 3x3 grid, numbered row by row."""
+    return f"{ROWS[cell // 3]} {COLUMNS[cell % 3]}"
+
+
+def imagine(rng: np.random.Generator, least: int = 1, most: int = 6, more_print: float = 0.0) -> Scene:
+    """Draw the content of a picture at random: `least` to `most` (at most 9) things.
+
+    One number and one word are as much print as questions can be asked about; `more_print` is the share of further
+    things that become print as well, for learning to read.
+    """
+    cells = rng.permutation(9)[: rng.integers(least, most + 1)]
+    special = {}
+    if rng.random() < 0.55:
+        special[0] = _print_out("number", rng)
+    if rng.random() < 0.55 and len(cells) > len(special):
+        special[len(special)] = _print_out("word", rng)
+    things: list[Thing] = []
+    for index, cell in enumerate(cells):
+        if index in special:
+            kind, detail = special[index]
+        elif rng.random() < more_print:
+            kind, detail = _print_out(str(rng.choice(["number", "word"])), rng)
+        elif things and things[-1].kind in SPRITES and rng.random() < 0.25:
+            kind, detail = things[-1].kind, ""
+        elif rng.random() < 0.22:
+            kind, detail = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
+        else:
+            kind, detail = str(rng.choice(list(SPRITES))), ""
+        printed = kind in ("number", "word")
+        x, y = (np.array([cell % 3, cell // 3]) + 0.5 + rng.uniform(-0.24, 0.24, 2)) / 3
+        things.append(
+            Thing(
+                kind,
+                detail,
+                int(cell),
+                float(x),
+                float(y),
+                size=PRINT if printed else float(rng.uniform(0.24, 0.33)),
+                angle=0.0 if printed else float(rng.uniform(-15, 15)),
+                brightness=float(rng.uniform(0.8, 1.15)),
+            )
+        )
+    return Scene(tuple(sorted(things, key=lambda thing: thing.cell)), int(rng.integers(2**31)))
+
+
+def _print_out(kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    if kind == "word":
+        return kind, str(rng.choice(WORDS))
+    return kind, str(rng.integers(10, 1000 if rng.random() < 0.7 else 100))
