@@ -14,7 +14,13 @@ from .methods import get_method, method_class
 from .methods import method_names as methods
 
 __version__ = version("foveate")
-_HERE = ("families", "get_family", "get_method", "method_class", "methods")
+_QUICK = {
+    "families": families,
+    "get_family": get_family,
+    "get_method": get_method,
+    "method_class": method_class,
+    "methods": methods,
+}
 # torch and transformers take seconds to import; `foveate --help` should not. The classes of the methods come from the
 # registry, and `__all__` with them: both load the methods, and with them torch.
 _LAZY = {
@@ -28,7 +34,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     elif name == "__all__":
-        value = sorted([*_HERE, *_LAZY, *_built_in_classes()])
+        value = sorted([*_QUICK, *_LAZY, *_built_in_classes()])
     elif name[:1].isupper() and name in (classes := _built_in_classes()):  # submodules and dunders load nothing
         value = classes[name]
     else:
