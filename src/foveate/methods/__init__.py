@@ -5,7 +5,6 @@ A module of this folder is known as soon as it is here; other packages use the e
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +52,8 @@ def get_method(name: str, /, **options: Any) -> Method:
     Raises:
         ValueError: for an unknown name, an option that the method lacks, or a value outside its range.
     """
+    import dataclasses  # here, since it imports inspect and `import foveate` should stay quick
+
     cls = method_class(name)
     fields = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(options).difference(fields)):
