@@ -1,7 +1,8 @@
-"""Writes docs/methods.md, and the tables in the README, in docs/measuring.md and in training/README.md.
+"""Writes docs/methods.md, the stub of the package, and the tables in README.md, docs/measuring.md, training/README.md.
 
 Facts (place, options, source) come from the code, prose from docs/methods/NAME.md. Tables stand between
-`<!-- methods -->`, or `<!-- foveate table ... -->` with any of that command's options, and `<!-- end -->`.
+`<!-- methods -->`, `<!-- families -->`, or `<!-- foveate table ... -->` with any of that command's options, and
+`<!-- end -->`.
 
 python docs/generate.py
 """
@@ -13,16 +14,20 @@ import io
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
 
+import foveate
 from foveate.commands.app import app
-from foveate.methods import method_class, method_names
+from foveate.families import family_names, get_family
+from foveate.methods import built_in_classes, method_class, method_names
 from foveate.methods.base import Method
 
 HERE = Path(__file__).parent
+STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
 PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE.parent / "training" / "README.md")
 PLACES = {
     "encoder": "Before the LLM",
@@ -96,7 +101,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def readme_table() -> str:
+def methods_table() -> str:
     """All methods in short, place by place."""
     rows = ["| name | drops tokens | what it does | default | source |", "|---|---|---|---|---|"]
     for place, title in PLACES.items():
@@ -108,6 +113,54 @@ def readme_table() -> str:
                 source = re.sub(r".*?(\d{4}\.\d{5}).*", r"[\1](https://arxiv.org/abs/\1)", cls.source)
                 rows.append(f"| `{name}` | {title[0].lower() + title[1:]} | {what} | `keep={keep}` | {source} |")
     return "\n".join(rows)
+
+
+def families_table() -> str:
+    """All families: models of each, and the methods that fit its places."""
+    rows = ["| `model_type` | models, for example | methods |", "|---|---|---|"]
+    for model_type in family_names():
+        family = get_family(model_type)
+        assert family is not None
+        fits = {name: method_class(name).place in family.places for name in method_names()}
+        fitting, others = ([f"`{name}`" for name in fits if fits[name] is fit] for fit in (True, False))
+        methods = ", ".join(fitting) if len(fitting) <= len(others) else f"all but {', '.join(others)}" * bool(others)
+        rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {methods or 'all'} |")
+    return "\n".join(rows)
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """As ruff orders names: constants, classes, functions."""
+    return sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+
+
+def stub() -> str:
+    """The whole of src/foveate/__init__.pyi: what type checkers cannot see of a module that asks a registry."""
+    modules: dict[str, list[str]] = {}
+    for cls in built_in_classes().values():
+        modules.setdefault(cls.__module__.removeprefix("foveate."), []).append(cls.__name__)
+    imports = {
+        "engine": "Pruned, PruneReport, UnsupportedError, prune",
+        "methods.base": "Method",
+        **{module: ", ".join(ordered(names)) for module, names in modules.items()},
+    }
+    return "\n".join(
+        [
+            "# Written by docs/generate.py from the registry. What the package does stands in __init__.py.",
+            "",
+            f"from .engine import {imports.pop('engine')}",
+            "from .families import family_names as families",
+            "from .families import get_family",
+            "from .methods import get_method, method_class",
+            "from .methods import method_names as methods",
+            *(f"from .{module} import {names}" for module, names in sorted(imports.items())),
+            "",
+            "__version__: str",
+            "__all__ = [",
+            *(f'    "{name}",' for name in ordered(foveate.__all__)),
+            "]",
+            "",
+        ]
+    )
 
 
 def printed(command: str) -> str:
@@ -127,13 +180,16 @@ def renewed(path: Path) -> str:
     """A page with its tables renewed, between two comments each."""
 
     def block(match: re.Match[str]) -> str:
-        table = readme_table() + "\n" if match[1] == "methods" else printed(match[1])
+        tables = {"methods": methods_table, "families": families_table}
+        table = tables[match[1]]() + "\n" if match[1] in tables else printed(match[1])
         return f"<!-- {match[1]} -->\n{table}<!-- end -->"
 
-    return re.sub(r"<!-- (methods|foveate table [^\n]*) -->\n.*?<!-- end -->", block, path.read_text(), flags=re.DOTALL)
+    blocks = r"<!-- (methods|families|foveate table [^\n]*) -->\n.*?<!-- end -->"
+    return re.sub(blocks, block, path.read_text(), flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     (HERE / "methods.md").write_text(page())
+    STUB.write_text(stub())
     for path in PAGES:
         path.write_text(renewed(path))

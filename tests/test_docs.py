@@ -52,7 +52,23 @@ def test_tables_are_up_to_date():
     module = generator()
     for path in module.PAGES:
         assert path.read_text() == module.renewed(path), "run: python docs/generate.py"
-    assert "<!-- methods -->" in (DOCS.parent / "README.md").read_text()
+    readme = (DOCS.parent / "README.md").read_text()
+    assert "<!-- methods -->" in readme and "<!-- families -->" in readme
+
+
+def test_the_table_of_families_says_what_fits():
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", generator().families_table(), flags=re.MULTILINE))
+    del rows["model_type"]
+    assert list(rows) == foveate.families()
+    for model_type, methods in rows.items():
+        named, places = set(re.findall(r"`(\w+)`", methods)), foveate.get_family(model_type).places
+        fitting = {name for name in foveate.methods() if foveate.method_class(name).place in places}
+        assert named == (set(foveate.methods()) - fitting if methods.startswith("all but") else fitting)
+
+
+def test_the_stub_is_up_to_date():
+    module = generator()
+    assert module.STUB.read_text() == module.stub(), "run: python docs/generate.py"
 
 
 def test_a_block_holds_what_its_command_prints(tmp_path):

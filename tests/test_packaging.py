@@ -34,7 +34,12 @@ def test_wheel_holds_all_code_and_glimpse(wheel):
     held = {name for name in wheel.namelist() if name.startswith("foveate/")}
     code = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src/foveate").rglob("*.py")}
     assert code <= held
-    assert {"foveate/py.typed", "foveate/glimpse/sprites.png", "foveate/glimpse/NOTICE.md"} <= held
+    assert {
+        "foveate/py.typed",
+        "foveate/__init__.pyi",
+        "foveate/glimpse/sprites.png",
+        "foveate/glimpse/NOTICE.md",
+    } <= held
     for part in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "processor_config.json"):
         assert f"foveate/glimpse/model/{part}" in held
     assert {"foveate/glimpse/small/config.json", "foveate/glimpse/small/model.safetensors"} <= held

@@ -1,10 +1,9 @@
-"""What every method shares: options, budgets, and the places where image tokens can be dropped."""
+"""What every method shares: its options, and the places where image tokens can be dropped."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -14,67 +13,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+# All of them, also those that nothing here needs: methods of other packages import them from here.
+from .budgets import check_keep, check_range, floor_budget, scaled_layers, token_budget, topk_mask  # noqa: F401
 from .tokens import EncoderTokens, ImageGroups, LayerTokens
 
 Place = Literal["encoder", "layer", "cache", "cross", "logits"]
 CONFIG_NAME = "foveate_config.json"
-
-
-def check_keep(keep: object) -> None:
-    """Raise ValueError unless `keep` is a float in (0, 1] or an int >= 1."""
-    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-    if not is_count and not (isinstance(keep, float) and 0 < keep <= 1):
-        raise ValueError(
-            f"keep must be a float in (0, 1], the fraction that stays, or an int >= 1, tokens per image; got {keep!r}"
-        )
-
-
-def check_range(name: str, value: object, low: float, high: float = math.inf, *, integer: bool = False) -> None:
-    """Raise ValueError unless `low <= value <= high` (and `value` is an int where `integer`)."""
-    kinds = int if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high or value == math.inf:
-        kind = "an int" if integer else "a number"
-        bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {kind} {bounds}, got {value!r}")
-
-
-def token_budget(keep: float | int, tokens: int) -> int:
-    """How many of `tokens` stay: floor(keep * tokens) for a fraction, min(keep, tokens) for a count; never 0."""
-    # The epsilon undoes binary rounding: 0.29 * 100 is 28.999999999999996.
-    return min(tokens, keep) if isinstance(keep, int) else max(1, math.floor(keep * tokens + 1e-6))
-
-
-def floor_budget(share: Tensor, groups: ImageGroups) -> Tensor:
-    """`floor(share * total) - pinned` of each image, at least 1 and at most its candidates.
-
-    share: (..., groups) fraction of each image that stays. Returns int64 of the same shape.
-    """
-    budget = (share * groups.total + 1e-4).floor().long() - groups.pinned
-    return torch.minimum(budget.clamp(min=1), groups.count)
-
-
-def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ...]:
-    """Layers that a paper names for a model of `of` layers, at the same relative depth of a model of `depth`.
-
-    Strictly ascending and in [1, depth - 1]; where there is no room for all, the deepest are left out.
-    """
-    scaled: list[int] = []
-    for layer in layers:
-        scaled.append(max(min(round(layer * depth / of), depth - 1), scaled[-1] + 1 if scaled else 1))
-    return tuple(layer for layer in scaled if layer < depth)
-
-
-def topk_mask(scores: Tensor, k: Tensor | int) -> Tensor:
-    """True for the `k` largest of the last dimension; among equal scores the lower index wins.
-
-    scores: (..., n); -inf marks what may not be chosen. k: (...) or one number. Returns bool (..., n).
-    """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    )
-    limit = k.unsqueeze(-1) if isinstance(k, Tensor) else k
-    return (rank < limit) & (scores > -math.inf)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import register
-from .base import CacheMethod, check_range, topk_mask
+from .base import CacheMethod
+from .budgets import check_range, topk_mask
 from .tokens import LayerTokens
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import register
-from .base import LayerMethod, check_range, floor_budget, topk_mask
+from .base import LayerMethod
+from .budgets import check_range, floor_budget, topk_mask
 from .tokens import LayerTokens
 
 

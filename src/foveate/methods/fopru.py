@@ -8,7 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from . import register
-from .base import EncoderMethod, EncoderTokens, topk_mask
+from .base import EncoderMethod
+from .budgets import topk_mask
+from .tokens import EncoderTokens
 
 
 def significance(received: Tensor, given: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from . import register
-from .base import ContrastMethod, check_range, floor_budget, topk_mask
+from .base import ContrastMethod
+from .budgets import check_range, floor_budget, topk_mask
 from .fastv import received_attention
 from .tokens import LayerTokens
 

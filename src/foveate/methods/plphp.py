@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import register
-from .base import CacheMethod, check_range, floor_budget
+from .base import CacheMethod
+from .budgets import check_range, floor_budget
 from .tokens import ImageGroups
 
 

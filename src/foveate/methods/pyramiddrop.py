@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import register
-from .base import topk_mask
+from .budgets import topk_mask
 from .fastv import received_attention
 from .staged import StagedMethod
 from .tokens import LayerTokens

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from . import register
-from .base import GuidedMethod, check_keep, check_range, floor_budget, topk_mask
+from .base import GuidedMethod
+from .budgets import check_keep, check_range, floor_budget, topk_mask
 from .tokens import LayerTokens
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import register
-from .base import check_range, topk_mask
+from .budgets import check_range, topk_mask
 from .clustering import cluster_means, density_peaks
 from .staged import StagedMethod
 from .tokens import LayerTokens

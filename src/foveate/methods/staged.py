@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import LayerMethod, check_keep, check_range, floor_budget, scaled_layers
+from .base import LayerMethod
+from .budgets import check_keep, check_range, floor_budget, scaled_layers
 from .tokens import LayerTokens
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import register
-from .base import LayerMethod, check_range, floor_budget, topk_mask
+from .base import LayerMethod
+from .budgets import check_range, floor_budget, topk_mask
 from .tokens import LayerTokens
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import register
-from .base import CrossMethod, topk_mask
+from .base import CrossMethod
+from .budgets import topk_mask
 
 
 def union_of_heads(attention: Tensor, valid: Tensor, k: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import register
-from .base import EncoderMethod, check_range, topk_mask
+from .base import EncoderMethod
+from .budgets import check_range, topk_mask
 from .tokens import EncoderTokens
 
 

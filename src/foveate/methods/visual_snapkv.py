@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from . import register
-from .base import CacheMethod, check_range
+from .base import CacheMethod
+from .budgets import check_range
 from .tokens import LayerTokens
 
 

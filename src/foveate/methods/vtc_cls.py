@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import register
-from .base import EncoderMethod, check_range, topk_mask
+from .base import EncoderMethod
+from .budgets import check_range, topk_mask
 from .tokens import EncoderTokens
 
 

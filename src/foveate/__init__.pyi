@@ -1,0 +1,66 @@
+# Written by docs/generate.py from the registry. What the package does stands in __init__.py.
+
+from .engine import Pruned, PruneReport, UnsupportedError, prune
+from .families import family_names as families
+from .families import get_family
+from .methods import get_method, method_class
+from .methods import method_names as methods
+from .methods.aircache import AirCache
+from .methods.base import Method
+from .methods.baselines import Random, RandomCache, RandomCross, RandomLayer, Uniform
+from .methods.csp import CSP
+from .methods.dart import DART
+from .methods.divprune import DivPrune
+from .methods.elastic_cache import ElasticCache
+from .methods.fastv import FastV
+from .methods.fopru import FoPru
+from .methods.mint import MINT
+from .methods.plphp import PLPHP
+from .methods.pooling import Pooling
+from .methods.pyramiddrop import PyramidDrop
+from .methods.sgl import SGL
+from .methods.sparsevlm import SparseVLM
+from .methods.topv import TopV
+from .methods.trimmed_llama import TrimmedLlama
+from .methods.visionzip import VisionZip
+from .methods.visual_snapkv import VisualSnapKV
+from .methods.vtc_cls import VTCCLS
+from .methods.zipvl import ZipVL
+
+__version__: str
+__all__ = [
+    "CSP",
+    "DART",
+    "MINT",
+    "PLPHP",
+    "SGL",
+    "VTCCLS",
+    "AirCache",
+    "DivPrune",
+    "ElasticCache",
+    "FastV",
+    "FoPru",
+    "Method",
+    "Pooling",
+    "PruneReport",
+    "Pruned",
+    "PyramidDrop",
+    "Random",
+    "RandomCache",
+    "RandomCross",
+    "RandomLayer",
+    "SparseVLM",
+    "TopV",
+    "TrimmedLlama",
+    "Uniform",
+    "UnsupportedError",
+    "VisionZip",
+    "VisualSnapKV",
+    "ZipVL",
+    "families",
+    "get_family",
+    "get_method",
+    "method_class",
+    "methods",
+    "prune",
+]

@@ -1,0 +1,67 @@
+"""How much stays: what `keep` and other options may be, the budgets they come to, and the choice within a budget."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .tokens import ImageGroups
+
+
+def check_keep(keep: object) -> None:
+    """Raise ValueError unless `keep` is a float in (0, 1] or an int >= 1."""
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not is_count and not (isinstance(keep, float) and 0 < keep <= 1):
+        raise ValueError(
+            f"keep must be a float in (0, 1], the fraction that stays, or an int >= 1, tokens per image; got {keep!r}"
+        )
+
+
+def check_range(name: str, value: object, low: float, high: float = math.inf, *, integer: bool = False) -> None:
+    """Raise ValueError unless `low <= value <= high` (and `value` is an int where `integer`)."""
+    kinds = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high or value == math.inf:
+        kind = "an int" if integer else "a number"
+        bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {kind} {bounds}, got {value!r}")
+
+
+def token_budget(keep: float | int, tokens: int) -> int:
+    """How many of `tokens` stay: floor(keep * tokens) for a fraction, min(keep, tokens) for a count; never 0."""
+    # The epsilon undoes binary rounding: 0.29 * 100 is 28.999999999999996.
+    return min(tokens, keep) if isinstance(keep, int) else max(1, math.floor(keep * tokens + 1e-6))
+
+
+def floor_budget(share: Tensor, groups: ImageGroups) -> Tensor:
+    """`floor(share * total) - pinned` of each image, at least 1 and at most its candidates.
+
+    share: (..., groups) fraction of each image that stays. Returns int64 of the same shape.
+    """
+    budget = (share * groups.total + 1e-4).floor().long() - groups.pinned
+    return torch.minimum(budget.clamp(min=1), groups.count)
+
+
+def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ...]:
+    """Layers that a paper names for a model of `of` layers, at the same relative depth of a model of `depth`.
+
+    Strictly ascending and in [1, depth - 1]; where there is no room for all, the deepest are left out.
+    """
+    scaled: list[int] = []
+    for layer in layers:
+        scaled.append(max(min(round(layer * depth / of), depth - 1), scaled[-1] + 1 if scaled else 1))
+    return tuple(layer for layer in scaled if layer < depth)
+
+
+def topk_mask(scores: Tensor, k: Tensor | int) -> Tensor:
+    """True for the `k` largest of the last dimension; among equal scores the lower index wins.
+
+    scores: (..., n); -inf marks what may not be chosen. k: (...) or one number. Returns bool (..., n).
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    )
+    limit = k.unsqueeze(-1) if isinstance(k, Tensor) else k
+    return (rank < limit) & (scores > -math.inf)
