@@ -25,17 +25,11 @@ from foveate.commands.app import app
 from foveate.families import family_names, get_family
 from foveate.methods import built_in_classes, method_class, method_names
 from foveate.methods.base import Method
+from foveate.methods.places import PLACES
 
 HERE = Path(__file__).parent
 STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
 PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE.parent / "training" / "README.md")
-PLACES = {
-    "encoder": "Before the LLM",
-    "layer": "Inside the LLM",
-    "cache": "In the KV cache",
-    "cross": "In cross-attention",
-    "logits": "In a second run beside the LLM",
-}
 
 
 def meanings(cls: type[Method]) -> dict[str, str]:
@@ -96,7 +90,7 @@ def page() -> str:
     lists = {f"METHODS_{place.upper()}": ", ".join(f"`{n}`" for n in names) for place, names in by_place.items()}
     parts = [(HERE / "methods" / "_overview.md").read_text().format(**lists)]
     for place, title in PLACES.items():
-        parts += [f"## {title}\n", *map(section, by_place[place])]
+        parts += [f"## {title[0].upper() + title[1:]}\n", *map(section, by_place[place])]
     parts.append((HERE / "methods" / "_adding.md").read_text())
     return "\n".join(parts)
 
@@ -111,7 +105,7 @@ def methods_table() -> str:
                 keep = default(next(f for f in dataclasses.fields(cls) if f.name == "keep")).strip("`")
                 what = re.sub(r",? (before|inside) the LLM$", "", cls.summary)  # said in the column before
                 source = re.sub(r".*?(\d{4}\.\d{5}).*", r"[\1](https://arxiv.org/abs/\1)", cls.source)
-                rows.append(f"| `{name}` | {title[0].lower() + title[1:]} | {what} | `keep={keep}` | {source} |")
+                rows.append(f"| `{name}` | {title} | {what} | `keep={keep}` | {source} |")
     return "\n".join(rows)
 
 

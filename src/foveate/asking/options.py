@@ -8,17 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from foveate.asking.mistake import Mistake
+from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
     from foveate.methods.base import Method
-
-PLACES = {
-    "encoder": "before the LLM",
-    "layer": "inside the LLM",
-    "cache": "in the KV cache",
-    "cross": "in cross-attention",
-    "logits": "in a second run beside the LLM",
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from foveate.asking.options import PLACES
 from foveate.commands.display import listing
 from foveate.commands.parameters import Json
+from foveate.methods.places import PLACES
 
 
 def methods(as_json: Json = False) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from foveate.asking.asker import Asker
 from foveate.asking.loading import GLIMPSE, built_in, check_dtype, hush, load, load_guide, read_config, resolve_device
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import PLACES, guide_option, typed
+from foveate.asking.options import guide_option, typed
 from foveate.asking.subject import Subject, Variant
 from foveate.commands.display import status
+from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
     from foveate.methods.base import Method

@@ -11,18 +11,12 @@ from torch import Tensor
 from ..families import family_names, get_family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
+from ..methods.places import PLACES
 from .errors import UnsupportedError
 from .target import Target
 from .upstream import PreTrainedModel
 
 pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
-_WHERE = {
-    "encoder": "between vision encoder and LLM",
-    "layer": "inside the LLM",
-    "cache": "in the KV cache",
-    "cross": "in cross-attention layers",
-    "logits": "on the logits of generate()",
-}
 
 
 def resolve_methods(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
@@ -93,12 +87,12 @@ def check_methods(target: Target, methods: Sequence[Method]) -> None:
         if method.place not in target.family.places:
             fits = [name for name in method_names() if method_class(name).place in target.family.places]
             raise UnsupportedError(
-                f"{method.name} acts {_WHERE[method.place]}, which {target.family.model_type} does not offer; "
+                f"{method.name} acts {PLACES[method.place]}, which {target.family.model_type} does not offer; "
                 f"methods that fit: {', '.join(fits)}"
             )
         if other := taken.get(method.place):
             raise UnsupportedError(
-                f"{other} and {method.name} both act {_WHERE[method.place]}; use one of them, "
+                f"{other} and {method.name} both act {PLACES[method.place]}; use one of them, "
                 "or methods of other places"
             )
         taken[method.place] = method.name

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from foveate.asking.loading import built_in, check_dtype, hush, load, read_config, resolve_device
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import PLACES, parse_keeps, variants
+from foveate.asking.options import parse_keeps, variants
+from foveate.methods.places import PLACES
 
 from . import geometries
 from .evaluate import device_name, dtype_name, fitting

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from foveate.asking.loading import GLIMPSE, built_in, check_dtype, hush, load, load_guide, read_config, resolve_device
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import PLACES, Variant, parse_keeps, variants
+from foveate.asking.options import Variant, parse_keeps, variants
 from foveate.asking.subject import fingerprints
+from foveate.methods.places import PLACES
 
 from .accuracy import BASELINES, GROUPS, MATCHES, Answers, measure
 from .questions import FILE, draw, from_folder, from_glimpse

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from foveate.asking.options import PLACES
+from foveate.methods.places import PLACES
 
 from .results import Row
 
