@@ -25,6 +25,7 @@ from foveate.methods.base import EncoderMethod, scaled_layers, token_budget, top
 @dataclass
 class Brightest(EncoderMethod):
     keep: float | int = 0.5
+    reads = frozenset({{"features"}})
     summary = "keeps the tokens of largest norm"
     source = "a test"
 
