@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from foveate.asking.mistake import Mistake
+from foveate.registry import PluginError
 
 
 class OneLineErrors(TyperGroup):
@@ -18,7 +19,7 @@ class OneLineErrors(TyperGroup):
         """Run; what is not the user's fault still shows its traceback."""
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
-        except Mistake as error:
+        except (Mistake, PluginError) as error:
             status = _complain(str(error))
         except Exception as error:
             # typer's own errors, whichever click it stands on

@@ -12,6 +12,7 @@ from ..families import family_names, get_family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
 from ..methods.places import PLACES
+from ..registry import PluginError
 from .errors import UnsupportedError
 from .target import Target
 from .upstream import PreTrainedModel
@@ -42,7 +43,10 @@ def find_target(model: Any) -> Target:
             f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
             "torch.compile or another wrapper)"
         )
-    family = get_family(model.config.model_type)
+    try:
+        family = get_family(model.config.model_type)
+    except PluginError as error:
+        raise UnsupportedError(str(error)) from error
     if family is None:
         raise UnsupportedError(
             f"foveate does not know the model family {model.config.model_type!r}; supported: "
