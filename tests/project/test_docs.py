@@ -13,7 +13,7 @@ import foveate
 from foveate.evaluation.results import Results
 from foveate.evaluation.tables import markdown
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS.parent / "README.md", *DOCS.parent.glob("C*.md"), *DOCS.glob("*.md"), DOCS.parent / "training/README.md"]
 RESULTS = sorted((DOCS.parent / "benchmarks/results").glob("*"))
 PARTS = ("**Formula.**", "**Costs.**", "**Weak where.**", "**Certainty.**")

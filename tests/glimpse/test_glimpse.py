@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from foveate import glimpse
 from foveate.evaluation import answer, blind, majority, prepare, score
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.png"
+DEMO = Path(__file__).parents[2] / "examples" / "demo.png"
 
 
 @pytest.fixture(scope="module")
