@@ -22,8 +22,9 @@ import foveate
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), *(str(TESTS / room) for room in ("engine", "methods"))]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "engine"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "methods"))
 import oracle
 import test_contrast
 import test_merging_cache
