@@ -16,6 +16,10 @@ demo: $(VENV)/.runtime
 	@mkdir -p demo-output
 	$(BIN)/foveate ask examples/demo.png "Where is the owl?" \
 	    --method fopru --method plphp --compare --show demo-output/kept.png
+	@echo
+	@echo 'To go on:'
+	@echo '    . $(BIN)/activate'
+	@echo '    foveate check examples/demo.png "Where is the owl?" --method plphp   # proves that pruning drops tokens, no more'
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
