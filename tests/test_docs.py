@@ -88,7 +88,7 @@ def test_links_lead_somewhere(page):
 
 
 def untimed(page: str) -> list[str]:
-    """Results of more than a minute whose paragraph, between the table or heading before and theirs, does not say it."""
+    """Results of more than a minute that no text between the table or heading before and theirs gives the time of."""
     found = []
     table = r"((?:(?!^#|^<!-- end).*\n)+?)<!-- foveate table benchmarks/results/(\S+)"
     for about, name in re.findall(table, page, flags=re.MULTILINE):
