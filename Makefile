@@ -17,6 +17,10 @@ demo: $(VENV)/.runtime
 	@mkdir -p demo-output
 	$(BIN)/foveate ask examples/demo.png "Where is the owl?" \
 	    --method fopru --method plphp --compare --show demo-output/kept.png
+	@echo
+	@echo 'To go on:'
+	@echo '    . $(BIN)/activate'
+	@echo '    foveate check examples/demo.png "Where is the owl?" --method plphp   # proves that pruning drops tokens, no more'
 
 test: lint test-newest test-lowest
 

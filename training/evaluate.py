@@ -1,6 +1,6 @@
 """Scores glimpse on its held-out questions, beside what another picture and the most frequent answers score.
 
-python training/evaluate.py --out benchmarks/results/glimpse
+python training/evaluate.py
 
 The folder of results also gets `errors.csv`, the model's wrong answers.
 """

@@ -97,6 +97,12 @@ def test_resumes_and_takes_further_methods(measured):
     after = rows_of(out)
     assert after[: len(before)] == before
     assert [(row["method"], row["keep"], row["batch"]) for row in after[len(before) :]] == [("random", 9, 2)]
+    assert f"{len(before)} rows kept, measured on " in again.stderr and "; 1 measured now" in again.stderr
+    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    idle = run(*FAST, "--methods", "plphp,random", "--keep", "9", "--batch", "2", "--out", out)
+    assert idle.exit_code == 0 and f"nothing new in {out}" in idle.stderr
+    assert f"{len(after)} rows kept, measured on " in idle.stderr and "; 0 measured now" in idle.stderr
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == files
     other = run(*FAST, "--methods", "random", "--keep", "0.5", "--batch", "2", "--padded", "--out", out)
     assert other.exit_code == 2 and "padded" in other.stderr and "--out" in other.stderr
 
@@ -140,7 +146,7 @@ def test_without_out_the_same_command_goes_on_after_a_failure_and_after_ctrl_c_w
     assert run(*args).exit_code == 0
     (folder,) = (tmp_path / "results").iterdir()
     about = json.loads((folder / "run.json").read_text())
-    assert about["finished"] and [each["rows"] for each in about["runs"]] == [0, 1, 0]
+    assert about["finished"] and [each["rows"] for each in about["runs"]] == [0, 1]
 
 
 def test_every_method_that_fits_is_measured(tmp_path):

@@ -348,9 +348,12 @@ def test_finished_methods_are_not_proven_again(tmp_path, monkeypatch):
     words = (PICTURE, QUESTION, "-m", "fopru", "--steps", "2", "--out", tmp_path)
     first = run(*words)
     monkeypatch.setattr("foveate.evaluation.check.prove", None)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
     again = run(*words)
     assert again.exit_code == 0, again.output
     assert again.stdout == first.stdout
+    assert "2 rows kept, measured on " in again.stderr and f"nothing new in {tmp_path}" in again.stderr
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
     other = run(*words[:-1], tmp_path, "--dtype", "bfloat16")
     assert other.exit_code == 2 and "dtype" in other.stderr
 

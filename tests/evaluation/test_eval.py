@@ -184,9 +184,13 @@ def test_the_command_writes_a_folder_and_a_second_run_repeats_nothing(tmp_path, 
             assert min(picture.size) > 400
 
     monkeypatch.setattr("foveate.evaluation.accuracy.generate", None)  # nobody is asked again
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
     again = run(*args)
     assert again.exit_code == 0 and again.stdout == first.stdout
     assert read(out)[0] == rows
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    assert f"{len(rows)} rows kept, measured on " in again.stderr and "; 0 measured now" in again.stderr
+    assert f"nothing new in {out}" in again.stderr and "kept" not in first.stderr and f"wrote {out}" in first.stderr
 
 
 def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -207,6 +211,7 @@ def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monk
     resumed = run(*args)
     assert resumed.exit_code == 0, resumed.output
     whole = run(*args[:-1], tmp_path / "whole")
+    assert "2 rows kept, measured on " in resumed.stderr and "; 5 measured now" in resumed.stderr
     assert resumed.stdout == whole.stdout and len(calls) == 3 + len(read(tmp_path / "out")[0]) - 2 + 7
 
 
@@ -253,7 +258,7 @@ def test_without_out_the_same_command_goes_on_after_a_failure_and_after_ctrl_c_w
     (folder,) = (tmp_path / "results").iterdir()
     rows, about = read(folder)
     assert [row["method"] for row in rows] == [UNTOUCHED, *BLIND, "divprune"]
-    assert about["finished"] and [each["rows"] for each in about["runs"]] == [len(BLIND) + 1, 1, 0]
+    assert about["finished"] and [each["rows"] for each in about["runs"]] == [len(BLIND) + 1, 1]
 
 
 def test_what_does_not_fit_is_left_out_of_all_with_a_line(tmp_path, monkeypatch):

@@ -49,6 +49,69 @@ def test_the_same_settings_go_on(tmp_path):
         }
 
 
+def state(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_rows_of_earlier_runs_are_said_and_a_run_without_new_ones_touches_nothing(tmp_path, capsys):
+    with results(tmp_path) as out:
+        out.add({"method": "a", "keep": 0.5, "accuracy": 0.1})
+    assert capsys.readouterr() == ("", "") and out.outcome == f"wrote {tmp_path}"
+    (run,) = read(tmp_path)[1]["runs"]
+    when = f"{run['started'][:10]} (commit {run['commit']})" if run["commit"] else run["started"][:10]
+    before = state(tmp_path)
+    with results(tmp_path) as out:
+        assert out.find(method="a", keep=0.5) and not out.due("rows.csv") and out.due("plot.png")
+    assert state(tmp_path) == before and out.outcome == f"nothing new in {tmp_path}"
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"1 row kept, measured on {when}; 0 measured now (another --out measures anew)\n"
+    with results(tmp_path) as out:
+        out.add({"method": "b", "keep": 0.5, "accuracy": 0.1})
+        assert out.due("rows.csv")
+    assert capsys.readouterr().err == f"1 row kept, measured on {when}; 1 measured now\n"
+    assert [run["rows"] for run in read(tmp_path)[1]["runs"]] == [1, 1]
+
+
+def test_the_dates_of_all_runs_that_measured_are_said(tmp_path, capsys):
+    runs = [
+        {"command": "x", "commit": "abc1234", "started": "2026-11-21T18:14:11+00:00", "rows": 2},
+        {"command": "x", "commit": None, "started": "2026-11-22T18:14:11+00:00", "rows": 1},
+        {"command": "x", "commit": "def5678", "started": "2026-11-23T18:14:11+00:00", "rows": 0},
+    ]
+
+    def said(runs):
+        with results(tmp_path) as out:
+            pass
+        about = json.loads((tmp_path / "run.json").read_text())
+        (tmp_path / "run.json").write_text(json.dumps({**about, "runs": runs}))
+        (tmp_path / "rows.json").write_text(json.dumps([{"method": "a", "keep": keep} for keep in (1, 2, 3)]))
+        capsys.readouterr()
+        with results(tmp_path) as out:
+            out.add({"method": "b", "keep": 1})
+        return capsys.readouterr().err
+
+    assert said(runs) == "3 rows kept, measured on 2026-11-21 (commit abc1234), 2026-11-22; 1 measured now\n"
+    many = [{**runs[0], "started": f"2026-11-2{day}T18:14:11+00:00"} for day in range(5)]
+    assert said(many) == "3 rows kept, measured on 2026-11-20 to 2026-11-24 (5 runs); 1 measured now\n"
+    assert said([{"command": "x"}]) == "3 rows kept; 1 measured now\n"
+
+
+def test_a_stopped_run_is_finished_by_one_without_new_rows_and_gets_no_entry(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), results(tmp_path) as out:
+        out.add({"method": "a", "keep": 0.5, "accuracy": 0.1})
+        raise KeyboardInterrupt  # while plots are drawn
+    with pytest.raises(KeyboardInterrupt), results(tmp_path) as out:
+        assert out.due("rows.csv")
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "" and not read(tmp_path)[1]["finished"]
+    with results(tmp_path) as out:
+        assert out.due("rows.csv")
+    assert "1 row kept" in capsys.readouterr().err and out.outcome == f"wrote {tmp_path}"
+    _, about = read(tmp_path)
+    assert about["finished"] and [run["rows"] for run in about["runs"]] == [1]
+
+
 def test_csv_holds_any_text_and_quotes_only_what_needs_it(tmp_path):
     rows = [{"a": "plain", "b": 0.5}, {"a": "one\rtwo", "b": None}, {"a": "\r\n", "c": '"\n,'}, {"a": "three\r"}]
     write_csv(tmp_path / "a.csv", rows)
@@ -155,7 +218,7 @@ def test_without_out_a_folder_goes_on_where_rows_failed(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written_leaves_no_part(tmp_path):
-    write(tmp_path / "a.txt", "old")
+    assert write(tmp_path / "a.txt", "old") and not write(tmp_path / "a.txt", "old")
     with pytest.raises(UnicodeEncodeError):
         write(tmp_path / "a.txt", "new \ud800")
     (tmp_path / "folder").mkdir()

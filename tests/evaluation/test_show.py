@@ -247,9 +247,15 @@ def test_the_command_writes_pictures_and_a_page(tmp_path):
     assert per_head.height > 6 * 280 > 3 * staged.height, "a row a layer; stages side by side"
     rows = json.loads((out / "rows.json").read_text())
     assert [row["kept"] for row in rows if row["method"].startswith("pyramiddrop")] == [144, 144, 90, 57, 36, 36]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
     again = run(PICTURE, QUESTION, "-m", "plphp", "-m", "pyramiddrop", "--keep", "0.25", "--out", out)
     assert again.exit_code == 0
-    assert json.loads((out / "rows.json").read_text()) == rows
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    assert f"{len(rows)} rows kept, measured on " in again.stderr and f"nothing new in {out}" in again.stderr
+    one = run(PICTURE, QUESTION, "-m", "plphp", "--keep", "0.25", "--out", out)
+    assert f"wrote {out}/show.html" in one.stderr and len(Page(out / "show.html").data["variants"]) == 1
+    shorter = run(PICTURE, QUESTION, "-m", "plphp", "--keep", "0.25", "--out", out, "--max-new-tokens", "1")
+    assert shorter.exit_code == 2 and "max_new_tokens" in shorter.stderr
 
 
 def test_the_command_shows_what_a_guide_chose(tmp_path):

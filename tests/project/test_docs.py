@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -100,3 +101,30 @@ def test_every_recorded_result_is_a_folder_with_a_table(folder):
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def untimed(page: str) -> list[str]:
+    """Results of more than a minute that no text between the table or heading before and theirs gives the time of."""
+    found = []
+    table = r"((?:(?!^#|^<!-- end).*\n)+?)<!-- foveate table benchmarks/results/(\S+)"
+    for about, name in re.findall(table, page, flags=re.MULTILINE):
+        runs = json.loads((DOCS.parent / "benchmarks/results" / name / "run.json").read_text())["runs"]
+        minutes = sum(run["seconds"] for run in runs) / 60
+        if minutes > 1 and f"({minutes:.0f} min on 2 cores)" not in " ".join(about.split()):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/measuring.md"])
+def test_a_reader_measures_anew_and_is_told_how_long_it_takes(page):
+    text = (DOCS.parent / page).read_text()
+    prose = re.sub(r"<!-- foveate table [^\n]* -->", "", text)
+    assert "--out benchmarks/" not in " ".join(prose.split()), "it would print rows that are there already"
+    assert untimed(text) == []
+
+
+def test_a_missing_time_is_seen():
+    table = "<!-- foveate table benchmarks/results/proof -->\n<!-- end -->\n"
+    page = f"# A\n\n`proof.py` (7 min on 2\ncores)\n\n{table}\n`proof.py`\n\n{table}"
+    assert untimed(page) == ["proof"] and untimed(page.replace("7", "8", 1)) == ["proof"] * 2
+    assert len(re.findall(r"min on 2\s+cores", (DOCS.parent / "README.md").read_text())) >= 9

@@ -74,7 +74,7 @@ def bench(
     )
     if results.rows:
         Console().print(overview(results.rows).rich(), crop=False)
-    console.print(Text(f"wrote {results.folder}", style="dim"), soft_wrap=True)
+    console.print(Text(results.outcome, style="dim"), soft_wrap=True)
     if lost:
         for line in lost:
             console.print(Text(f"not measured: {line}"), soft_wrap=True)

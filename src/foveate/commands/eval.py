@@ -66,7 +66,7 @@ def eval_command(
         console=console,
     )
     Console().print(overview(results.rows).rich(), crop=False)
-    console.print(Text(f"wrote {results.folder}", style="dim"), soft_wrap=True)
+    console.print(Text(results.outcome, style="dim"), soft_wrap=True)
     if lost:
         console.print(Text(f"{len(lost)} rows of the data or of the results are missing: see above"), soft_wrap=True)
         raise typer.Exit(1)

@@ -172,12 +172,15 @@ def _draw(results: Results, batch: int, title: str) -> None:
 
     rows = [dict(row) for row in results.rows if row["batch"] == batch]
     for name, what in (("ttft", "time to the first token"), ("decode", "time of a decoding step")):
+        file = f"{name}-batch-{batch}.png"
+        if not results.due(file):
+            continue
         for row in rows:
             row[f"{name}_bound"] = row[f"ideal_{name}_ms"] / row[f"untouched_{name}_ms"]
         level: Row = {"place": None, f"{name}_vs_untouched": 1.0}
         curves(
             [level, *rows],
-            results.folder / f"{name}-batch-{batch}.png",
+            results.folder / file,
             y=f"{name}_vs_untouched",
             bound=f"{name}_bound",
             ylabel=f"{what}, % of the untouched model's",

@@ -46,14 +46,15 @@ def check(subject: Subject, *, steps: int, out: Path | None) -> bool:
                 for row in _rows(variant, proof, subject):
                     if not results.find(method=variant.label, step=row["step"]):
                         results.add(row)
-        plot(results.rows, results.folder / "difference.png")
+        if results.due("difference.png"):
+            plot(results.rows, results.folder / "difference.png")
     found = {v.label: [row for row in results.rows if row["method"] == v.label] for v in subject.variants}
     if len(found) == 1:
         (rows,) = found.values()
         console.print(_steps(rows), "", sep="\n")
     for label, rows in found.items():
         console.print(_verdict(label, rows), soft_wrap=True)
-    Console(stderr=True).print(Text(f"wrote {results.folder}", style="dim"), soft_wrap=True)
+    Console(stderr=True).print(Text(results.outcome, style="dim"), soft_wrap=True)
     return all(row["equal"] for rows in found.values() for row in rows)
 
 

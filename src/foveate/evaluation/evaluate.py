@@ -159,9 +159,12 @@ def _draw(results: Results, title: str, parts: dict[str, Any]) -> None:
     for part in ("", *parts):
         y = f"accuracy:{part}" if part else "accuracy"
         if y in rows[0]:
-            path = results.folder / f"{y.replace(':', '-')}.png"
-            curves(rows, path, y=y, dashed=BASELINES, title=f"{title}, {part}" if part else title)
-    pareto(rows, results.folder / "pareto.png", title=title)
+            name = f"{y.replace(':', '-')}.png"
+            if results.due(name):
+                whole = f"{title}, {part}" if part else title
+                curves(rows, results.folder / name, y=y, dashed=BASELINES, title=whole)
+    if results.due("pareto.png"):
+        pareto(rows, results.folder / "pareto.png", title=title)
 
 
 def overview(rows: Sequence[Row]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -30,7 +31,8 @@ class Results:
     keys holds (model, dtype, device, seeds, ...); a folder takes further rows only under the same settings and
     versions. keys: the columns that name a row, such as ("method", "keep"). folder: None for an unfinished one of the
     same command line under `results/`, or a new one there. complete: to be set to False where rows failed, so that the
-    same command goes on in this folder.
+    same command goes on in this folder. What was measured by earlier runs is said on stderr when the work is done; a
+    run that adds no row to a folder leaves its files alone.
 
         results = Results(out, "eval", settings, keys=("method", "keep"))  # reads and checks, writes nothing
         with results:
@@ -57,6 +59,7 @@ class Results:
         self.folder = Path(folder) if folder is not None else self._default()
         self.rows, about = self._open()
         self._runs: list[Row] = about.get("runs", [])
+        self._finished: bool = about.get("finished", False)
         self._before = len(self.rows)
         self.complete = True
 
@@ -72,6 +75,16 @@ class Results:
         self.rows.append(row)
         self._write(finished=False)
 
+    def due(self, name: str) -> bool:
+        """Whether a file that shows the rows must be drawn: they are new, or it is missing, or a run was stopped."""
+        return len(self.rows) > self._before or not self._finished or not (self.folder / name).exists()
+
+    @property
+    def outcome(self) -> str:
+        """The last line of a command: where the results are."""
+        idle = self._finished and len(self.rows) == self._before
+        return f"nothing new in {self.folder}" if idle else f"wrote {self.folder}"
+
     def _key(self, row: Row) -> str:
         return json.dumps([row[name] for name in self.keys])  # where 1 (token) is not 1.0 (all tokens)
 
@@ -80,11 +93,29 @@ class Results:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Mistake(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        self._write(finished=False)
+        if not self._runs:
+            self._write(finished=False)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._write(finished=self.complete and kind is None)
+        done = self.complete and kind is None
+        if len(self.rows) > self._before or not self._runs or (done and not self._finished):
+            self._write(finished=done)
+        if kind is None and self._before:
+            print(self._reused(), file=sys.stderr)
+
+    def _reused(self) -> str:
+        """How many rows are those of earlier runs, and of which."""
+        runs = [run for run in self._runs if run.get("rows")]
+        dates = [str(run.get("started", "an unknown day"))[:10] for run in runs]
+        commits = [f" (commit {run['commit']})" if run.get("commit") else "" for run in runs]
+        several = list(dict.fromkeys(day + commit for day, commit in zip(dates, commits, strict=True)))
+        if len(several) > 3:
+            several = [f"{min(dates)} to {max(dates)} ({len(runs)} runs)"]
+        new = len(self.rows) - self._before
+        kept = f"{self._before} row{'s' if self._before > 1 else ''} kept"
+        when = f", measured on {', '.join(several)}" if several else ""
+        return f"{kept}{when}; {new} measured now{'' if new else ' (another --out measures anew)'}"
 
     def _write(self, *, finished: bool) -> None:
         run = {**self._run, "seconds": round(time.perf_counter() - self._begun, 1)}
@@ -95,7 +126,7 @@ class Results:
             "keys": self.keys,
             "versions": self.versions,
             "finished": finished,
-            "runs": [*self._runs, run],
+            "runs": [*self._runs, run] if run["rows"] or not self._runs else self._runs,
         }
         write(self.folder / "run.json", json.dumps(about, indent=1) + "\n")
         write(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
@@ -166,8 +197,14 @@ def _ours(about: Any, rows: Any) -> bool:
     )
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interrupt leaves the old or the new one."""
+def write(path: Path, text: str) -> bool:
+    """Replace a file in one step, so that an interrupt leaves the old or the new one.
+
+    Returns False where it holds this text already: then it is left alone.
+    """
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode():
+            return False
     part = path.with_name(f".{path.name}.part")
     try:
         try:
@@ -177,6 +214,7 @@ def write(path: Path, text: str) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {error.strerror}") from error
+    return True
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -72,7 +72,8 @@ def show(subject: Subject, *, out: Path | None) -> None:
     """Ask under every variant, look at the untouched model's attention, and write pictures, a page and rows."""
     for variant in subject.variants:
         _under(subject, variant, ask=False)
-    results = Results(out, "show", subject.facts, keys=("method", "layer", "head", "image"))
+    settings = {**subject.facts, "max_new_tokens": subject.asker.max_new_tokens}
+    results = Results(out, "show", settings, keys=("method", "layer", "head", "image"))
     found = [_under(subject, variant) for variant in subject.variants]
     reports = [report for _, report in found]
     images = reports[0].image_tokens[0]
@@ -91,14 +92,18 @@ def show(subject: Subject, *, out: Path | None) -> None:
             _add_rows(results, each, looks)
         question = subject.settings["question"]
         for each in shows:
-            kept_sheet(each, shown, question).save(results.folder / f"kept-{_slug(each.label)}.png")
-        attention_sheet(looks, shown, question).save(results.folder / "attention.png")
-        write(results.folder / "show.html", page(subject.settings, shown, shows, looks))
+            if results.due(name := f"kept-{_slug(each.label)}.png"):
+                kept_sheet(each, shown, question).save(results.folder / name)
+        if results.due("attention.png"):
+            attention_sheet(looks, shown, question).save(results.folder / "attention.png")
+        # Always: it shows the methods of this command, and the folder may hold more.
+        renewed = write(results.folder / "show.html", page(subject.settings, shown, shows, looks))
     console = Console()
     for each in shows:
         console.print(Text.assemble((each.label, "bold"), ": ", each.answer), soft_wrap=True)
         console.print(Text(each.summary, style="dim"), soft_wrap=True)
-    Console(stderr=True).print(Text(f"wrote {results.folder}/show.html", style="dim"), soft_wrap=True)
+    outcome = f"wrote {results.folder}" if renewed else results.outcome
+    Console(stderr=True).print(Text(f"{outcome}/show.html", style="dim"), soft_wrap=True)
 
 
 def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:
