@@ -33,7 +33,7 @@ def subject(family, *names, images=1, keep=0.3):
     """What the command loads, of a tiny model that has no processor."""
     model, inputs = tiny.build(family), tiny.inputs(family, images=(images,), seed=1)
     asker = SimpleNamespace(
-        inputs=inputs, text=lambda: str(model.generate(**inputs, max_new_tokens=2)[0, -2:].tolist())
+        max_new_tokens=64, inputs=inputs, text=lambda: str(model.generate(**inputs, max_new_tokens=2)[0, -2:].tolist())
     )
     return Subject(
         model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from ...methods.tokens import ImageGroups, LayerTokens
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
 from ..errors import UnsupportedError
+from ..fixtures import Fixtures
 from ..forward import Forward
+from ..generation import GenerateCall
 from ..report import Outcome
 from ..routes import physical_mask
 from ..rows import compact
 from ..target import Target
-from .place import Action, Call, Place
+from .place import Action, Place
 
 
 class CachePlace(Place):
@@ -40,12 +43,19 @@ class CachePlace(Place):
             if isinstance(method, CacheMethod) and method.first_layer() >= depth:
                 raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
 
-    def refuse(self, call: Call) -> None:
-        if call.candidates and self.method.decode_distance is not None:
+    def install(self, fixtures: Fixtures) -> None:
+        if self.method.decode_distance is not None:
+            fixtures.wrap(self.target.model, "generate", self._generate)
+
+    def _generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refuse assisted decoding: what a step evicted cannot come back when its guesses are taken back."""
+        call = GenerateCall.read(self.target.model, generate, args, kwargs)
+        if call.asks(("prompt_lookup_num_tokens", "assistant_model")):
             raise UnsupportedError(
                 f"{self.method.name} evicts at every decoding step, and assisted decoding takes several at once: "
                 "generate without prompt_lookup_num_tokens or an assistant model, or with decode_distance=None"
             )
+        return generate(*args, **kwargs)
 
     def act(self, forward: Forward) -> Action | None:
         action = CacheAction(self.method, forward)
