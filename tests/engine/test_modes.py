@@ -160,6 +160,10 @@ def test_chunked_prefill_is_right_or_refused(family, name):
     except foveate.UnsupportedError as error:
         assert "prefill_chunk_size" in str(error)
         return
+    if report is None:  # before 5.24 transformers itself drops the pictures of a chunked prompt: nothing to prune
+        chunked = oracle.run(model, batch, **oracle.GREEDY, prefill_chunk_size=16)
+        assert tiny.CACHE == "past_key_values" and torch.equal(run.logits, chunked.logits)
+        return
     hides = hidden(report, batch["input_ids"].shape[1])
     assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
 
