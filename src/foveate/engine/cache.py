@@ -144,11 +144,12 @@ class PrunedLayer(DynamicLayer):
         """Replace keys and values by means. into: (batch, 1 | kv_heads, slots), the slot that each slot joins."""
         assert self.keys is not None and self.values is not None
         into = into.expand(-1, self.keys.shape[1], -1)
-        parts = torch.zeros(into.shape, device=into.device).scatter_add(2, into, torch.ones_like(into).float())
+        parts = torch.zeros(into.shape, dtype=torch.float32, device=into.device)
+        parts = parts.scatter_add(2, into, torch.ones_like(parts))
 
         def mean(held: Tensor) -> Tensor:
             where = into.unsqueeze(-1).expand_as(held)
-            total = torch.zeros(held.shape, device=held.device).scatter_add(2, where, held.float())
+            total = torch.zeros(held.shape, dtype=torch.float32, device=held.device).scatter_add(2, where, held.float())
             joined = (total / parts.clamp(min=1).unsqueeze(-1)).to(held.dtype)
             return joined.where((parts > 1).unsqueeze(-1), held)
 

@@ -37,6 +37,12 @@ _DECODER_INPUTS = frozenset({"inputs_embeds", "attention_mask", "position_ids", 
 _turn = threading.RLock()
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model computes. The weights of an offloaded one say "meta" until a layer runs; its hook knows better."""
+    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return torch.device(model.device if execution is None else execution)
+
+
 class Guide:
     """A guide and the method that it guides."""
 
@@ -92,7 +98,7 @@ class Guide:
     def _move(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+        return value.to(device_of(self.model), self.model.dtype if value.is_floating_point() else None)
 
     def _score(self, reading: _Reading, answer: Tensor) -> Tensor:
         """(batch,) how far each answer can be trusted. answer: (batch, t)."""
@@ -154,8 +160,9 @@ class _Reading(LogitsProcessor):
         self.groups = groups
         self.is_text = (is_image.cumsum(1) > 0) & ~is_image
         self.prompt = ids.shape[1]
-        self.received = torch.zeros(ids.shape, device=ids.device)
+        self.received = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self.valid = torch.ones_like(is_image)
+        self.last = ids.new_full((len(ids),), self.prompt - 1)
         self.mask: Tensor | None = None
         self.rows: Tensor | None = None
         self.view: LayerTokens | None = None
@@ -188,9 +195,11 @@ class _Reading(LogitsProcessor):
         self.mask = None if mask is None else mask.bool()
         if self.rows is not None:
             self.rows = torch.where(self.ended, -1, 0).unsqueeze(1)
+            self.last = torch.zeros_like(self.last)
             return
         if self.mask is not None:
             self.valid = self.mask
+        self.last = (self.valid * torch.arange(self.prompt, device=self.valid.device)).argmax(-1)
         reads = self.is_text & self.valid
         order = reads.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(reads.sum(1).max())]
         self.rows = torch.where(reads.gather(1, order), order, -1)
@@ -218,7 +227,7 @@ class _Reading(LogitsProcessor):
                 key=key,
                 scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
                 visible=self.mask,
-                last=self.rows.amax(1),
+                last=self.last,
                 text=self.rows,
             )
             self.view = self.view or view

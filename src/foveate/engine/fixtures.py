@@ -18,7 +18,7 @@ class Fixtures:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
         self._routed: list[nn.Module] = []
 
     def __bool__(self) -> bool:
@@ -30,14 +30,16 @@ class Fixtures:
 
     def wrap(self, module: Any, name: str, wrapper: Wrapper) -> None:
         """Replace a method of a module by `wrapper(original, args, kwargs)`."""
-        original = getattr(module, name)
+        original, replaced = getattr(module, name), self._replaced
 
         # generate() reads signatures to know what to pass.
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if all(each[3] is not wrapped for each in replaced):  # removed, but under a later patch of somebody else
+                return original(*args, **kwargs)
             return wrapper(original, args, kwargs)
 
-        self._replaced.append((module, name, module.__dict__.get(name)))
+        replaced.append((module, name, module.__dict__.get(name), wrapped))
         setattr(module, name, wrapped)
 
     def route(self, routes: dict[nn.Module, Handler]) -> None:
@@ -51,9 +53,12 @@ class Fixtures:
         for handle in self._handles:
             handle.remove()
         # The last first: a method may have been wrapped twice.
-        for module, name, previous in reversed(self._replaced):
+        for module, name, previous, wrapped in reversed(self._replaced):
+            if module.__dict__.get(name) is not wrapped:
+                continue  # patched since, or unpatched, by somebody else: theirs to keep
             if previous is None:
                 delattr(module, name)
             else:
                 setattr(module, name, previous)
-        self._handles, self._routed, self._replaced = [], [], []
+        self._handles, self._routed = [], []
+        self._replaced.clear()

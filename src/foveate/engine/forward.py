@@ -125,7 +125,14 @@ class Forward:
                 "these image features were not encoded while the model is pruned (precomputed features, or a chunked "
                 "prefill): pass pixel values, and generate without prefill_chunk_size"
             ) from None
+        if any(image.session is not self.target.session for image in self.images):
+            raise UnsupportedError(
+                "these image features were encoded under another pruning, whose choice of tokens is not this one's: "
+                "encode them again in this block, or pass pixel values"
+            )
         self.groups, self.places = group_images(self.images, self.is_image)
+        if self.mask is not None:
+            self._narrow(self.valid())  # what the mask hides is no candidate, and no budget counts it
         return True
 
     def image_tokens(self) -> list[list[tuple[Tensor, tuple[Tile, ...]]]]:
@@ -148,6 +155,10 @@ class Forward:
         # The last token must go on even if it is an image token: its row becomes the next token.
         keep = keep.scatter(1, self.last().unsqueeze(1), True) & self.valid()
         self._pending = keep
+        self._narrow(keep, stage)
+
+    def _narrow(self, keep: Tensor, stage: bool = False) -> None:
+        """Let methods choose among the image tokens where `keep` (bool, (batch, q)) only."""
         groups = self.groups
         assert groups is not None and groups.centers is not None
         alive = groups.present & keep[groups.row.unsqueeze(1), groups.positions.clamp(min=0)]

@@ -17,11 +17,13 @@ from .errors import UnsupportedError
 class EncodedImage:
     """What is known of an image once it is encoded; travels on the image's feature tensor.
 
-    keep: bool (tokens,), what an encoder method chose; None where all stay.
+    keep: bool (tokens,), what an encoder method chose; None where all stay. session: a mark of the pruning under which
+    it was encoded, None for none.
     """
 
     layout: ImageLayout
     keep: Tensor | None
+    session: object = None
 
 
 def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,13 +17,15 @@ from .upstream import AttentionInterface
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 Handler = Callable[..., tuple[Tensor, Tensor | None]]
 
-_routes: dict[nn.Module, Handler] = {}
+_MARK = "_foveate_route"
+# Weak, and the handler stands on the module itself: a model that nobody holds any more is freed with its handlers.
+_routed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()
 _original: Any = None
 
 
 def _dispatch(kernel: Kernel, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    handler = _routes.get(module)
+    handler = module.__dict__.get(_MARK)
     return kernel(module, *args, **kwargs) if handler is None else handler(kernel, module, *args, **kwargs)
 
 
@@ -40,20 +43,23 @@ def add_routes(routes: dict[nn.Module, Handler]) -> None:
     if not routes:
         return
     with _lock:
-        if any(module in _routes for module in routes):
+        if any(_MARK in module.__dict__ for module in routes):
             raise UnsupportedError("another pruned model shares attention modules with this one; remove() that first")
         if AttentionInterface.get_interface is not _get_interface:
             _original = AttentionInterface.get_interface
             AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
-        _routes.update(routes)
+        for module, handler in routes.items():
+            module.__dict__[_MARK] = handler
+            _routed.add(module)
 
 
 def remove_routes(modules: Iterable[nn.Module]) -> None:
     """Undo `add_routes`; with the last route the lookup is what it was before the first."""
     with _lock:
         for module in modules:
-            _routes.pop(module, None)
-        if not _routes and AttentionInterface.get_interface is _get_interface:
+            module.__dict__.pop(_MARK, None)
+            _routed.discard(module)
+        if not _routed and AttentionInterface.get_interface is _get_interface:
             AttentionInterface.get_interface = _original  # type: ignore[method-assign]
 
 

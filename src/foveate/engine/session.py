@@ -64,15 +64,15 @@ def prune(
 class _Thread(threading.local):
     """What one thread is doing with the model.
 
-    entered: forwards of the base model that it is in, None for one that was refused. first: what generate() said of
-    the step it is about to make. candidates: guessed tokens at the end of the coming forward. verifies: whether it
-    checks guesses.
+    entered: forwards of the base model that it is in, None for one that was refused. prepared: what generate() said of
+    the step it is about to make, (its token ids, whether it is the first). candidates: guessed tokens at the end of the
+    coming forward. verifies: whether it checks guesses.
     """
 
     def __init__(self) -> None:
         self.entered: list[_Pass | None] = []
 
-    first: bool | None = None
+    prepared: tuple[Any, bool] | None = None
     candidates = 0
     verifies = False
 
@@ -174,6 +174,12 @@ class Pruned:
     def __deepcopy__(self, memo: object) -> Pruned:
         raise UnsupportedError("a pruned model cannot be copied: copy it before foveate.prune or after remove()")
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a pruned model cannot be pickled (torch.save of the whole model): call remove() first, or save its weights "
+            "with save_pretrained or state_dict"
+        )
+
     def __enter__(self) -> Pruned:
         """The pruned model itself; pruning began when it was made."""
         if not self._fixtures:
@@ -191,12 +197,15 @@ class Pruned:
         if isinstance(kwargs.get("logits_to_keep"), int):
             kwargs["logits_to_keep"] = 1
         inputs = prepare(*args, **kwargs)
-        self._thread.first = bool(kwargs.get("is_first_iteration", False))
+        self._thread.prepared = inputs.get("input_ids"), bool(kwargs.get("is_first_iteration", False))
         return inputs
 
     def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Assisted decoding guesses tokens ahead; only here it says how many of the coming ones are guesses."""
-        first, self._thread.first = self._thread.first, None
+        prepared, self._thread.prepared = self._thread.prepared, None
+        # A generate() that was aborted in between leaves a note that is of no other forward.
+        ours = prepared is not None and prepared[0] is kwargs.get("input_ids")
+        first = prepared[1] if prepared is not None and ours else None
         wanted = kwargs.get("logits_to_keep")
         self._thread.candidates = wanted - 1 if first is not None and isinstance(wanted, int) and wanted > 1 else 0
         self._thread.verifies = first is False
@@ -293,12 +302,18 @@ class Pruned:
             layer.register_forward_pre_hook(functools.partial(before, index), with_kwargs=True)
             for index, layer in enumerate(self.decoder.layers)
         ]
-        forward.hooks.append(self.decoder.norm.register_forward_hook(functools.partial(self._after_layers, forward)))
+        forward.hooks.append(
+            self._target.norm.register_forward_hook(  # type: ignore[union-attr]
+                functools.partial(self._after_layers, forward)
+            )
+        )
 
     def _before_layer(self, forward: Forward, index: int, module: Any, args: Any, kwargs: Any = None) -> Any:
         # Another thread's; torch passes no kwargs where that thread takes its hook off at this very moment.
         if active.forward is not forward:
             return None
+        if index and self._acting:
+            self._check_routed(forward, index - 1)
         if index == 0 and forward.find_images():
             for action in forward.actions:
                 action.begin()
@@ -311,7 +326,20 @@ class Pruned:
         return (hidden, *args[1:]), kwargs
 
     def _after_layers(self, forward: Forward, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
-        return forward.leave(hidden) if active.forward is forward else None
+        if active.forward is not forward:
+            return None
+        if self._acting:
+            self._check_routed(forward, len(self._target.kinds) - 1)
+        return forward.leave(hidden)
+
+    def _check_routed(self, forward: Forward, index: int) -> None:
+        """Refuse a layer that attended without asking transformers for its kernel: nothing could act there."""
+        if index not in forward.entered:
+            raise UnsupportedError(
+                f"the attention of decoder layer {index} does not ask transformers for its kernel (a patched forward, or "
+                "a copy of the module that was pruned), so that nothing can be dropped there: prune the model that runs, "
+                "with transformers' own attention"
+            )
 
     def _attend(
         self, index: int, kernel: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any

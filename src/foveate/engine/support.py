@@ -15,7 +15,7 @@ from ..methods.places import PLACES
 from ..registry import PluginError
 from .errors import UnsupportedError
 from .target import Target
-from .upstream import PreTrainedModel
+from .upstream import PreTrainedModel, cache_name
 
 pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -62,13 +62,30 @@ def find_target(model: Any) -> Target:
         raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
     if reason := family.check(base):
         raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
-    _check_attention(decoder.config)
+    check_attention(decoder.config)
+    check_compiled(model)
+    cache_name(base.forward)  # or the reason why there is none
     target = Target(model, family, base, decoder)
-    assert target.cache_name  # or the reason why there is none
+    if target.norm is None or not all(target.attentions()):
+        raise UnsupportedError(
+            f"foveate does not know its way round a {decoder.config.model_type} decoder: it needs layers with self_attn "
+            "and a norm behind them; use a model with another language model"
+        )
     return target
 
 
-def _check_attention(config: Any) -> None:
+def check_compiled(model: Any) -> None:
+    """Refuse modules that were compiled in place: what dynamo traced does not count what is dropped."""
+    for name, module in model.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            raise UnsupportedError(
+                f"{name or type(module).__name__} of this model was compiled in place: prune a model that is not "
+                "compiled (load it again, and do not call compile())"
+            )
+
+
+def check_attention(config: Any) -> None:
     """Refuse attention that foveate cannot follow. config: of the decoder."""
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
@@ -105,11 +122,21 @@ def check_methods(target: Target, methods: Sequence[Method]) -> None:
 def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) -> None:
     """Refuse what a forward of the base model cannot do while tokens are dropped. kwargs: its arguments."""
     decoder = target.decoder
+    check_attention(decoder.config)  # it may have been switched since the model was pruned
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         raise UnsupportedError("gradient checkpointing runs layers a second time: prune in eval() mode, or without it")
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedError("foveate needs the 2-D attention mask of the processor, not a prepared 4-D mask")
+    if brings_images:
+        check_compiled(target.model)
+    positions = kwargs.get("position_ids")
+    ordered = not brings_images or mask is not None or positions is None or positions.ndim != 2
+    if not ordered and bool((positions.diff(dim=-1) < 0).any()):
+        raise UnsupportedError(
+            "these position ids start again inside a row, as those of samples packed into one do, and samples cannot be "
+            "told apart once tokens were dropped: pass them as a batch, padded, with an attention mask"
+        )
     if (
         kwargs.get("pixel_values_videos") is not None
         or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,13 +19,14 @@ class Target:
     """A model of a known family.
 
     model: the one with `generate()`. base: the module whose forward receives token ids and pixels. decoder: the
-    language model inside it.
+    language model inside it. session: a mark of this very pruning, for what leaves it.
     """
 
     model: Any
     family: Family
     base: Any
     decoder: Any
+    session: object = field(default_factory=object)
 
     @cached_property
     def kinds(self) -> list[Kind]:
@@ -52,12 +53,17 @@ class Target:
         """The name under which the base model takes its KV cache."""
         return cache_name(self.base.forward)
 
-    def attention(self, index: int) -> nn.Module:
-        """The attention module of a decoder layer."""
+    @property
+    def norm(self) -> nn.Module | None:
+        """The module behind the last decoder layer; None where it has none of the usual names."""
+        found = (getattr(self.decoder, name, None) for name in ("norm", "final_layernorm"))
+        return next((module for module in found if module is not None), None)
+
+    def attention(self, index: int) -> nn.Module | None:
+        """The attention module of a decoder layer; None where there is none of the family's name."""
         layer, kind = self.decoder.layers[index], self.kinds[index]
-        module: nn.Module = getattr(layer, getattr(self.family, f"{kind}_attention"))
-        return module
+        return getattr(layer, getattr(self.family, f"{kind}_attention"), None)
 
     def attentions(self) -> list[nn.Module]:
         """The attention modules of all decoder layers."""
-        return [self.attention(index) for index in range(len(self.kinds))]
+        return [self.attention(index) for index in range(len(self.kinds))]  # type: ignore[misc]

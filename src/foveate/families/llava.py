@@ -22,8 +22,9 @@ class Llava(Family):
 
     def check(self, base: Any) -> str | None:
         tower, kind = base.vision_tower, base.config.vision_config.model_type
+        known = any(name in kind for name in ("clip", "siglip"))
         has_cls = hasattr(getattr(tower, "embeddings", None), "class_embedding")
-        if not hasattr(tower, "encoder") or self.prefix_tokens(base.config) != has_cls:
+        if not known or not hasattr(tower, "encoder") or self.prefix_tokens(base.config) != has_cls:
             return f"its vision encoder {kind!r} lays image tokens out in a way foveate does not know"
         if base.config.vision_feature_select_strategy == "default" and not has_cls:
             return (

@@ -23,7 +23,7 @@ def received_by_features(
     batch, heads, q, dim = query.shape
     n = key.shape[2]
     grouped = query.reshape(batch, key.shape[1], -1, q, dim)
-    total = torch.zeros(batch, heads, n, device=query.device)
+    total = torch.zeros(batch, heads, n, dtype=torch.float32, device=query.device)
     seen = torch.zeros(batch, n, dtype=torch.bool, device=query.device)
     step = max(1, chunk_elements // (batch * heads * n))
     for start in range(0, q, step):
@@ -50,7 +50,7 @@ def attention_marginals(
     """
     query = query[:, :, prefix:]
     pictures, heads, n, _ = query.shape
-    received = torch.zeros(pictures, n, device=query.device)
+    received = torch.zeros(pictures, n, dtype=torch.float32, device=query.device)
     given = []
     step = max(1, chunk_elements // (pictures * heads * key.shape[2]))
     for start in range(0, n, step):

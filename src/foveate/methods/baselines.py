@@ -20,15 +20,20 @@ def strided(budget: Tensor, n: int) -> Tensor:
     return (offset // n).diff(dim=-1) > 0
 
 
+def seeded(seed: int, *shape: int) -> Tensor:
+    """Uniform float32 numbers of this shape that depend on the seed alone: drawn on the CPU, whatever the defaults."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def drawn(present: Tensor, seed: int, heads: int = 1) -> Tensor:
     """Random scores (groups, heads, n), -inf where nothing is present.
 
     present: bool (groups, n). A group's scores depend on the seed and on how many are present in it alone.
     """
-    scores = torch.full((present.shape[0], heads, present.shape[1]), -torch.inf)
-    # Drawn on the CPU, so that every device keeps the same tokens.
+    scores = torch.full((present.shape[0], heads, present.shape[1]), -torch.inf, dtype=torch.float32, device="cpu")
     for own, there in zip(scores, present.cpu(), strict=True):
-        own[:, there] = torch.rand(heads, int(there.sum()), generator=torch.Generator().manual_seed(seed))
+        own[:, there] = seeded(seed, heads, int(there.sum()))
     return scores.to(present.device)
 
 
@@ -61,8 +66,7 @@ class Random(Seeded, EncoderMethod):
     source = "baseline (arXiv 2502.11501)"
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        # Drawn on the CPU, so that every device keeps the same tokens.
-        scores = torch.rand(tokens.grid[0] * tokens.grid[1], generator=torch.Generator().manual_seed(self.seed))
+        scores = seeded(self.seed, tokens.grid[0] * tokens.grid[1])
         return topk_mask(scores.to(tokens.device).expand(tokens.tiles, -1), budget)
 
 

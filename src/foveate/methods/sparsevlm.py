@@ -26,7 +26,7 @@ def text_relevance(
     """
     words = text.float()[row].transpose(1, 2)
     step = max(1, chunk_elements // (len(row) * max(words.shape[1:])))
-    total = torch.zeros(len(row), text.shape[1], device=text.device)
+    total = torch.zeros(len(row), text.shape[1], dtype=torch.float32, device=text.device)
     for start in range(0, images.shape[1], step):
         part = slice(start, start + step)
         logits = (images[:, part].float() @ words).masked_fill(~real[row].unsqueeze(1), -torch.inf)

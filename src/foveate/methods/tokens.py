@@ -138,7 +138,9 @@ class LayerTokens:
         grouped = picked.reshape(batch, self.key.shape[1], -1, dim)
         # Scaled first: the bare product can overflow float16.
         logits = ((grouped * self.scaling) @ self.key.transpose(-1, -2)).float().view(batch, heads, at.shape[1], -1)
-        hidden = torch.arange(self.key.shape[2], device=rows.device) > (at + self.past).unsqueeze(-1)
+        hidden = torch.arange(self.key.shape[2], dtype=torch.float32, device=rows.device) > (at + self.past).unsqueeze(
+            -1
+        )
         if self.visible is not None:
             hidden = hidden | ~self.visible.unsqueeze(1)
         return logits.masked_fill_(hidden.unsqueeze(1), torch.finfo(torch.float32).min).softmax(-1)
@@ -155,7 +157,7 @@ class LayerTokens:
         if weights is not None:
             share = share * (weights if several else weights.unsqueeze(-1))
         step = max(1, chunk_elements // (batch * heads * self.key.shape[2]))
-        total = torch.zeros(batch, heads, share.shape[2], self.key.shape[2], device=rows.device)
+        total = torch.zeros(batch, heads, share.shape[2], self.key.shape[2], dtype=torch.float32, device=rows.device)
         for start in range(0, rows.shape[1], step):
             part = slice(start, start + step)
             total += share[:, part].transpose(1, 2).unsqueeze(1) @ self._probabilities(rows[:, part])

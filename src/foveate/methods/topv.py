@@ -60,7 +60,7 @@ def contribution(cost: Tensor, present: Tensor, valid: Tensor, epsilon: float, i
     cost: (groups, n, m). present: bool (groups, n). valid: bool (groups, m). Returns (groups, n), -inf at padding.
     """
     gain = -cost / epsilon
-    give = torch.zeros(cost.shape[:2], device=cost.device).masked_fill(~present, -torch.inf)
+    give = torch.zeros(cost.shape[:2], dtype=cost.dtype, device=cost.device).masked_fill(~present, -torch.inf)
     rows = give
     for iteration in range(iterations):
         if iteration:

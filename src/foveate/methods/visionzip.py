@@ -44,8 +44,8 @@ def contextual_states(
     empty = index.new_ones(slots).cumsum(0) > target.sum(-1, keepdim=True)
     directions = normalize(keys.float(), dim=-1)
     centers = directions.gather(1, at.expand(-1, -1, keys.shape[-1])).transpose(1, 2)
-    total = torch.zeros(tiles, slots, states.shape[-1], device=states.device)
-    count = torch.zeros(tiles, slots, 1, device=states.device)
+    total = torch.zeros(tiles, slots, states.shape[-1], dtype=torch.float32, device=states.device)
+    count = torch.zeros(tiles, slots, 1, dtype=torch.float32, device=states.device)
     step = max(1, chunk_elements // (tiles * max(slots, states.shape[-1])))
     for start in range(0, n, step):
         part = slice(start, start + step)

@@ -91,7 +91,7 @@ class CrossAction(Action):
         key = id(layer.index)
         if key not in self._masks:
             if mask is None:
-                columns = torch.zeros(index.shape[0], 1, query.shape[2], index.shape[1], device=query.device)
+                columns = query.new_zeros(index.shape[0], 1, query.shape[2], index.shape[1])
             else:
                 columns = mask.gather(3, index.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1))
             # Below even the lowest float: a row that sees none of the kept features must not see fillers instead.

@@ -86,7 +86,7 @@ class EncoderPlace(Place):
             if any(new is not old for new, old in zip(merged, features, strict=True)):
                 features = output.pooler_output = type(features)(merged)
         for feature, layout, keep in zip(features, layouts, keeps, strict=True):
-            feature._foveate = EncodedImage(layout, keep)
+            feature._foveate = EncodedImage(layout, keep, self.target.session)
         forward = active.forward
         if forward is not None and forward.target.base is self.base:
             forward.features = features

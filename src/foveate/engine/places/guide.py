@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layout import ImageLayout
 from ...methods.base import GuidedMethod, Method
-from ..consulting import Guide
+from ..consulting import Guide, device_of
 from ..errors import UnsupportedError
 from ..fixtures import Fixtures
 from ..forward import Forward
@@ -83,7 +83,7 @@ class GuidePlace(Place):
         if answer.exited:
             self.outcome.report = None
             return answer.sequences
-        self._thread.guidance = received.to(self.target.model.device)
+        self._thread.guidance = received.to(device_of(self.target.model))
         try:
             return generate(*args, **kwargs)
         finally:
