@@ -8,9 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from .errors import UnsupportedError
 from .routes import Handler, add_routes, remove_routes
 
 Wrapper = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class NotPickled:
+    """What hangs on a pruned model and must not go with it into a file."""
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a pruned model cannot be pickled (torch.save of the whole model): call remove() first, or save its "
+            "weights with save_pretrained or state_dict"
+        )
 
 
 class Fixtures:

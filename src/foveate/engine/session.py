@@ -21,11 +21,12 @@ from ..methods.base import Method
 from .attention import Attention
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .errors import UnsupportedError
-from .fixtures import Fixtures
+from .fixtures import Fixtures, NotPickled
 from .forward import Forward
 from .generation import split_prompt
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
+from .steps import Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods
 from .target import Target
 from .upstream import PreTrainedModel, cache_in, release_note, without_cache
@@ -61,20 +62,11 @@ def prune(
     return Pruned(target, methods, record)
 
 
-class _Thread(threading.local):
-    """What one thread is doing with the model.
-
-    entered: forwards of the base model that it is in, None for one that was refused. prepared: what generate() said of
-    the step it is about to make, (its token ids, whether it is the first). candidates: guessed tokens at the end of the
-    coming forward. verifies: whether it checks guesses.
-    """
+class _Entered(threading.local):
+    """Forwards of the base model that one thread is in, None for one that was refused."""
 
     def __init__(self) -> None:
-        self.entered: list[_Pass | None] = []
-
-    prepared: tuple[Any, bool] | None = None
-    candidates = 0
-    verifies = False
+        self.passes: list[_Pass | None] = []
 
 
 class _Pass:
@@ -89,7 +81,7 @@ class _Pass:
         self.verifies = verifies or prompt is not None
 
 
-class Pruned:
+class Pruned(NotPickled):
     """A pruned model: what `prune` returns.
 
     report: what the last prefill kept; None before the first, and when the last answer is a guide's.
@@ -104,7 +96,7 @@ class Pruned:
         found = [place.of(target, self._acting, self._outcome) for place in PLACES]
         self._places = [place for place in found if place is not None]
         self._parameters = list(inspect.signature(target.base.forward).parameters)
-        self._thread = _Thread()
+        self._steps, self._entered = Steps(), _Entered()
         self._fixtures = Fixtures()
         try:
             self._install()
@@ -149,8 +141,7 @@ class Pruned:
         fixtures = self._fixtures
         fixtures.hook(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         fixtures.hook(self.base.register_forward_hook(self._exit, always_call=True))
-        fixtures.hook(self.model.register_forward_pre_hook(self._announce, with_kwargs=True))
-        fixtures.wrap(self.model, "prepare_inputs_for_generation", self._prepare)
+        self._steps.install(fixtures, self.model)
         for place in self._places:
             place.install(fixtures)
         if self._acting:
@@ -163,7 +154,7 @@ class Pruned:
         while active.forward is not None and active.forward.target is self._target:
             active.forward.unhook()
             active.forward = active.forward.outer
-        self._thread.entered.clear()
+        self._entered.passes.clear()
         self._fixtures.remove()
         pruned_models.discard(self.base)
 
@@ -174,12 +165,6 @@ class Pruned:
     def __deepcopy__(self, memo: object) -> Pruned:
         raise UnsupportedError("a pruned model cannot be copied: copy it before foveate.prune or after remove()")
 
-    def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            "a pruned model cannot be pickled (torch.save of the whole model): call remove() first, or save its weights "
-            "with save_pretrained or state_dict"
-        )
-
     def __enter__(self) -> Pruned:
         """The pruned model itself; pruning began when it was made."""
         if not self._fixtures:
@@ -189,26 +174,6 @@ class Pruned:
     def __exit__(self, *exception: object) -> None:
         """See `remove`."""
         self.remove()
-
-    # -- what generate() is about to do -----------------------------------------------------------------------
-
-    def _prepare(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # generate() reads the last logits only; assisted decoding asks for more, but after this call.
-        if isinstance(kwargs.get("logits_to_keep"), int):
-            kwargs["logits_to_keep"] = 1
-        inputs = prepare(*args, **kwargs)
-        self._thread.prepared = inputs.get("input_ids"), bool(kwargs.get("is_first_iteration", False))
-        return inputs
-
-    def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Assisted decoding guesses tokens ahead; only here it says how many of the coming ones are guesses."""
-        prepared, self._thread.prepared = self._thread.prepared, None
-        # A generate() that was aborted in between leaves a note that is of no other forward.
-        ours = prepared is not None and prepared[0] is kwargs.get("input_ids")
-        first = prepared[1] if prepared is not None and ours else None
-        wanted = kwargs.get("logits_to_keep")
-        self._thread.candidates = wanted - 1 if first is not None and isinstance(wanted, int) and wanted > 1 else 0
-        self._thread.verifies = first is False
 
     # -- the forward pass -------------------------------------------------------------------------------------
 
@@ -221,15 +186,14 @@ class Pruned:
             return (), kwargs
         finally:
             # The hook behind the forward runs even when it was refused here.
-            self._thread.entered.append(entered)
+            self._entered.passes.append(entered)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], _Pass | None]:
-        candidates, self._thread.candidates = self._thread.candidates, 0
-        verifies, self._thread.verifies = self._thread.verifies, False
+        step = self._steps.take()
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         images = (kwargs.get("pixel_values"), encoded.get("image"), kwargs.get("cross_attention_states"))
-        call = Call(kwargs, any(given is not None for given in images), candidates)
+        call = Call(kwargs, any(given is not None for given in images), step.candidates)
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
         cache = cache_in(kwargs)
@@ -242,9 +206,9 @@ class Pruned:
         if cache is not None:
             kwargs = {**without_cache(kwargs), self._target.cache_name: cache}
         prompt, brings_images = None, call.brings_images
-        if candidates and brings_images:
+        if step.candidates and brings_images:
             # The prompt runs without the guessed tokens behind it, so that methods see its true end.
-            head, kwargs = split_prompt(kwargs, candidates)
+            head, kwargs = split_prompt(kwargs, step.candidates)
             prompt, encoded, brings_images = self.base(**head).last_hidden_state, {}, False
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is None:
@@ -259,7 +223,8 @@ class Pruned:
             forward.features = encoded["image"].pooler_output
         if brings_images:
             self._watch_layers(forward)
-        return kwargs, _Pass(forward, prompt, verifies)
+        # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.
+        return kwargs, _Pass(forward, prompt, step.verifies or (step.beside and not brings_images))
 
     def _adopt(self, cache: Any, call: Call) -> Any:
         """The cache that the pass will use, its layers swapped for pruned ones; None without a cache."""
@@ -273,7 +238,7 @@ class Pruned:
         return cache
 
     def _exit(self, module: Any, args: Any, output: Any) -> Any:
-        entered = self._thread.entered.pop() if self._thread.entered else None
+        entered = self._entered.passes.pop() if self._entered.passes else None
         if entered is None:
             return None
         forward = entered.forward
@@ -336,9 +301,9 @@ class Pruned:
         """Refuse a layer that attended without asking transformers for its kernel: nothing could act there."""
         if index not in forward.entered:
             raise UnsupportedError(
-                f"the attention of decoder layer {index} does not ask transformers for its kernel (a patched forward, or "
-                "a copy of the module that was pruned), so that nothing can be dropped there: prune the model that runs, "
-                "with transformers' own attention"
+                f"the attention of decoder layer {index} does not ask transformers for its kernel (a patched forward, "
+                "or a copy of the module that was pruned), so that nothing can be dropped there: prune the model that "
+                "runs, with transformers' own attention"
             )
 
     def _attend(

@@ -66,10 +66,10 @@ def find_target(model: Any) -> Target:
     check_compiled(model)
     cache_name(base.forward)  # or the reason why there is none
     target = Target(model, family, base, decoder)
-    if target.norm is None or not all(target.attentions()):
+    if target.norm is None or any(module is None for module in target.attentions()):
         raise UnsupportedError(
-            f"foveate does not know its way round a {decoder.config.model_type} decoder: it needs layers with self_attn "
-            "and a norm behind them; use a model with another language model"
+            f"foveate does not know its way round a {decoder.config.model_type} decoder: it needs layers with "
+            "self_attn and a norm behind them; use a model with another language model"
         )
     return target
 
@@ -131,11 +131,11 @@ def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) ->
     if brings_images:
         check_compiled(target.model)
     positions = kwargs.get("position_ids")
-    ordered = not brings_images or mask is not None or positions is None or positions.ndim != 2
-    if not ordered and bool((positions.diff(dim=-1) < 0).any()):
+    plain = brings_images and mask is None and positions is not None and positions.ndim == 2
+    if plain and bool((positions.diff(dim=-1) < 0).any()):  # type: ignore[union-attr]
         raise UnsupportedError(
-            "these position ids start again inside a row, as those of samples packed into one do, and samples cannot be "
-            "told apart once tokens were dropped: pass them as a batch, padded, with an attention mask"
+            "these position ids start again inside a row, as those of samples packed into one do, and samples cannot "
+            "be told apart once tokens were dropped: pass them as a batch, padded, with an attention mask"
         )
     if (
         kwargs.get("pixel_values_videos") is not None

@@ -92,6 +92,12 @@ class CacheAction(Action):
         return held and attention.index >= self.method.first_layer()
 
     def attend(self, attention: Attention, run: Run) -> Output:
+        assert attention.layer is not None and attention.layer.keys is not None
+        if attention.layer.keys.shape[1] != attention.key.shape[1]:
+            raise UnsupportedError(
+                f"this decoder caches one compressed entry for all heads of a layer, and {self.method.name} chooses by "
+                "head: use a method before or inside the LLM"
+            )
         # Stages of a method inside the LLM are none of this one's business.
         groups = dataclasses.replace(attention.tokens.groups, dropped=0)
         tokens = dataclasses.replace(attention.tokens, groups=groups)
