@@ -11,7 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, IN_CROSS_ATTENTION, PLACES, TOLERANCE, image_tokens, prune, pruned_run
+from cases import BEFORE_LLM, FITS, IN_CROSS_ATTENTION, PLACES, TOLERANCE, image_tokens, prune, pruned_run
 from oracle import hidden
 from test_guided import guide_of
 from traces import changes, snapshot
@@ -351,3 +351,76 @@ def test_draws_do_not_follow_the_defaults(dtype, other_default):
     with torch.device("meta"):
         assert torch.equal(seeded(3, 7), expected)
     assert torch.equal(drawn(present, 3, 2), scores) and scores.dtype == torch.float32
+
+
+# -- an answer that is scored in one forward ----------------------------------------------------------------------
+
+SCORED = [(family, name) for family, name in FITS if family == "llava" or (family, name) in PLACES]
+ANSWER = 4
+
+
+def with_answers(batch, seed=0):
+    """The batch with an answer behind each prompt, as one forward takes it, and the sequences."""
+    rng = torch.Generator().manual_seed(seed)
+    answer = torch.randint(3, tiny.TEXT, (len(batch["input_ids"]), ANSWER), generator=rng)
+    longer = batch | {"input_ids": torch.cat([batch["input_ids"], answer], 1)}
+    longer["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(answer)], 1)
+    if "mm_token_type_ids" in batch:
+        longer["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(answer).int()], 1)
+    if "cross_attention_mask" in batch:
+        seen = batch["cross_attention_mask"]
+        longer["cross_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, ANSWER, -1, -1)], 1)
+    if "mm_token_type_ids" not in batch:  # as generate() counts; Qwen counts by itself
+        longer["position_ids"] = (longer["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return longer
+
+
+@pytest.mark.parametrize("size", tiny.BATCHES)
+@pytest.mark.parametrize(("family", "name"), SCORED)
+@torch.no_grad()
+def test_an_answer_in_one_forward_is_scored_as_generate_would(family, name, size):
+    batch, model = tiny.inputs(family, **tiny.BATCHES[size]), tiny.build(family)
+    prompt = batch["input_ids"].shape[1]
+    with prune(model, name) as pruned:
+        kept = []
+        for seed in (0, 1):
+            longer = with_answers(batch, seed)
+            replay = oracle.Replay(longer["input_ids"])
+            expected = oracle.run(model, batch, max_new_tokens=ANSWER, logits_processor=[replay]).logits
+            report, images = pruned.report.to_dict(), pruned.report.images
+            with pruned.prompt(prompt):
+                out = model(**longer, use_cache=True)
+            assert out.logits.shape[1] == prompt + ANSWER
+            assert (out.logits[:, prompt - 1 : -1] - expected).abs().max() < TOLERANCE
+            assert pruned.report.images == images, "what was kept is what generate() keeps"
+            # Before the LLM nothing asks where the prompt ends, and the forward stays one.
+            assert name in BEFORE_LLM or pruned.report.to_dict() == report
+            labels = longer["input_ids"].clone()
+            labels[:, :prompt] = -100
+            scored = model(**longer, labels=labels, use_cache=True)
+            assert (scored.logits - out.logits).abs().max() < TOLERANCE and scored.loss.isfinite()
+            kept.append([layer.kept for layer in pruned.report.layers])
+        assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True)), "whatever the answer"
+
+
+@torch.no_grad()
+def test_where_the_prompt_ends_must_be_one_place():
+    batch, model = tiny.inputs("llava", **tiny.BATCHES["ragged"]), tiny.build("llava")
+    longer = with_answers(batch)
+    labels = longer["input_ids"].clone()
+    labels[:, :-ANSWER] = -100
+    labels[1, -ANSWER] = -100
+    with prune(model, "plphp") as pruned:
+        with pytest.raises(foveate.UnsupportedError, match="begin at different places"):
+            model(**longer, labels=labels)
+        with pytest.raises(foveate.UnsupportedError, match="a picture stands behind the end"), pruned.prompt(2):
+            model(**longer)
+        for bad in (0, -1, True, 2.0, None):
+            with pytest.raises(ValueError, match="at least 1 token"), pruned.prompt(bad):
+                pass
+        with pytest.raises(ValueError, match="was said to have 500 tokens"), pruned.prompt(500):
+            model(**longer)
+        everything = model(**longer, labels=longer["input_ids"]).loss  # labels everywhere: no prompt is told apart
+        assert everything.isfinite()
+    with prune(model, "fopru_rank"):
+        assert model(**longer, labels=labels).loss.isfinite(), "what is chosen before the LLM asks no prompt"

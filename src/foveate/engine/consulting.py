@@ -37,10 +37,10 @@ _DECODER_INPUTS = frozenset({"inputs_embeds", "attention_mask", "position_ids", 
 _turn = threading.RLock()
 
 
-def device_of(model: Any) -> torch.device:
-    """Where a model computes. The weights of an offloaded one say "meta" until a layer runs; its hook knows better."""
-    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    return torch.device(model.device if execution is None else execution)
+def device_of(model: Any, ids: Tensor) -> torch.device:
+    """Where a model wants its inputs. An offloaded one says "meta", and takes them where the prompt's `ids` are."""
+    device: torch.device = model.device
+    return ids.device if device.type == "meta" else device
 
 
 class Guide:
@@ -75,11 +75,11 @@ class Guide:
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.model.generation_config, name))
         inputs = {
-            name: self._move(value)
+            name: self._move(value, call.ids)
             for name, value in without_cache(call.inputs).items()
             if name not in ("mm_encoder_outputs", "logits_to_keep")
         }
-        inputs["input_ids"] = ids = self._move(call.ids)
+        inputs["input_ids"] = ids = self._move(call.ids, call.ids)
         is_image = ids.eq(self.target.image_token_id)
         groups, _ = group_images([EncodedImage(layout, None) for layout in layouts], is_image)
         reading = _Reading(ids, is_image, groups, config, self.method.exit_threshold is not None)
@@ -95,10 +95,10 @@ class Guide:
                 hook.remove()
             remove_routes(attentions)
 
-    def _move(self, value: Any) -> Any:
+    def _move(self, value: Any, ids: Tensor) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device_of(self.model), self.model.dtype if value.is_floating_point() else None)
+        return value.to(device_of(self.model, ids), self.model.dtype if value.is_floating_point() else None)
 
     def _score(self, reading: _Reading, answer: Tensor) -> Tensor:
         """(batch,) how far each answer can be trusted. answer: (batch, t)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -91,3 +92,22 @@ def split_prompt(arguments: dict[str, Any], candidates: int) -> tuple[dict[str, 
     if arguments.get("attention_mask") is not None:
         head["attention_mask"] = arguments["attention_mask"][:, :-candidates]
     return head, tail
+
+
+def run_prompt(base: Any, decoder: Any, head: dict[str, Any], tail: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Run the first of the two forwards of `split_prompt`: its hidden states, and the arguments of the second.
+
+    Where the base model counts positions itself, the second goes on behind the last of the first.
+    """
+    seen: list[Any] = []
+    note = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    try:
+        hidden: Tensor = base(**head).last_hidden_state
+    finally:
+        note.remove()
+    if tail.get("position_ids") is None and seen and seen[0] is not None:
+        ahead = torch.arange(1, tail["input_ids"].shape[1] + 1, device=seen[0].device)
+        tail = {**tail, "position_ids": seen[0][..., -1:] + ahead}
+    return hidden, tail

@@ -6,11 +6,12 @@ it in their order, and makes the report. It knows nothing about any one place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .errors import UnsupportedError
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
-from .generation import split_prompt
+from .generation import run_prompt, split_prompt
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
 from .steps import Steps
@@ -175,6 +176,24 @@ class Pruned(NotPickled):
         """See `remove`."""
         self.remove()
 
+    @contextlib.contextmanager
+    def prompt(self, tokens: int) -> Iterator[None]:
+        """Say how many tokens of the plain forwards in this block are the prompt: an answer behind it is only scored.
+
+        Methods then choose as for `generate()`, at the prompt's end, and what they evict is hidden from the answer.
+        `labels` say the same: the prompt ends where they begin. tokens: with padding on the left, at least 1.
+
+        Raises:
+            ValueError: for a number below 1, and in the forward where it has fewer tokens.
+        """
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"a prompt has at least 1 token, got {tokens!r}")
+        outer, self._steps.prompt = self._steps.prompt, tokens
+        try:
+            yield
+        finally:
+            self._steps.prompt = outer
+
     # -- the forward pass -------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -193,7 +212,7 @@ class Pruned(NotPickled):
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         images = (kwargs.get("pixel_values"), encoded.get("image"), kwargs.get("cross_attention_states"))
-        call = Call(kwargs, any(given is not None for given in images), step.candidates)
+        call = Call(kwargs, any(given is not None for given in images), step.behind if step.assisted else 0)
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
         cache = cache_in(kwargs)
@@ -206,10 +225,21 @@ class Pruned(NotPickled):
         if cache is not None:
             kwargs = {**without_cache(kwargs), self._target.cache_name: cache}
         prompt, brings_images = None, call.brings_images
-        if step.candidates and brings_images:
-            # The prompt runs without the guessed tokens behind it, so that methods see its true end.
-            head, kwargs = split_prompt(kwargs, step.candidates)
-            prompt, encoded, brings_images = self.base(**head).last_hidden_state, {}, False
+        splits = step.assisted or any(place.reads_prompt for place in self._places)
+        if brings_images and splits and step.uneven:
+            raise UnsupportedError(
+                "the labels of this batch begin at different places, and methods choose at the end of the prompt: pad "
+                "the prompts on the left and the answers on the right, or run one sample at a time"
+            )
+        if brings_images and splits and step.behind:
+            # The prompt runs without what stands behind it, so that methods see its true end.
+            head, kwargs = split_prompt(kwargs, step.behind)
+            if bool(kwargs["input_ids"].eq(self._target.image_token_id).any()):
+                raise UnsupportedError(
+                    "a picture stands behind the end of this prompt (the first label): run the turns one by one"
+                )
+            prompt, kwargs = run_prompt(self.base, self.decoder, head, kwargs)
+            encoded, brings_images = {}, False
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is None:
             if embeds is None:

@@ -1,10 +1,12 @@
-"""What `generate()` is about to do: which forwards are its steps, and which tokens of them are guesses."""
+"""What is about to run: which forwards are steps of `generate()`, and which tokens stand behind the prompt."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from .fixtures import Fixtures, NotPickled
 
@@ -13,19 +15,26 @@ from .fixtures import Fixtures, NotPickled
 class Step:
     """What is known of the coming forward.
 
-    candidates: guessed tokens at its end, of assisted decoding. verifies: whether it checks guesses. beside: whether it
-    is made within `generate()`, but none of the steps that `generate()` prepared.
+    behind: tokens at its end that are no prompt: guesses of assisted decoding, or an answer that is scored.
+    uneven: whether they begin at another place in every sample. assisted: whether they are guesses. verifies: whether
+    it checks guesses. beside: whether it is made within `generate()`, but none of the steps that `generate()` prepared.
     """
 
-    candidates: int = 0
+    behind: int = 0
+    uneven: bool = False
+    assisted: bool = False
     verifies: bool = False
     beside: bool = False
 
 
 class Steps(NotPickled, threading.local):
-    """Listens to the `generate()` of one model, in each thread on its own."""
+    """Listens to one model and its `generate()`, in each thread on its own.
+
+    prompt: how many tokens of a plain forward are the prompt, where the user said so.
+    """
 
     generates = False
+    prompt: int | None = None
     _prepared: tuple[Any, bool] | None = None
     _coming = Step()
 
@@ -60,7 +69,21 @@ class Steps(NotPickled, threading.local):
         prepared, self._prepared = self._prepared, None
         # A generate() that was aborted in between leaves a note that is of no other forward.
         if prepared is None or prepared[0] is not kwargs.get("input_ids"):
-            self._coming = Step(beside=self.generates)
+            self._coming = Step(beside=True) if self.generates else self._answer(kwargs)
             return
         wanted, first = kwargs.get("logits_to_keep"), prepared[1]
-        self._coming = Step(wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0, verifies=not first)
+        guesses = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
+        self._coming = Step(guesses, assisted=True, verifies=not first)
+
+    def _answer(self, kwargs: dict[str, Any]) -> Step:
+        """Tokens of a plain forward behind the prompt: by what the user said, or from the first label on."""
+        labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+        if self.prompt is not None:
+            if ids is None or not self.prompt <= ids.shape[1]:
+                raise ValueError(f"the prompt was said to have {self.prompt} tokens, and this forward has fewer")
+            return Step(ids.shape[1] - self.prompt)
+        if labels is None or kwargs.get("pixel_values") is None:
+            return Step()
+        starts = (labels != -100).any(1) * (labels != -100).to(torch.uint8).argmax(1)
+        first, last = torch.stack([starts.min(), starts.max()]).tolist()
+        return Step(labels.shape[1] - first if first else 0, uneven=first != last)

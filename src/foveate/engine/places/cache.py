@@ -57,6 +57,10 @@ class CachePlace(Place):
             )
         return generate(*args, **kwargs)
 
+    @property
+    def reads_prompt(self) -> bool:
+        return True
+
     def act(self, forward: Forward) -> Action | None:
         action = CacheAction(self.method, forward)
         if self.method.decode_distance is not None and not forward.brings_images:

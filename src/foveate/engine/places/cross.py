@@ -42,6 +42,10 @@ class CrossPlace(Place):
                 "prompt_lookup_num_tokens or an assistant model"
             )
 
+    @property
+    def reads_prompt(self) -> bool:
+        return self.method is not None
+
     def act(self, forward: Forward) -> Action | None:
         return CrossAction(self, forward)
 

@@ -83,7 +83,7 @@ class GuidePlace(Place):
         if answer.exited:
             self.outcome.report = None
             return answer.sequences
-        self._thread.guidance = received.to(device_of(self.target.model))
+        self._thread.guidance = received.to(device_of(self.target.model, call.ids))
         try:
             return generate(*args, **kwargs)
         finally:

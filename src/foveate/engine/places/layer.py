@@ -45,6 +45,10 @@ class LayerPlace(Place):
                         f"{method.name}: {rule} for this model, got {', '.join(map(str, stages)) or 'none'}"
                     )
 
+    @property
+    def reads_prompt(self) -> bool:
+        return True
+
     def act(self, forward: Forward) -> Action | None:
         return LayerAction(self, forward) if forward.brings_images else None
 

@@ -91,6 +91,11 @@ class Place:
         """Whether the model is pruned in this call at all."""
         return True
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what is done here depends on where the prompt ends."""
+        return False
+
     def refuse(self, call: Call) -> None:
         """Raise UnsupportedError for a call that cannot be pruned here."""
 
