@@ -70,8 +70,9 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
         for hide in (h for h in hides if h.layer == layer):
             keys = hide.keys
             if keys.shape[1] > 1:  # one set for each KV head: every query head of its group gets it
-                assert keys.shape[1] * module.num_key_value_groups == module.config.num_attention_heads
-                keys = keys.repeat_interleave(module.num_key_value_groups, dim=1)
+                group = getattr(module, "num_key_value_groups", 1)  # attention without groups does not name them
+                assert keys.shape[1] * group == module.config.num_attention_heads
+                keys = keys.repeat_interleave(group, dim=1)
             if mask is None:  # mllama without a cross_attention_mask
                 mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
             # Keys made since (generated text) stay visible.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from cases import BEFORE_LLM, METHODS, prune
+from cases import BEFORE_LLM, prune
 
 import foveate
 from foveate.layout import ImageLayout, Tile
@@ -35,7 +35,6 @@ def test_every_method_before_the_llm_keeps_as_many_as_the_layout_says(family, na
     layouts = foveate.get_family(family).layouts(model.config, batch)
     kept = [kept for sample in pruned.report.images for _, kept in sample]
     assert kept == [kept_tokens(layout, keep) for layout in layouts]
-    assert METHODS[name][0] in foveate.methods()
 
 
 def test_budgets_of_tiles_and_of_what_belongs_to_none():

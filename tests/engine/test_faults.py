@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import pickle
 import types
 import weakref
 
@@ -153,14 +152,15 @@ def test_samples_packed_into_one_row_are_refused(name):
 @places
 def test_a_model_that_nobody_holds_is_freed(family, name):
     """Also one that was never removed, as a notebook leaves it."""
-    model = tiny.build(family)
+    gc.collect()
+    before, model = len(routes._routed), tiny.build(family)
     pruned = prune(model, name)
     model.generate(**tiny.inputs(family), max_new_tokens=2)
     freed = weakref.ref(model)
     del model, pruned
     gc.collect()
     assert freed() is None
-    assert all(module is not None for module in routes._routed)
+    assert len(routes._routed) == before, "and no route of it stays behind"
 
 
 def test_later_patches_of_others_stay_and_earlier_ones_do_not_come_back():
@@ -196,7 +196,8 @@ def test_a_pruned_model_is_not_pickled_without_a_word(tmp_path):
         with pytest.raises(foveate.UnsupportedError, match="cannot be pickled"):
             torch.save(model, tmp_path / "model.pt")
         model.save_pretrained(tmp_path / "weights")
-    assert pickle.loads(pickle.dumps(model.model.language_model.norm)) is not None
+    torch.save(model, tmp_path / "model.pt")  # after the block it can be
+    assert torch.load(tmp_path / "model.pt", weights_only=False).config.to_dict() == model.config.to_dict()
 
 
 @torch.no_grad()
@@ -250,11 +251,9 @@ def llava_of(attn="sdpa", text=None, vision=None, **options):
 def test_decoders_with_another_name_for_their_norm(config, name):
     text, batch = config(**tiny.LLM), tiny.inputs("llava", **tiny.BATCHES["ragged"])
     run, report = pruned_run(llava_of(text=text), name, batch, **oracle.GREEDY)
-    hides = hidden(report, batch["input_ids"].shape[1])
     assert any(kept < tokens for row in report.images for tokens, kept in row)
-    assert len(report.layers) == 4 and hides
-    again, _ = pruned_run(llava_of(text=text), name, batch, **oracle.GREEDY)
-    assert torch.equal(run.logits, again.logits)
+    hides = hidden(report, batch["input_ids"].shape[1])
+    assert oracle.errors(llava_of("eager", text=text), batch, run, hides).max() < TOLERANCE
 
 
 def test_decoders_without_the_usual_parts_are_refused():

@@ -15,7 +15,7 @@ from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
 from .errors import UnsupportedError
 from .images import EncodedImage, group_images
-from .rows import Stream, compact, gather_rows
+from .rows import Rows, Stream, compact, gather_rows
 from .target import Target
 
 
@@ -70,7 +70,7 @@ class Forward:
     # -- tokens -----------------------------------------------------------------------------------------------
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Rows | None:
         """The tokens that the current layer still computes, None while it computes all."""
         return self.streams["self"].rows
 

@@ -73,13 +73,13 @@ class _Entered(threading.local):
 class _Pass:
     """A forward, and how its output is put together.
 
-    prompt: hidden states of the prompt, where guessed tokens behind it run in a pass of their own. verifies: whether
-    this pass checks guesses, and is no prefill to report.
+    prompt: hidden states of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
+    is no prefill of the user's, such as one that checks guesses.
     """
 
-    def __init__(self, forward: Forward, prompt: Tensor | None, verifies: bool) -> None:
+    def __init__(self, forward: Forward, prompt: Tensor | None, unreported: bool) -> None:
         self.forward, self.prompt = forward, prompt
-        self.verifies = verifies or prompt is not None
+        self.unreported = unreported or prompt is not None
 
 
 class Pruned(NotPickled):
@@ -280,7 +280,7 @@ class Pruned(NotPickled):
             action.finish()
         if forward.past and forward.mask is not None:
             evict_hidden(forward.cache, forward.mask)
-        if not entered.verifies and (forward.queries > 1 or not forward.past):
+        if not entered.unreported and (forward.queries > 1 or not forward.past):
             report = self._outcome.report = PruneReport(forward, self.methods, self.record)
             for place in self._places:
                 place.tell(report)

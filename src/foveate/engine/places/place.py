@@ -74,7 +74,7 @@ class Place:
 
         outcome: what the session tells its user, for places that have something to add.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every place says itself when it is there
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
