@@ -1,9 +1,10 @@
-"""Turns scenes of the world into training examples: one picture, many questions in one sequence.
+"""Turns scenes of the world into training examples: a picture or a few, many questions in one sequence.
 
-Every question sees the picture and itself but no other question, and starts at the same position, so each one
+Every question sees the pictures and itself but no other question, and starts at the same position, so each one
 looks to the model exactly as it does alone in a chat.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -12,10 +13,12 @@ from model import ASSISTANT, BOS, EOS, IMAGE, PAD, USER
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
-from foveate.glimpse import world
+from foveate.glimpse import scene as world
+from foveate.glimpse.drawing import columns, coverage, render
+from foveate.glimpse.facts import Fact, across, facts, pairs
 
 GRID = world.SIZE // world.PATCH
-TEXT = 152  # tokens of questions and answers a picture
+TEXT = 208  # tokens of questions and answers an example
 IGNORE = -100
 # How often each kind is asked: more where it is learned late, or where few scenes have anything to ask about.
 APPETITE = {
@@ -26,95 +29,130 @@ APPETITE = {
     "what": 1.2,
     "total": 3.0,
     "colour": 1.5,
-    "number": 1.0,
-    "word": 1.0,
+    "number": 1.5,
+    "word": 1.5,
+    "list": 3.0,
+    "line": 4.0,
+    "compare": 3.0,
+    "both": 3.0,
+    "again": 3.0,
+    "which": 1.0,
+    "each": 1.0,
 }
 FIRST_SEED = 10_000_000  # everything below is held out
+Key = tuple[int, int]
 
 
 class Lessons(Dataset[dict[str, torch.Tensor]]):
-    """Examples `start` to `stop`, each from its own seed.
+    """Examples by number and how many pictures they have, each from its own seed.
 
-    An example holds `pixels` (3, 168, 168) uint8; `ids`, `labels` and `turn` (n,) of the sequence after its
-    first 146 tokens, which are the same for all; `patches` (4, 144): vocabulary ids of what lies on each
-    patch (thing, detail, row, column; -100: none); and `present` (names,) of what is in the picture.
-    `silent` examples have fuller pictures with more print, and no questions.
+    An example of p pictures holds `pixels` (p, 3, 168, 168) uint8; `ids`, `labels` and `turn` (n,) of the sequence
+    behind the pictures; `patches` (p, 4, 144): vocabulary ids of what lies on each patch (thing, detail, row, column;
+    -100: none); and `present` (p, names) of what is in each picture. `silent` examples have fuller pictures with more
+    print, and no questions.
     """
 
-    def __init__(self, processor: LlavaProcessor, start: int, stop: int, silent: bool = False) -> None:
-        self.processor, self.start, self.stop, self.silent = processor, start, stop, silent
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def __init__(self, processor: LlavaProcessor, silent: bool = False) -> None:
+        self.processor, self.silent = processor, silent
 
     @cached_property
     def ids(self) -> dict[str, int]:
         """Id of every token."""
         return self.processor.tokenizer.get_vocab()
 
-    @cached_property
-    def prefix(self) -> list[int]:
+    def prefix(self, pictures: int = 1) -> list[int]:
         """The tokens in front of every question."""
-        return [self.ids[BOS], self.ids[USER], *[self.ids[IMAGE]] * GRID**2]
+        return [self.ids[BOS], self.ids[USER], *[self.ids[IMAGE]] * (pictures * GRID**2)]
 
     @cached_property
     def names(self) -> list[str]:
         """What can lie on a patch."""
-        return ["nothing", *world.SPRITES, *world.SHAPES, "number", "word"]
+        return ["nothing", *world.SPRITES, *world.SHAPES, *world.PRINTED]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain words."""
         return self.processor.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng(FIRST_SEED + self.start + index)
-        scene = world.imagine(rng, 6, 9, more_print=0.35) if self.silent else world.imagine(rng)
-        present = np.zeros(len(self.names), np.float32)
-        present[[self.names.index(thing.kind) for thing in scene.things]] = 1
+    def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
+        number, pictures = key
+        rng = np.random.default_rng(FIRST_SEED + number)
+        scenes = [
+            world.imagine(rng, 6, 9, more_print=0.35) if self.silent else world.imagine(rng) for _ in range(pictures)
+        ]
+        pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
+        present = [[name in {thing.kind for thing in scene.things} for name in self.names] for scene in scenes]
         example = {
-            "pixels": torch.from_numpy(np.asarray(world.render(scene)).copy()).permute(2, 0, 1),
-            "patches": torch.from_numpy(self._patches(scene)),
-            "present": torch.from_numpy(present),
+            "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            "patches": torch.from_numpy(np.stack([self._patches(scene) for scene in scenes])),
+            "present": torch.tensor(present, dtype=torch.float32),
         }
         if not self.silent:
-            ids, labels, turn = self._talk(scene, rng)
+            ids, labels, turn = self._talk(self._asked(scenes, rng))
             example |= {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "turn": torch.tensor(turn)}
         return example
 
-    def _talk(self, scene: world.Scene, rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
-        facts = list(world.facts(scene, rng))
-        kinds = ["several" if kind == "count" and answer > "1" else kind for kind, _, _, answer in facts[:-1]]
+    def _asked(self, scenes: list[world.Scene], rng: np.random.Generator) -> Iterator[Fact]:
+        """Facts in the order in which they are asked, as long as there is room."""
+        if len(scenes) > 1:
+            found = list(across(scenes, rng))
+        else:
+            *found, described = facts(scenes[0], rng)
+            found += [fact for _ in range(2) for fact in pairs(found, rng)]
+            yield described
+        kinds = ["several" if fact.kind == "count" and fact.answer > "1" else fact.kind for fact in found]
         ranks = [rng.random() ** (1 / APPETITE[kind]) for kind in kinds]
-        order = [facts[index] for index in np.argsort(ranks)[::-1]]
+        yield from (found[index] for index in np.argsort(ranks)[::-1])
+
+    def _talk(self, asked: Iterator[Fact]) -> tuple[list[int], list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
         turn: list[int] = []
-        for number, (_, question, _, answer) in enumerate([facts[-1], *order], start=1):
-            asked = [*self.encode(question), self.ids[ASSISTANT]]
-            told = [*self.encode(answer), self.ids[EOS]]
-            if len(ids) + len(asked) + len(told) > TEXT:
+        for number, fact in enumerate(asked, start=1):
+            own: list[int] = []
+            taught: list[int] = []
+            for question, answer in (*fact.before, (fact.question, fact.answer)):
+                head = [self.ids[USER]] if own else []  # the prefix holds that of the first turn
+                prompt = [*head, *self.encode(question), self.ids[ASSISTANT]]
+                told = [*self.encode(answer), self.ids[EOS]]
+                own += prompt + told
+                taught += [IGNORE] * len(prompt) + told
+            if len(ids) + len(own) > TEXT:
                 break
-            ids += asked + told
-            labels += [IGNORE] * len(asked) + told
-            turn += [number] * (len(asked) + len(told))
+            ids += own
+            labels += taught
+            turn += [number] * len(own)
         rest = TEXT - len(ids)
         return ids + [self.ids[PAD]] * rest, labels + [IGNORE] * rest, turn + [-1] * rest
 
     def _patches(self, scene: world.Scene) -> np.ndarray:
-        owner = world.coverage(scene)
+        owner = coverage(scene)
         patches = np.full((4, GRID, GRID), IGNORE, np.int64)
         patches[0] = self.ids["nothing"]
         for index, thing in enumerate(scene.things):
             where = owner == index
             patches[0][where] = self.ids[thing.kind]
-            row, column = thing.place.split()
-            patches[2][where], patches[3][where] = self.ids[row], self.ids[column]
-            if thing.kind == "number":  # each patch is taught the digit that is printed about there
-                columns = np.where(where.any(0))[0]
-                digits = self.encode(thing.detail)
-                for position, column_index in enumerate(columns):
-                    digit = digits[int((position + 0.5) / len(columns) * len(digits))]
-                    patches[1][:, column_index][where[:, column_index]] = digit
+            *row, column = thing.place.split() if thing.kind != "line" else (thing.place, "")
+            patches[2][where] = self.ids[row[0]]
+            if column:
+                patches[3][where] = self.ids[column]
+            if thing.kind in world.PRINTED and where.any():
+                self._teach_print(patches[1], where, thing.detail)
             elif thing.detail:
                 patches[1][where] = self.ids[thing.detail]
         return patches.reshape(4, -1)
+
+    def _teach_print(self, details: np.ndarray, where: np.ndarray, text: str) -> None:
+        """Each patch is taught the word, or the digit of a number, that is printed about there."""
+        first = int(np.where(where.any(0))[0][0])
+        for word, begin, end in columns(text):
+            pieces = self.encode(word)
+            for column in range(begin, end):
+                if first + column < GRID:
+                    piece = pieces[int((column - begin + 0.5) / (end - begin) * len(pieces))]
+                    details[:, first + column][where[:, first + column]] = piece
+
+
+def keys(step: int, batch: int, silent: bool) -> list[Key]:
+    """The examples of one training step, `batch` pictures in all: two or three at a time in every fourth step."""
+    pictures = 1 if silent or step % 4 < 3 else 2 + step // 4 % 2
+    return [(step * batch + index, pictures) for index in range(batch // pictures)]

@@ -14,13 +14,14 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from foveate.glimpse import world
+from foveate.glimpse import facts, scene
 
 PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:"
 IMAGE = "<image>"
 WIDTHS = {"glimpse": 192, "small": 96}  # of both halves; a head is 32 wide, three heads share a key head
 SYNONYMS = {
     "picture": "image|photo|scene",
+    "pictures": "images|photos|scenes",
     "top": "upper",
     "bottom": "lower",
     "center": "centre",
@@ -43,12 +44,12 @@ CHAT = (
 def make_processor() -> LlavaProcessor:
     """The processor: any picture becomes 168 x 168 pixels, any question words of a closed vocabulary."""
     image_processor = CLIPImageProcessorPil(
-        size={"height": world.SIZE, "width": world.SIZE}, do_center_crop=False, crop_size=None
+        size={"height": scene.SIZE, "width": scene.SIZE}, do_center_crop=False, crop_size=None
     )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=_tokenizer(),
-        patch_size=world.PATCH,
+        patch_size=scene.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLS
         chat_template=CHAT,
@@ -64,8 +65,8 @@ def make_model(processor: LlavaProcessor, size: str = "glimpse") -> LlavaForCond
         intermediate_size=3 * width,
         num_hidden_layers=6,
         num_attention_heads=width // 32,
-        image_size=world.SIZE,
-        patch_size=world.PATCH,
+        image_size=scene.SIZE,
+        patch_size=scene.PATCH,
         projection_dim=width,
         hidden_act="gelu",
         initializer_factor=1.0,
@@ -87,7 +88,7 @@ def make_model(processor: LlavaProcessor, size: str = "glimpse") -> LlavaForCond
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(world.SIZE // world.PATCH) ** 2,
+        image_seq_length=(scene.SIZE // scene.PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -102,17 +103,18 @@ def make_model(processor: LlavaProcessor, size: str = "glimpse") -> LlavaForCond
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Whole words, and numbers digit by digit; a WordPiece so that "4" and "##2" decode to "42"."""
     digits = [str(digit) for digit in range(10)]
-    names = [*world.SPRITES, *world.SHAPES, *world.COLOURS, *world.WORDS, *world.ROWS, *world.COLUMNS]
-    asked = " ".join(template for templates in world.ASK.values() for template in templates).lower()
-    words = sorted({*re.findall(r"[a-z]+", asked), *["a", "an", "and", "nothing", "yes", "no", "number", "word"]})
+    names = [*scene.SPRITES, *scene.SHAPES, *scene.COLOURS, *scene.WORDS, *scene.ROWS, *scene.COLUMNS]
+    asked = " ".join(template for templates in facts.ASK.values() for template in templates).lower()
+    said = [*"a an and nothing yes no number word line same different none".split(), *facts.ORDINALS]
+    words = sorted({*re.findall(r"[a-z]+", asked), *said})
     special = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT]
     inside = [f"##{digit}" for digit in digits]
-    pieces = dict.fromkeys([*special, "?", ".", ",", *digits, *inside, *names, *words])
+    pieces = dict.fromkeys([*special, "?", ".", ",", ":", *digits, *inside, *names, *words])
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
 
-    things = [*world.SPRITES, *world.SHAPES]
-    normal = "|".join(thing for thing in things if not world.plural(thing).endswith("es") or thing.endswith("e"))
-    hissing = "|".join(thing for thing in things if world.plural(thing) == thing + "es")
+    things = [*scene.SPRITES, *scene.SHAPES]
+    normal = "|".join(thing for thing in things if not facts.plural(thing).endswith("es") or thing.endswith("e"))
+    hissing = "|".join(thing for thing in things if facts.plural(thing) == thing + "es")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -126,7 +128,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lessons import IGNORE, Lessons
+from lessons import IGNORE, Lessons, keys
 from model import WIDTHS, make_model, make_processor
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -41,10 +41,14 @@ class Pupil(nn.Module):
         self.words[1] = sorted(
             set(range(model.config.text_config.vocab_size)) - {word for group in self.words for word in group}
         )
-        self.register_buffer("prefix", torch.tensor(lessons.prefix), persistent=False)
+        self.register_buffer("prefix", torch.tensor(lessons.prefix()[:2]), persistent=False)
 
     def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image tokens `(batch, 144, hidden)` and the two last states of CLS `(batch, 2, vision hidden)`."""
+        """Image tokens `(pictures, 144, hidden)` and the two last states of CLS `(pictures, 2, vision hidden)`.
+
+        pixels: `(batch, pictures of an example, 3, height, width)` in 0 to 255.
+        """
+        pixels = pixels.flatten(0, 1)
         pixels = (pixels.float() / 255 - MEAN.to(pixels.device)) / DEVIATION.to(pixels.device)
         core = self.model.model
         states = core.vision_tower(pixels, output_hidden_states=True).hidden_states
@@ -55,23 +59,24 @@ class Pupil(nn.Module):
         embeddings = self.model.get_input_embeddings().weight
         logits = (F.rms_norm(tokens.float(), tokens.shape[-1:]) @ embeddings.float().T).flatten(0, 1)
         losses = {}
-        targets = batch["patches"].unbind(1)
+        targets = batch["patches"].flatten(0, 1).unbind(1)
         for name, words, target in zip(("thing", "detail", "row", "column"), self.words, targets, strict=True):
             chosen = torch.full_like(logits[:1], float("-inf"))
             chosen[:, words] = 0
             loss = F.cross_entropy(logits + chosen, target.flatten(), ignore_index=IGNORE, reduction="sum")
             losses[name] = loss / (target != IGNORE).sum().clamp(min=1)
         guess = self.present(F.rms_norm(cls.float(), cls.shape[-1:]))
-        losses["cls"] = F.binary_cross_entropy_with_logits(guess, batch["present"][:, None].expand_as(guess)) * 10
+        losses["cls"] = F.binary_cross_entropy_with_logits(guess, batch["present"].flatten(0, 1)[:, None].expand_as(guess)) * 10
         return losses
 
     def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of the answers and the share of answer tokens that are right."""
         core = self.model.model
         ids, turn = batch["ids"], batch["turn"]
-        head = len(self.prefix)
+        tokens = tokens.reshape(len(ids), -1, tokens.shape[-1])
+        head = len(self.prefix) + tokens.shape[1]
         embed = core.language_model.embed_tokens
-        start = embed(self.prefix[:2]).expand(len(ids), -1, -1)
+        start = embed(self.prefix).expand(len(ids), -1, -1)
         inputs = torch.cat([start.to(tokens.dtype), tokens, embed(ids).to(tokens.dtype)], 1)
 
         turn = F.pad(turn, (head, 0))
@@ -128,15 +133,28 @@ def endless(processor: LlavaProcessor, options: argparse.Namespace, step: int) -
     """Batches of fresh examples, from some step on: silent ones first, then those with questions."""
     for silent, until in ((True, options.see_steps), (False, options.steps)):
         if step < until:
-            lessons = Lessons(processor, step * options.batch, until * options.batch, silent)
             yield from DataLoader(
-                lessons,
-                options.batch // WORLD,
-                sampler=range(RANK, len(lessons), WORLD),
+                Lessons(processor, silent),
+                batch_sampler=[keys(s, options.batch, silent)[RANK::WORLD] for s in range(step, until)],
                 num_workers=options.workers,
                 prefetch_factor=4 if options.workers else None,
             )
             step = until
+
+
+def begin_with(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Takes over the weights of an earlier model; its words keep what they mean, whatever their ids are now."""
+    earlier = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    known = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    shared = [(new, known[piece]) for piece, new in processor.tokenizer.get_vocab().items() if piece in known]
+    new, old = torch.tensor(shared).T
+    words = model.get_input_embeddings().weight.detach().clone()
+    words[new] = earlier.get_input_embeddings().weight.detach()[old]
+    weights = earlier.state_dict()
+    for name in weights:
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weights[name] = words
+    model.load_state_dict(weights)
 
 
 def share_gradients(pupil: Pupil) -> None:
@@ -156,7 +174,10 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor()
-    pupil = Pupil(make_model(processor, options.size), Lessons(processor, 0, 1)).to(device)
+    model = make_model(processor, options.size)
+    if options.begin_with:
+        begin_with(model, processor, options.begin_with)
+    pupil = Pupil(model, Lessons(processor)).to(device)
     AttentionInterface.register("plain", plain_attention)
     pupil.model.set_attn_implementation("plain")
     tools = optimizers(pupil, options.rate)
@@ -245,6 +266,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the checkpoint, and of the model beside it")
     add("--size", choices=WIDTHS, default="glimpse", help="which of the two models")
+    add("--begin-with", type=Path, help="folder of an earlier model, whose weights are the first")
     add("--resume", action="store_true", help="go on from the checkpoint in the folder")
     add("--see-steps", type=int, default=700, help="steps of learning to see only")
     add("--steps", type=int, default=4000, help="steps in all")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.glimpse.scene import COLOURS, PATCH, SHAPES, SIZE, SPRITES, Scene, Thing
+from foveate.glimpse.scene import COLOURS, PATCH, PRINT, PRINTED, SHAPES, SIZE, SPRITES, Scene, Thing
 
 ATLAS = Path(__file__).with_name("sprites.png")
 ATLAS_COLUMNS = 10
@@ -33,13 +33,24 @@ def coverage(scene: Scene) -> np.ndarray:
         layer = Image.new("L", (SIZE, SIZE))
         layer.paste(stamp.getchannel("A"), _corner(thing, stamp, SIZE))
         share = np.asarray(layer.reduce(PATCH), np.float32) / 255
-        owner[share > (0.02 if thing.kind in ("number", "word") else 0.25)] = scene.things.index(thing)
+        owner[share > (0.02 if thing.kind in PRINTED else 0.25)] = scene.things.index(thing)
     return owner
+
+
+def columns(text: str) -> list[tuple[str, int, int]]:
+    """Words of print, each with the first patch column that it fills and the first behind it, from 0 on."""
+    font = _font(round(PRINT * SIZE))
+    found, begin = [], 0
+    for word in text.split():
+        end = begin - int(-font.getlength(word) // PATCH)
+        found.append((word, begin, end))
+        begin = end + 1
+    return found
 
 
 def _bottom_up(scene: Scene) -> list[Thing]:
     """Things in the order they are painted: print comes last, so that nothing covers it."""
-    return sorted(scene.things, key=lambda thing: thing.kind in ("number", "word"))
+    return sorted(scene.things, key=lambda thing: thing.kind in PRINTED)
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
@@ -84,7 +95,7 @@ def _corner(thing: Thing, stamp: Image.Image, size: int) -> tuple[int, int]:
 
     Print lies on the raster of the patches, so that a model this small learns to read it in minutes.
     """
-    step = size * PATCH // SIZE if thing.kind in ("number", "word") else 1
+    step = size * PATCH // SIZE if thing.kind in PRINTED else 1
     left, top = (
         min(max(round((centre * size - side / 2) / step), 0), (size - side) // step) * step
         for centre, side in ((thing.x, stamp.width), (thing.y, stamp.height))
@@ -128,20 +139,27 @@ def _shape(kind: str, colour: str, pixels: int) -> Image.Image:
 
 
 def _print(text: str, pixels: int, raster: int, on_dark: bool) -> Image.Image:
+    """Words side by side, each beginning on the raster of the patches."""
     font = _font(pixels)
-    stamp = Image.new("RGBA", (-int(-font.getlength(text) // raster) * raster, 2 * raster))
+    words = text.split()
+    widths = [-int(-font.getlength(word) // raster) for word in words]
+    stamp = Image.new("RGBA", ((sum(widths) + len(words) - 1) * raster, 2 * raster))
     ink, halo = ((255, 255, 255), (0, 0, 0)) if on_dark else ((10, 10, 10), (255, 255, 255))
+    draw = ImageDraw.Draw(stamp)
     for alpha, colour, width in ((110, halo, 1), (255, ink, 0)):
-        ImageDraw.Draw(stamp).text(
-            (0, raster), text, (*colour, alpha), font, "lm", stroke_width=width, stroke_fill=(*colour, alpha)
-        )
+        left = 0
+        for word, patches in zip(words, widths, strict=True):
+            fill = (*colour, alpha)
+            draw.text((left, raster), word, fill, font, "lm", stroke_width=width, stroke_fill=fill)
+            left += (patches + 1) * raster
     return stamp
 
 
 def _is_dark(picture: Image.Image, thing: Thing, size: int) -> bool:
-    if thing.kind not in ("number", "word"):
+    if thing.kind not in PRINTED:
         return False  # only print minds
     column, row = int(thing.x * size), int(thing.y * size)
     reach = max(size // 10, 1)
-    around = picture.crop((max(column - reach, 0), max(row - reach // 2, 0), column + reach, row + reach // 2))
+    across = size // 2 if thing.kind == "line" else reach
+    around = picture.crop((max(column - across, 0), max(row - reach // 2, 0), column + across, row + reach // 2))
     return float(np.asarray(around.convert("L")).mean()) < 128

@@ -1,8 +1,8 @@
 """What a picture of the world holds: its words, its things, and where they lie; everything follows from a seed.
 
-A picture holds one to six things, each in its own cell of a 3x3 grid (never near a border between two
+A picture holds one to seven things, each in its own cell of a 3x3 grid (never near a border between two
 cells, so that every place has one name): emoji sprites, coloured shapes, at most one printed number and one
-printed word.
+printed word. Some pictures have a line of print instead, several words and numbers across a whole row.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ COLUMNS = ("left", "center", "right")
 SIZE = 168  # pixels a side of a picture as the model sees it
 PATCH = 14  # pixels a side of one patch, so 12 x 12 patches
 PRINT = 24 / 168  # height of print, as a fraction of the picture: one digit is as wide as one patch
+PRINTED = ("number", "word", "line")  # kinds of things that are print
+LINE = SIZE // PATCH  # patches that a line of print may be long
 
 
 @dataclass(frozen=True)
 class Thing:
     """One thing. `x`, `y` (centre) and `size` are fractions of the picture's side, `angle` is in degrees."""
 
-    kind: str  # a sprite's name, a shape's name, "number" or "word"
-    detail: str  # the shape's colour, the digits, the word; "" for a sprite
-    cell: int  # 0..8, row by row
+    kind: str  # a sprite's name, a shape's name, "number", "word" or "line"
+    detail: str  # the shape's colour, the digits, the word, the words of the line; "" for a sprite
+    cell: int  # 0..8, row by row; of a line that in the middle of its row
     x: float
     y: float
     size: float
@@ -55,15 +57,15 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """What an answer calls it, as in "dog", "red circle", "number 42", "word stop"."""
+        """What an answer calls it, as in "dog", "red circle", "number 42", "line stop 42 tea"."""
         if self.kind in SHAPES:
             return f"{self.detail} {self.kind}"
         return f"{self.kind} {self.detail}".strip()
 
     @property
     def place(self) -> str:
-        """Name of its cell, as in "top left"."""
-        return place(self.cell)
+        """Name of its cell, as in "top left"; of a line that of its row."""
+        return ROWS[self.cell // 3] if self.kind == "line" else place(self.cell)
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,26 @@ def place(cell: int) -> str:
     return f"{ROWS[cell // 3]} {COLUMNS[cell % 3]}"
 
 
-def imagine(rng: np.random.Generator, least: int = 1, most: int = 6, more_print: float = 0.0) -> Scene:
+def imagine(rng: np.random.Generator, least: int = 1, most: int = 7, more_print: float = 0.0) -> Scene:
     """Draw the content of a picture at random: `least` to `most` (at most 9) things.
 
-    One number and one word are as much print as questions can be asked about; `more_print` is the share of further
-    things that become print as well, for learning to read.
+    A line of print fills a row, so that fewer cells are left. One line, or one number and one word, is as much print
+    as questions can be asked about; `more_print` is the share of further things that become print as well, for
+    learning to read.
     """
-    cells = rng.permutation(9)[: rng.integers(least, most + 1)]
-    special = {}
-    if rng.random() < 0.55:
-        special[0] = _print_out("number", rng)
-    if rng.random() < 0.55 and len(cells) > len(special):
-        special[len(special)] = _print_out("word", rng)
+    cells = [int(cell) for cell in rng.permutation(9)[: rng.integers(least, most + 1)]]
     things: list[Thing] = []
+    special = []
+    if rng.random() < 0.3:
+        row = cells[0] // 3
+        cells = [cell for cell in cells if cell // 3 != row]
+        x, y = 0.5, (row + 0.5 + rng.uniform(-0.24, 0.24)) / 3
+        things.append(Thing("line", _line(rng), 3 * row + 1, x, float(y), PRINT, 0.0, 1.0))
+    else:
+        special = [kind for kind in ("number", "word") if rng.random() < 0.55]
     for index, cell in enumerate(cells):
-        if index in special:
-            kind, detail = special[index]
+        if index < len(special):
+            kind, detail = _print_out(special[index], rng)
         elif rng.random() < more_print:
             kind, detail = _print_out(str(rng.choice(["number", "word"])), rng)
         elif things and things[-1].kind in SPRITES and rng.random() < 0.25:
@@ -103,16 +109,17 @@ def imagine(rng: np.random.Generator, least: int = 1, most: int = 6, more_print:
             kind, detail = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
         else:
             kind, detail = str(rng.choice(list(SPRITES))), ""
-        printed = kind in ("number", "word")
+        printed = kind in PRINTED
         x, y = (np.array([cell % 3, cell // 3]) + 0.5 + rng.uniform(-0.24, 0.24, 2)) / 3
+        size = rng.uniform(0.16, 0.22) if rng.random() < 0.3 else rng.uniform(0.24, 0.33)
         things.append(
             Thing(
                 kind,
                 detail,
-                int(cell),
+                cell,
                 float(x),
                 float(y),
-                size=PRINT if printed else float(rng.uniform(0.24, 0.33)),
+                size=PRINT if printed else float(size),
                 angle=0.0 if printed else float(rng.uniform(-15, 15)),
                 brightness=float(rng.uniform(0.8, 1.15)),
             )
@@ -124,3 +131,15 @@ def _print_out(kind: str, rng: np.random.Generator) -> tuple[str, str]:
     if kind == "word":
         return kind, str(rng.choice(WORDS))
     return kind, str(rng.integers(10, 1000 if rng.random() < 0.7 else 100))
+
+
+def _line(rng: np.random.Generator) -> str:
+    """Two to four words and numbers that fit beside each other."""
+    texts: list[str] = []
+    room = LINE
+    for _ in range(rng.integers(2, 5)):
+        kind, text = _print_out(str(rng.choice(["number", "word"])), rng)
+        room -= len(text) + bool(texts)  # no letter is wider than a patch
+        if room >= 0:
+            texts.append(text)
+    return " ".join(texts)
