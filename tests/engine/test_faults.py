@@ -74,6 +74,24 @@ def test_a_layer_that_does_not_ask_for_its_kernel_is_refused(name, index):
         model(**batch)
 
 
+@pytest.mark.parametrize("name", BEFORE_LLM)
+@torch.no_grad()
+def test_a_padded_batch_does_not_end_in_such_a_layer(name):
+    """Its mask is of the whole prompt, and the rows are fewer."""
+    batch, model = tiny.inputs("llava", **tiny.BATCHES["ragged"]), tiny.build("llava")
+    attention = model.model.language_model.layers[0].self_attn
+
+    def own(self, hidden_states, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            hidden_states = hidden_states + attention_mask.float().mean(1)[..., :1]
+        return hidden_states, None
+
+    attention.forward = types.MethodType(own, attention)
+    model(**batch)
+    with prune(model, name), pytest.raises(foveate.UnsupportedError, match="decoder layer 0 does not ask"):
+        model(**batch)
+
+
 @decoder_places
 @torch.no_grad()
 def test_replicas_of_a_pruned_model_are_pruned(family, name):
@@ -144,6 +162,25 @@ def test_samples_packed_into_one_row_are_refused(name):
         with pytest.raises(foveate.UnsupportedError, match="start again inside a row"):
             model(**packed, use_cache=False)
         model(**{**packed, "position_ids": torch.arange(packed["input_ids"].shape[1])[None]})
+
+
+@pytest.mark.parametrize("name", ["uniform", "divprune", "fastv"])
+@torch.no_grad()
+def test_packed_samples_are_told_by_the_axis_of_time(name):
+    """Those of height and width start again in every picture."""
+    one, two = tiny.inputs("qwen2_5_vl", seed=1), tiny.inputs("qwen2_5_vl", text=(9,), seed=2)
+    model = tiny.build("qwen2_5_vl")
+    parts = [
+        model.model.get_rope_index(part["input_ids"], part["mm_token_type_ids"], image_grid_thw=part["image_grid_thw"])[0]
+        for part in (one, two)
+    ]
+    packed = {name: torch.cat([one[name], two[name]], 1) for name in ("input_ids", "mm_token_type_ids")}
+    packed |= {name: torch.cat([one[name], two[name]]) for name in ("pixel_values", "image_grid_thw")}
+    later = torch.cat([parts[0], parts[1] + parts[0].max() + 1], -1)
+    with prune(model, name):
+        with pytest.raises(foveate.UnsupportedError, match="start again inside a row"):
+            model(**packed, position_ids=torch.cat(parts, -1))
+        model(**packed, position_ids=later)
 
 
 # -- what is left behind ------------------------------------------------------------------------------------------
@@ -400,6 +437,26 @@ def test_an_answer_in_one_forward_is_scored_as_generate_would(family, name, size
             assert (scored.logits - out.logits).abs().max() < TOLERANCE and scored.loss.isfinite()
             kept.append([layer.kept for layer in pruned.report.layers])
         assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True)), "whatever the answer"
+
+
+@decoder_places
+@torch.no_grad()
+def test_logits_of_a_whole_forward_are_warned_of_where_an_answer_could_choose(family, name, recwarn):
+    batch, model = tiny.inputs(family), tiny.build(family)
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    with prune(model, name) as pruned:
+        model(**batch)
+        told = [str(warning.message) for warning in recwarn.list if "scored" in str(warning.message)]
+        assert len(told) == (name != "fopru_rank"), "what is chosen before the LLM asks no prompt"
+        recwarn.clear()
+        model(**batch, logits_to_keep=1)
+        model(**batch, labels=labels)
+        model.generate(**batch, max_new_tokens=2)
+        with pruned.prompt(batch["input_ids"].shape[1] - 1):
+            model(**batch)
+        assert not recwarn.list
+
 
 
 @torch.no_grad()

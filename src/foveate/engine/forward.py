@@ -186,8 +186,10 @@ class Forward:
         if self._embeddings is None or self._embeddings[0] is not kwargs["position_embeddings"]:
             full = kwargs["position_embeddings"]
             self._embeddings = (full, tuple(gather_rows(part, self.rows.source) for part in full))
-        # Flash attention would read the gaps in the position ids as packed sequences.
-        return hidden, {**kwargs, "position_embeddings": self._embeddings[1], "position_ids": None}
+        # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; that
+        # of the rows is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
+        beside = {"position_embeddings": self._embeddings[1], "position_ids": None, "attention_mask": None}
+        return hidden, {**kwargs, **beside}
 
     def leave(self, hidden: Tensor) -> Tensor:
         """Behind the last layer: back to the logical length, zeros where rows were dropped."""

@@ -27,7 +27,7 @@ from .forward import Forward
 from .generation import run_prompt, split_prompt
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
-from .steps import Steps
+from .steps import UNSAID, Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods
 from .target import Target
 from .upstream import PreTrainedModel, cache_in, release_note, without_cache
@@ -231,6 +231,8 @@ class Pruned(NotPickled):
                 "the labels of this batch begin at different places, and methods choose at the end of the prompt: pad "
                 "the prompts on the left and the answers on the right, or run one sample at a time"
             )
+        if brings_images and splits and step.unsaid:
+            warnings.warn(UNSAID, stacklevel=2)
         if brings_images and splits and step.behind:
             # The prompt runs without what stands behind it, so that methods see its true end.
             head, kwargs = split_prompt(kwargs, step.behind)

@@ -10,6 +10,13 @@ import torch
 
 from .fixtures import Fixtures, NotPickled
 
+# An answer that is scored would take part in choosing the tokens it is scored on.
+UNSAID = (
+    "a forward outside of generate() asks for the logits of all its tokens, and foveate takes them all for the prompt. If "
+    "an answer that is scored stands behind the prompt, say where the prompt ends: pass labels, or use `with "
+    "pruned.prompt(tokens):`. If all of it is the prompt, logits_to_keep=1 says so"
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -18,6 +25,7 @@ class Step:
     behind: tokens at its end that are no prompt: guesses of assisted decoding, or an answer that is scored.
     uneven: whether they begin at another place in every sample. assisted: whether they are guesses. verifies: whether
     it checks guesses. beside: whether it is made within `generate()`, but none of the steps that `generate()` prepared.
+    unsaid: whether it asks for the logits of all tokens and nobody said where the prompt ends.
     """
 
     behind: int = 0
@@ -25,6 +33,7 @@ class Step:
     assisted: bool = False
     verifies: bool = False
     beside: bool = False
+    unsaid: bool = False
 
 
 class Steps(NotPickled, threading.local):
@@ -83,7 +92,8 @@ class Steps(NotPickled, threading.local):
                 raise ValueError(f"the prompt was said to have {self.prompt} tokens, and this forward has fewer")
             return Step(ids.shape[1] - self.prompt)
         if labels is None or kwargs.get("pixel_values") is None:
-            return Step()
+            wanted = kwargs.get("logits_to_keep")
+            return Step(unsaid=labels is None and (wanted is None or (isinstance(wanted, int) and wanted != 1)))
         starts = (labels != -100).any(1) * (labels != -100).to(torch.uint8).argmax(1)
         first, last = torch.stack([starts.min(), starts.max()]).tolist()
         return Step(labels.shape[1] - first if first else 0, uneven=first != last)

@@ -131,8 +131,9 @@ def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) ->
     if brings_images:
         check_compiled(target.model)
     positions = kwargs.get("position_ids")
-    plain = brings_images and mask is None and positions is not None and positions.ndim == 2
-    if plain and bool((positions.diff(dim=-1) < 0).any()):  # type: ignore[union-attr]
+    if positions is not None and positions.ndim == 3:
+        positions = positions[0]  # of text, or of time: those of height and width start again in every picture
+    if brings_images and mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
         raise UnsupportedError(
             "these position ids start again inside a row, as those of samples packed into one do, and samples cannot "
             "be told apart once tokens were dropped: pass them as a batch, padded, with an attention mask"
