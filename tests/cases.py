@@ -14,6 +14,7 @@ import foveate
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fopru_rank": ("fopru", dict(keep=0.25, strategy="rank")),
     "fopru_row": ("fopru", dict(keep=0.5, strategy="row")),
+    "fopru_cls": ("fopru", dict(keep=0.25, attention="cls", back=1)),
     "plphp": ("plphp", dict(keep=0.5, start_layer=1)),
     "fastv": ("fastv", dict(keep=0.5, layer=2)),
     "random": ("random", dict(keep=0.25)),
@@ -25,6 +26,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dart": ("dart", dict(keep=0.5, layer=2)),
     "topv": ("topv", dict(keep=0.5, layer=2)),
     # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
+    "plphp_last": ("plphp", dict(keep=0.5, rows=1)),
     "plphp_fixed": ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3)),
     "visual_snapkv": ("visual_snapkv", dict(keep=0.5, window=8)),
     "csp": ("csp", dict(keep=0.5, window=0.3)),
@@ -35,7 +37,7 @@ METHODS["random_layer"] = ("random_layer", dict(keep=0.5))
 METHODS["random_cache"] = ("random_cache", dict(keep=0.5))
 METHODS["random_cross"] = ("random_cross", dict(keep=0.25))
 IN_CROSS_ATTENTION = ("trimmed_llama", "random_cross")
-BEFORE_LLM = ("fopru_rank", "fopru_row", "random", "uniform", "vtc_cls", "divprune")
+BEFORE_LLM = ("fopru_rank", "fopru_row", "fopru_cls", "random", "uniform", "vtc_cls", "divprune")
 FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name not in IN_CROSS_ATTENTION]
 FITS += [("mllama", name) for name in IN_CROSS_ATTENTION]
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.

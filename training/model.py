@@ -105,8 +105,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     digits = [str(digit) for digit in range(10)]
     names = [*scene.SPRITES, *scene.SHAPES, *scene.COLOURS, *scene.WORDS, *scene.ROWS, *scene.COLUMNS]
     asked = " ".join(template for templates in facts.ASK.values() for template in templates).lower()
-    said = [*"a an and nothing yes no number word line same different none".split(), *facts.ORDINALS]
-    words = sorted({*re.findall(r"[a-z]+", asked), *said})
+    said = ["a", "an", "and", "nothing", "yes", "no", "number", "word", "line", "same", "different", "none"]
+    words = sorted({*re.findall(r"[a-z]+", asked), *said, *facts.ORDINALS})
     special = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT]
     inside = [f"##{digit}" for digit in digits]
     pieces = dict.fromkeys([*special, "?", ".", ",", ":", *digits, *inside, *names, *words])

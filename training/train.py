@@ -66,7 +66,8 @@ class Pupil(nn.Module):
             loss = F.cross_entropy(logits + chosen, target.flatten(), ignore_index=IGNORE, reduction="sum")
             losses[name] = loss / (target != IGNORE).sum().clamp(min=1)
         guess = self.present(F.rms_norm(cls.float(), cls.shape[-1:]))
-        losses["cls"] = F.binary_cross_entropy_with_logits(guess, batch["present"].flatten(0, 1)[:, None].expand_as(guess)) * 10
+        present = batch["present"].flatten(0, 1)[:, None].expand_as(guess)
+        losses["cls"] = F.binary_cross_entropy_with_logits(guess, present) * 10
         return losses
 
     def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

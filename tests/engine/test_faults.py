@@ -170,10 +170,8 @@ def test_packed_samples_are_told_by_the_axis_of_time(name):
     """Those of height and width start again in every picture."""
     one, two = tiny.inputs("qwen2_5_vl", seed=1), tiny.inputs("qwen2_5_vl", text=(9,), seed=2)
     model = tiny.build("qwen2_5_vl")
-    parts = [
-        model.model.get_rope_index(part["input_ids"], part["mm_token_type_ids"], image_grid_thw=part["image_grid_thw"])[0]
-        for part in (one, two)
-    ]
+    known = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+    parts = [model.model.get_rope_index(**{name: part[name] for name in known})[0] for part in (one, two)]
     packed = {name: torch.cat([one[name], two[name]], 1) for name in ("input_ids", "mm_token_type_ids")}
     packed |= {name: torch.cat([one[name], two[name]]) for name in ("pixel_values", "image_grid_thw")}
     later = torch.cat([parts[0], parts[1] + parts[0].max() + 1], -1)
@@ -456,7 +454,6 @@ def test_logits_of_a_whole_forward_are_warned_of_where_an_answer_could_choose(fa
         with pruned.prompt(batch["input_ids"].shape[1] - 1):
             model(**batch)
         assert not recwarn.list
-
 
 
 @torch.no_grad()

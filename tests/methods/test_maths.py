@@ -204,6 +204,27 @@ def test_fopru_ranks_by_significance():
     assert FoPru(keep=0.5).select(tokens, torch.tensor([2])).tolist() == [[False, True, True, False]]
 
 
+def test_fopru_reads_the_layer_and_the_attention_it_is_told_to():
+    deep, before = [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]
+    received, cls = torch.tensor([[before, deep]]), torch.tensor([[before[::-1], [0.1, 0.4, 0.1, 0.4]]])
+    flat, two = torch.full((1, 2, 4), 0.25), torch.tensor([2])
+
+    def chosen(**options):
+        method = FoPru(keep=0.5, **options)
+        seen = {"received": received, "given": flat, "cls": cls}
+        read = {name: seen[name][:, -method.vision_layers :] for name in method.reads}
+        return method.select(EncoderTokens((2, 2), 1, torch.device("cpu"), **read), two)[0].nonzero().flatten().tolist()
+
+    assert chosen() == [0, 1]
+    assert chosen(back=1) == chosen(back=7) == [2, 3], "where there are fewer layers, the first there is"
+    assert chosen(attention="cls") == [1, 3]
+    assert chosen(attention="cls", back=1) == [0, 1]
+    with pytest.raises(ValueError, match="attention must be"):
+        FoPru(attention="head")
+    with pytest.raises(ValueError, match="back must be"):
+        FoPru(back=-1)
+
+
 @few
 @given(st.integers(1, 200), st.floats(0.01, 1))
 def test_uniform_strides_evenly(n, keep):

@@ -15,6 +15,7 @@ from foveate.methods.aircache import AirCache, elite_rows, layer_shares, strengt
 from foveate.methods.base import floor_budget
 from foveate.methods.csp import CSP, split_budget, window_rows
 from foveate.methods.elastic_cache import ElasticCache, nearest_kept
+from foveate.methods.plphp import PLPHP
 from foveate.methods.tokens import ImageGroups, LayerTokens
 from foveate.methods.visual_snapkv import VisualSnapKV, pool_neighbours
 from foveate.methods.zipvl import ZipVL, probes_that_see, tokens_for_mass
@@ -213,27 +214,52 @@ def test_csp_keeps_exactly_the_budget_and_nothing_twice(data):
 # AirCache ----------------------------------------------------------------------------------------------------
 
 
-def slow_elite(slow: Slow, b: int, alpha: float) -> list[int]:
-    text = slow.text(b)
+# PLPHP -------------------------------------------------------------------------------------------------------
+
+
+@layouts
+@pytest.mark.parametrize("rows", [None, 1, 3, 50])
+def test_plphp_ranks_by_the_mean_of_its_rows(layout, rows):
+    slow = Slow(layout, seed=5)
+    ranking = [slow.text(b)[-rows:] if rows else slow.text(b) for b in range(len(slow.rows))]
+    total = slow.total(lambda b: ranking[b])
+    means = [[[x / len(ranking[b]) for x in head] for head in heads] for b, heads in enumerate(total)]
+    close(PLPHP(rows=rows).score(slow.tokens()), slow.of_images(slow.per_kv_head(means)))
+    last = PLPHP(rows=1).score(slow.tokens())
+    assert rows != 1 or torch.allclose(last, slow.tokens().per_kv_head(slow.tokens().last_attention()))
+
+
+@pytest.mark.parametrize("method", [PLPHP, AirCache])
+@pytest.mark.parametrize("rows", [0, 1.5, True, "all"])
+def test_rows_are_none_or_a_number(method, rows):
+    with pytest.raises(ValueError, match="rows must be an int >= 1"):
+        method(rows=rows)
+
+
+# AirCache ----------------------------------------------------------------------------------------------------
+
+
+def slow_elite(slow: Slow, b: int, alpha: float, rows: int | None) -> list[int]:
+    text = slow.text(b)[-rows:] if rows else slow.text(b)
     heads = [slow.attention(b, h, slow.keys - 1, keys=text) for h in range(HEADS)]
     weights = {r: sum(head[r] for head in heads) / HEADS for r in text}
     return [r for r in text if weights[r] >= alpha * max(weights.values())]
 
 
 @layouts
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
-def test_aircache_judges_by_the_elite_over_image_and_elite_keys(layout, alpha):
+@pytest.mark.parametrize(("alpha", "rows"), [(0.0, None), (0.3, None), (0.9, None), (1.0, None), (0.0, 2), (0.3, 3)])
+def test_aircache_judges_by_the_elite_over_image_and_elite_keys(layout, alpha, rows):
     slow = Slow(layout, seed=3)
     tokens = slow.tokens()
-    elites = [slow_elite(slow, b, alpha) for b in range(len(slow.rows))]
-    rows = elite_rows(tokens, alpha)
-    assert [[r + slow.past for r in row if r >= 0] for row in rows.tolist()] == elites
+    elites = [slow_elite(slow, b, alpha, rows) for b in range(len(slow.rows))]
+    found = elite_rows(tokens, alpha, rows)
+    assert [[r + slow.past for r in row if r >= 0] for row in found.tolist()] == elites
     received = []
     for b, elite in enumerate(elites):
         keys = elite + [k for g, slots in slow.images if g == b for k in slots]
         heads = [[slow.attention(b, h, r, keys=keys) for r in elite] for h in range(HEADS)]
         received.append([[sum(a[k] for a in head) / len(elite) for k in range(slow.keys)] for head in heads])
-    close(AirCache(alpha=alpha).score(tokens), slow.of_images(slow.per_kv_head(received)))
+    close(AirCache(alpha=alpha, rows=rows).score(tokens), slow.of_images(slow.per_kv_head(received)))
 
 
 @few

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods.tokens import LayerTokens
 from .cache import PrunedLayer
+from .errors import UnsupportedError
 from .forward import Forward
 from .routes import Kernel, physical_mask
 from .target import Kind
@@ -100,3 +101,12 @@ class Attention:
         forward = self.forward
         forward.entered[self.index] = forward.streams[self.kind].index
         return self.kernel(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+
+def unrouted(index: int) -> UnsupportedError:
+    """Of a layer that attended without asking transformers for its kernel."""
+    return UnsupportedError(
+        f"the attention of decoder layer {index} does not ask transformers for its kernel (a patched forward, or a "
+        "copy of the module that was pruned), so that nothing can be dropped there: prune the model that runs, with "
+        "transformers' own attention"
+    )

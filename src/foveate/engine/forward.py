@@ -27,6 +27,7 @@ class Forward:
     encoded; images, places, groups: what is known of them from layer 0 on. streams: what comes in to the layers of
     each kind. guidance: (batch, prompt) what another model gave each position. actions: of the places of a session, in
     their order. entered, evicted: for the report, the rows that each layer computed and the layers that lost entries.
+    peeks: whether a layer is only asked for its queries and keys.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Forward:
         self.entered: dict[int, Tensor | None] = {}
         self.evicted: set[int] = set()
         self.hooks: list[Any] = []
+        self.peeks = False
         self.outer: Forward | None = None
         self._pending: Tensor | None = None
         self._embeddings: tuple[Any, Any] | None = None
@@ -186,10 +188,16 @@ class Forward:
         if self._embeddings is None or self._embeddings[0] is not kwargs["position_embeddings"]:
             full = kwargs["position_embeddings"]
             self._embeddings = (full, tuple(gather_rows(part, self.rows.source) for part in full))
-        # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; that
-        # of the rows is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
+        # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; the
+        # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
         beside = {"position_embeddings": self._embeddings[1], "position_ids": None, "attention_mask": None}
         return hidden, {**kwargs, **beside}
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """What the model does to hidden states behind its last layer."""
+        norm = self.target.norm
+        assert norm is not None
+        return norm.forward(hidden)  # without the hook that ends the pass
 
     def leave(self, hidden: Tensor) -> Tensor:
         """Behind the last layer: back to the logical length, zeros where rows were dropped."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..families.base import Family
 from ..methods.base import Method
-from .attention import Attention
+from .ahead import Peeked
+from .attention import Attention, unrouted
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .errors import UnsupportedError
 from .fixtures import Fixtures, NotPickled
@@ -332,11 +333,7 @@ class Pruned(NotPickled):
     def _check_routed(self, forward: Forward, index: int) -> None:
         """Refuse a layer that attended without asking transformers for its kernel: nothing could act there."""
         if index not in forward.entered:
-            raise UnsupportedError(
-                f"the attention of decoder layer {index} does not ask transformers for its kernel (a patched forward, "
-                "or a copy of the module that was pruned), so that nothing can be dropped there: prune the model that "
-                "runs, with transformers' own attention"
-            )
+            raise unrouted(index)
 
     def _attend(
         self, index: int, kernel: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
@@ -346,4 +343,6 @@ class Pruned(NotPickled):
             return kernel(module, query, key, value, mask, **options)
         kind = self._target.kinds[index]
         attention = Attention(forward, index, kind, kernel, module, query, key, value, mask, options)
+        if forward.peeks:
+            raise Peeked(attention)
         return attention.through(forward.actions)

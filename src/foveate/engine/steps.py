@@ -12,8 +12,8 @@ from .fixtures import Fixtures, NotPickled
 
 # An answer that is scored would take part in choosing the tokens it is scored on.
 UNSAID = (
-    "a forward outside of generate() asks for the logits of all its tokens, and foveate takes them all for the prompt. If "
-    "an answer that is scored stands behind the prompt, say where the prompt ends: pass labels, or use `with "
+    "a forward outside of generate() asks for the logits of all its tokens, and foveate takes them all for the prompt. "
+    "If an answer that is scored stands behind the prompt, say where the prompt ends: pass labels, or use `with "
     "pruned.prompt(tokens):`. If all of it is the prompt, logits_to_keep=1 says so"
 )
 

@@ -138,7 +138,7 @@ def _line(rng: np.random.Generator) -> str:
     texts: list[str] = []
     room = LINE
     for _ in range(rng.integers(2, 5)):
-        kind, text = _print_out(str(rng.choice(["number", "word"])), rng)
+        text = _print_out(str(rng.choice(["number", "word"])), rng)[1]
         room -= len(text) + bool(texts)  # no letter is wider than a patch
         if room >= 0:
             texts.append(text)

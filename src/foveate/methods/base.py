@@ -128,10 +128,13 @@ class LayerMethod(Method):
     """Drops image tokens inside the LLM, in one or several stages.
 
     uses_embeddings: whether `select` reads `LayerTokens.embedded`.
+    looks_ahead: whether `select` gets the queries and keys of the first layer without the dropped tokens, which is
+        about to run, instead of those of the layer in front of it. They cost that layer's projections once more.
     """
 
     place: ClassVar[Place] = "layer"
     uses_embeddings: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     @property
     def only_drops(self) -> bool:
@@ -146,7 +149,10 @@ class LayerMethod(Method):
 
     @abstractmethod
     def select(self, tokens: LayerTokens) -> Tensor:
-        """Which tokens go on. tokens: of the layer in front of the stage. Returns bool (groups, n)."""
+        """Which tokens go on. Returns bool (groups, n).
+
+        tokens: of the layer in front of the stage, or where the method `looks_ahead`, of the first layer behind it.
+        """
 
     def merge(self, tokens: LayerTokens, keep: Tensor) -> Tensor | None:
         """Hidden states the tokens go on with: (groups, n, hidden), read where `keep` is True; None for their own."""

@@ -49,17 +49,18 @@ class DART(LayerMethod):
 
     Pivots are the image tokens and the text tokens (from the sample's first image on) with the largest L1 norm of
     their keys, over all heads, in layer `layer - 1`. One pivot after the other, image pivots first and larger norms
-    first, brings its share of the image tokens whose hidden states behind that layer have the smallest cosine
-    similarity to its own; no token is taken twice. Image pivots stay and are paid from the budget, which is met
-    exactly. Every image of a sample has image pivots of its own; the text pivots are the sample's.
+    first, brings its share of the image tokens whose hidden states behind that layer, passed through the model's final
+    norm, have the smallest cosine similarity to its own; no token is taken twice. Image pivots stay and are paid from
+    the budget, which is met exactly. Every image of a sample has image pivots of its own; the text pivots are the
+    sample's.
 
-    keep: fraction of each image's tokens, or tokens per image; 0.222 is reported (128 of 576 tokens).
+    keep: fraction of each image's tokens, or tokens per image; 0.222 is the authors' setting for a nominal 128 of 576
+        tokens (their script keeps 132, this rule 127; `keep=128` gives 128).
     layer: the first layer without the dropped tokens; 2 is reported.
     image_pivots, text_pivots: how many of each; 4 and 4 are reported. Shorter texts have fewer pivots.
 
-    Source: DART, arXiv 2502.11494; rule and numbers from third-party copies of the authors' code. There the hidden
-    states pass the model's final norm before they are compared, every pivot brings the same whole number of tokens,
-    and pivots take their turns in the order of a Python set.
+    Source: DART, arXiv 2502.11494; rule and numbers from third-party copies of the authors' code. There every
+    pivot brings the same whole number of tokens, and pivots take their turns in the order of a Python set.
     """
 
     summary = "tokens that duplicate high-norm pivot tokens leave after an early layer"
@@ -94,8 +95,9 @@ class DART(LayerMethod):
         text_norms = key_norms(text_keys).masked_fill(tokens.text < 0, -torch.inf)
         of_text = text_norms.argsort(dim=-1, descending=True, stable=True)[:, : self.text_pivots]
 
-        states = normalize(tokens.image_rows(tokens.left).float(), dim=-1)
-        text = normalize(tokens.text_rows(tokens.left).float(), dim=-1)
+        left = tokens.norm(tokens.left).float()
+        states = normalize(tokens.image_rows(left), dim=-1)
+        text = normalize(tokens.text_rows(left), dim=-1)
         width = states.shape[-1]
         pivots = torch.cat(
             [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import register
 from .base import EncoderMethod
-from .budgets import topk_mask
+from .budgets import check_range, topk_mask
 from .tokens import EncoderTokens
 
 
@@ -51,6 +51,12 @@ class FoPru(EncoderMethod):
     keep: fraction of each image's tokens, or tokens per image; the method's only parameter in the paper.
         0.25 is this library's default: losses within 1 % are reported there on several data sets.
     strategy: "rank" keeps the top tokens, "row" the top whole grid rows; "rank" is this library's default.
+    back: how many encoder layers before the penultimate one are read instead; 0 is the paper's rule.
+    attention: "patches", the paper's rule, or "cls": what [CLS] pays to each patch instead (what patches receive where
+        the encoder has no [CLS]).
+
+    In an encoder without [CLS] every patch gives 1 / n, exactly, so that `received` always varies more; with one,
+    `given` is 1 / n less what goes to [CLS], and hardly ever does.
 
     Source: FoPru, arXiv 2411.14164 (stages from the abstract; formulas from secondary descriptions, since no
     code is public). Survivors keep their original position ids: the paper describes none, and compact ids
@@ -59,17 +65,34 @@ class FoPru(EncoderMethod):
 
     summary = "vision-encoder attention ranks tokens (or whole rows) before the LLM"
     source = "FoPru, arXiv 2411.14164"
-    reads = frozenset({"received", "given"})
 
     keep: float | int = 0.25
     strategy: Literal["rank", "row"] = "rank"
+    back: int = 0
+    attention: Literal["patches", "cls"] = "patches"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("back", self.back, 0, integer=True)
+        if self.attention not in ("patches", "cls"):
+            raise ValueError(f'attention must be "patches" or "cls", got {self.attention!r}')
         if self.strategy not in ("rank", "row"):
             raise ValueError(f'strategy must be "rank" or "row", got {self.strategy!r}')
 
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"cls"} if self.attention == "cls" else {"received", "given"})
+
+    @property
+    def vision_layers(self) -> int:
+        return self.back + 1
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        assert tokens.received is not None and tokens.given is not None
-        scores = significance(tokens.received[:, -1], tokens.given[:, -1])
+        # The first of the layers that are read is the farthest back.
+        if self.attention == "cls":
+            assert tokens.cls is not None
+            scores = tokens.cls[:, 0]
+        else:
+            assert tokens.received is not None and tokens.given is not None
+            scores = significance(tokens.received[:, 0], tokens.given[:, 0])
         return top_tokens(scores, budget) if self.strategy == "rank" else top_rows(scores, budget, tokens.grid)

@@ -10,13 +10,13 @@ from torch import Tensor
 from . import register
 from .base import CacheMethod
 from .budgets import check_range, floor_budget
-from .tokens import ImageGroups
+from .tokens import ImageGroups, LayerTokens
 
 
 def vision_attention_score(attention: Tensor, groups: ImageGroups) -> Tensor:
     """Attention on all image tokens of a sample, mean over heads, in [0, 1]; the same for each of its images.
 
-    attention: (groups, kv_heads, n) of the last prompt token, -inf at padding. Returns (groups,).
+    attention: (groups, kv_heads, n) of the prompt, mean over its ranking rows, -inf at padding. Returns (groups,).
     """
     per_image = attention.clamp(min=0).sum(-1).mean(1)
     same_sample = groups.row.unsqueeze(1) == groups.row
@@ -55,11 +55,11 @@ def retention_rates(classes: Tensor, share: Tensor, delta: float) -> Tensor:
 class PLPHP(CacheMethod):
     """Evict image tokens from the KV cache, more in layers that look away, and different ones in every head.
 
-    Layer level: the vision attention score of a layer is the attention of the last prompt token on all image
-    tokens, mean over heads, in [0, 1]. Attentive layers keep `keep + delta` of each image, indifferent ones
-    `keep - delta`, balanced ones `keep`. Head level: each KV head keeps the top tokens of every image by the
-    last prompt token's attention (mean over the query heads that share the KV head). Text always stays; hidden
-    states are never shortened, so prefill costs what it did and decoding gets cheaper.
+    Layer level: the vision attention score of a layer is the attention of the prompt's ranking rows on all image
+    tokens, mean over rows and heads, in [0, 1]. Attentive layers keep `keep + delta` of each image, indifferent ones
+    `keep - delta`, balanced ones `keep`. Head level: each KV head keeps the top tokens of every image by the same
+    rows' attention (mean over the query heads that share the KV head). Text always stays; hidden states are never
+    shortened, so prefill costs what it did and decoding gets cheaper.
 
     keep: mean fraction of each image's tokens (r in the paper), or tokens per image; 0.4 is this library's
         default, milder than the 0.33 to 0.10 of independent comparisons.
@@ -72,9 +72,12 @@ class PLPHP(CacheMethod):
         values (0 <= beta <= alpha <= 1) each layer evicts as soon as its own attention is done, and the mean
         follows the model.
     start_layer: layers before it keep everything; 0 is this library's default, so that the mean is `keep`.
+    rows: how many text tokens at the prompt's end rank; None, this library's default, for all from the first image on.
+        Which rows the paper ranks by is not known. One row knows what the first word of the answer needs, and that
+        word is decided before anything is evicted.
 
     Source: PLPHP, arXiv 2502.14504 (levels from the abstract, the three-class rule from secondary descriptions;
-    the score's definition and the ranking row are inferred, since no code is public).
+    the score's definition and the ranking rows are this library's, since no code is public).
     """
 
     summary = "per-layer retention and per-head top tokens, evicted from the KV cache after prefill"
@@ -85,11 +88,14 @@ class PLPHP(CacheMethod):
     alpha: float | None = None
     beta: float | None = None
     start_layer: int = 0
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("delta", self.delta, 0, 1)
         check_range("start_layer", self.start_layer, 0, integer=True)
+        if self.rows is not None:
+            check_range("rows", self.rows, 1, integer=True)
         if (self.alpha is None) != (self.beta is None):
             raise ValueError("give both alpha and beta, or neither (thresholds from the scores' own terciles)")
         if self.alpha is not None and self.beta is not None:
@@ -105,6 +111,9 @@ class PLPHP(CacheMethod):
 
     def first_layer(self) -> int:
         return self.start_layer
+
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens.per_kv_head(tokens.of_images(tokens.mean_attention(tokens.last_text(self.rows))))
 
     def statistics(self, scores: Tensor, groups: ImageGroups) -> Tensor:
         return vision_attention_score(scores, groups).unsqueeze(0)

@@ -18,9 +18,9 @@ from .tokens import LayerTokens
 class PyramidDrop(StagedMethod):
     """At each stage drop the image tokens that the last prompt token ignores; early layers see nearly all of them.
 
-    The score is the attention of the last prompt token in the layer in front of the stage, averaged over heads and
-    restricted to the image. What is dropped stays dropped; survivors keep their order and position ids. Where a
-    sample has several images, each keeps its own share.
+    The score is the attention of the last prompt token in the first layer behind the stage, as it would be with all
+    tokens that came so far, averaged over heads and restricted to the image. What is dropped stays dropped; survivors
+    keep their order and position ids. Where a sample has several images, each keeps its own share.
 
     keep: fraction of each image's tokens, or tokens per image, left after the last stage; 0.125 is the paper's
         default (the stages leave 0.5, 0.25 and 0.125).
@@ -30,13 +30,13 @@ class PyramidDrop(StagedMethod):
         geometric schedule, `keep ** ((i + 1) / stages)` after stage i, which gives the paper's default.
 
     Source: PyramidDrop, arXiv 2410.17247, and the authors' code (layers, fractions, last instruction token, mean over
-    heads). There the score is computed with the queries and keys of the first layer behind the stage, and position
-    ids are made compact; here the layer in front of it is read, whose attention is at hand, and ids stay.
+    heads, queries and keys of the first layer behind the stage). There position ids are made compact; here they stay.
     """
 
     summary = "last prompt token's attention drops tokens in stages, most of them in deep layers"
     source = "PyramidDrop, arXiv 2410.17247"
     published = (8, 16, 24)
+    looks_ahead = True
 
     keep: float | int = 0.125
 

@@ -89,6 +89,7 @@ class LayerTokens:
         token always among them; -1 at padding.
     entered: (batch, rows, hidden) hidden states in front of the layer; left: behind it. Only for layer methods.
     embedded: (batch, rows, hidden) hidden states of the same tokens in front of the first layer, where asked for.
+    norm: what the model does to hidden states behind its last layer. Only for layer methods.
     stage: for layer methods, which of their stages this is. layer, depth: which decoder layer, of how many.
     guidance: (groups, n) scores that another model gave, where a method has a guide.
     """
@@ -108,6 +109,7 @@ class LayerTokens:
     layer: int = 0
     depth: int = 0
     guidance: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] = lambda states: states
 
     @property
     def past(self) -> int:
@@ -122,6 +124,13 @@ class LayerTokens:
         if self.visible is not None:
             real &= self.visible.gather(1, rows.clamp(min=0) + self.past)
         return torch.where(real, rows, -1)
+
+    def last_text(self, count: int | None) -> Tensor:
+        """(batch, t) like `text`, -1 for all but the last `count` of each sample; None for all of them."""
+        if count is None:
+            return self.text
+        place = torch.arange(self.text.shape[1], device=self.text.device)
+        return self.text.masked_fill(place < (self.text >= 0).sum(1, keepdim=True) - count, -1)
 
     def attention(self, rows: Tensor) -> Tensor:
         """Causal attention of chosen rows on all keys. rows: (batch, r), -1 gives zeros.
@@ -162,6 +171,13 @@ class LayerTokens:
             part = slice(start, start + step)
             total += share[:, part].transpose(1, 2).unsqueeze(1) @ self._probabilities(rows[:, part])
         return total if several else total[:, :, 0]
+
+    def mean_attention(self, rows: Tensor) -> Tensor:
+        """Attention of chosen rows on every key, mean over the rows of a sample. rows: (batch, r), -1 counts nothing.
+
+        Returns (batch, heads, keys).
+        """
+        return self.received(rows) / (rows >= 0).sum(1).clamp(min=1)[:, None, None]
 
     def keys_of(self, rows: Tensor) -> Tensor:
         """bool (batch, keys): the keys of chosen rows. rows: (batch, r), -1 has none."""

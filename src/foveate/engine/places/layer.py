@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...methods.base import LayerMethod, Method
 from ...methods.tokens import LayerTokens
+from ..ahead import look_ahead
 from ..attention import Attention, Output, Run
 from ..forward import Forward
 from ..report import Outcome
@@ -63,14 +64,17 @@ class LayerAction(Action):
         self.view: LayerTokens | None = None  # of that layer
 
     def _ends(self, index: int) -> bool:
-        """Whether a stage comes behind this layer."""
-        return self.forward.groups is not None and index + 1 in self.place.stages
+        """Whether a stage comes behind this layer, and its method reads this very layer."""
+        ahead = self.place.method.looks_ahead
+        return self.forward.groups is not None and index + 1 in self.place.stages and not ahead
 
     def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if self.forward.groups is not None:
             if index == 0 and self.place.method.uses_embeddings:
                 self.embedded = hidden
             if index in self.place.stages:
+                if self.place.method.looks_ahead:
+                    self.view = look_ahead(self.forward, index, hidden, kwargs)
                 hidden = self._stage(index, hidden)
         return hidden, kwargs
 
@@ -93,7 +97,7 @@ class LayerAction(Action):
         if embedded is not None and forward.rows is not None:
             embedded = gather_rows(embedded, forward.rows.source)
         tokens = dataclasses.replace(
-            view, entered=self.entered, left=hidden, embedded=embedded, stage=stages.index(index)
+            view, entered=self.entered, left=hidden, embedded=embedded, stage=stages.index(index), norm=forward.norm
         )
         chosen = method.select(tokens)
         states = method.merge(tokens, chosen)
