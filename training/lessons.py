@@ -152,7 +152,10 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
                     details[:, first + column][where[:, first + column]] = piece
 
 
-def keys(step: int, batch: int, silent: bool) -> list[Key]:
-    """The examples of one training step, `batch` pictures in all: two or three at a time in every fourth step."""
-    pictures = 1 if silent or step % 4 < 3 else 2 + step // 4 % 2
+def keys(step: int, batch: int, single: bool) -> list[Key]:
+    """The examples of one training step, `batch` pictures in all: two or three at a time in every fourth step.
+
+    single: no, one at a time.
+    """
+    pictures = 1 if single or step % 4 < 3 else 2 + step // 4 % 2
     return [(step * batch + index, pictures) for index in range(batch // pictures)]

@@ -1,6 +1,7 @@
-"""Builds glimpse untrained: a small LLaVA, its tokenizer, image processor and chat template."""
+"""Builds the models untrained: small LLaVAs, a small Llama-3.2-Vision, tokenizer, image processors, chat template."""
 
 import re
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -10,15 +11,21 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from foveate.glimpse import facts, scene
 
 PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:"
 IMAGE = "<image>"
-WIDTHS = {"glimpse": 192, "small": 96}  # of both halves; a head is 32 wide, three heads share a key head
+# Of both halves; a head is 32 wide, three heads share a key head. "cross" is the one with cross-attention.
+WIDTHS = {"glimpse": 192, "small": 96, "cross": 96}
 SYNONYMS = {
     "picture": "image|photo|scene",
     "pictures": "images|photos|scenes",
@@ -41,8 +48,12 @@ CHAT = (
 )
 
 
-def make_processor() -> LlavaProcessor:
+def make_processor(size: str = "glimpse") -> LlavaProcessor | MllamaProcessor:
     """The processor: any picture becomes 168 x 168 pixels, any question words of a closed vocabulary."""
+    if size == "cross":
+        same = {"image_mean": CLIPImageProcessorPil.image_mean, "image_std": CLIPImageProcessorPil.image_std}
+        tiles = MllamaImageProcessorPil(size={"height": scene.SIZE, "width": scene.SIZE}, max_image_tiles=1, **same)
+        return MllamaProcessor(tiles, _tokenizer(), chat_template=CHAT)
     image_processor = CLIPImageProcessorPil(
         size={"height": scene.SIZE, "width": scene.SIZE}, do_center_crop=False, crop_size=None
     )
@@ -56,10 +67,17 @@ def make_processor() -> LlavaProcessor:
     )
 
 
-def make_model(processor: LlavaProcessor, size: str = "glimpse") -> LlavaForConditionalGeneration:
-    """The untrained model in float32: 4.8 million parameters, or 1.3 million when small."""
-    tokenizer = processor.tokenizer
-    width = WIDTHS[size]
+def make_model(processor: Any, size: str = "glimpse") -> LlavaForConditionalGeneration | MllamaForConditionalGeneration:
+    """The untrained model in float32."""
+    make = _make_cross if size == "cross" else _make_llava
+    model = make(processor.tokenizer, WIDTHS[size]).to(torch.float32)
+    for name, value in (("pad", PAD), ("bos", BOS), ("eos", EOS)):
+        setattr(model.generation_config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(value))
+    model.generation_config.max_new_tokens = 64
+    return model
+
+
+def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int) -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,
@@ -93,10 +111,48 @@ def make_model(processor: LlavaProcessor, size: str = "glimpse") -> LlavaForCond
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config).to(torch.float32)
-    for name, value in (("pad", PAD), ("bos", BOS), ("eos", EOS)):
-        setattr(model.generation_config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(value))
-    model.generation_config.max_new_tokens = 64
+    return LlavaForConditionalGeneration(config)
+
+
+def _make_cross(tokenizer: PreTrainedTokenizerFast, width: int) -> MllamaForConditionalGeneration:
+    vision = MllamaVisionConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=5,
+        num_global_layers=1,
+        attention_heads=width // 32,
+        image_size=scene.SIZE,
+        patch_size=scene.PATCH,
+        max_num_tiles=1,
+        supported_aspect_ratios=[[1, 1]],
+        intermediate_layers_indices=[3],
+        vision_output_dim=2 * width,
+    )
+    text = MllamaTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=8,
+        cross_attention_layers=[1, 3, 5],
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 96,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(
+            vision_config=vision, text_config=text, image_token_index=image, pad_token_id=tokenizer.pad_token_id
+        )
+    )
+    with torch.no_grad():  # gates begin closed for a language model that can talk already, and this one cannot
+        for index in text.cross_attention_layers or []:
+            layer = model.model.language_model.layers[index]
+            layer.cross_attn_attn_gate.fill_(1.0)
+            layer.cross_attn_mlp_gate.fill_(1.0)
     return model
 
 

@@ -12,10 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lessons import IGNORE, Lessons, keys
-from model import WIDTHS, make_model, make_processor
+from model import IMAGE, WIDTHS, make_model, make_processor
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MllamaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -35,7 +41,7 @@ class Pupil(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration, lessons: Lessons) -> None:
         super().__init__()
         self.model = model
-        self.present = nn.Linear(model.config.vision_config.hidden_size, len(lessons.names))
+        self.present = nn.Linear(model.config.text_config.hidden_size, len(lessons.names))
         groups = (lessons.names, [], ["top", "middle", "bottom"], ["left", "center", "right"])
         self.words = [[lessons.ids[word] for word in group] for group in groups]
         self.words[1] = sorted(
@@ -48,10 +54,8 @@ class Pupil(nn.Module):
 
         pixels: `(batch, pictures of an example, 3, height, width)` in 0 to 255.
         """
-        pixels = pixels.flatten(0, 1)
-        pixels = (pixels.float() / 255 - MEAN.to(pixels.device)) / DEVIATION.to(pixels.device)
         core = self.model.model
-        states = core.vision_tower(pixels, output_hidden_states=True).hidden_states
+        states = core.vision_tower(normal(pixels.flatten(0, 1)), output_hidden_states=True).hidden_states
         return core.multi_modal_projector(states[-2][:, 1:]), torch.stack([states[-2][:, 0], states[-1][:, 0]], 1)
 
     def vision_loss(self, tokens: torch.Tensor, cls: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -80,20 +84,74 @@ class Pupil(nn.Module):
         start = embed(self.prefix).expand(len(ids), -1, -1)
         inputs = torch.cat([start.to(tokens.dtype), tokens, embed(ids).to(tokens.dtype)], 1)
 
-        turn = F.pad(turn, (head, 0))
-        order = torch.arange(turn.shape[1], device=ids.device)
-        visible = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
-        visible &= order[None] <= order[:, None]
-        mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=ids.device).masked_fill_(~visible, -1e4)
-        begins = torch.where(turn[:, 1:] != turn[:, :-1], order[1:], 0).cummax(1).values
-        positions = torch.where(turn == 0, order, order - F.pad(begins, (1, 0)) + head)
+        mask, positions = alone(turn, head)
         hidden = core.language_model(
-            inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=positions, use_cache=False
+            inputs_embeds=inputs, attention_mask=mask.to(tokens.dtype), position_ids=positions, use_cache=False
         ).last_hidden_state
+        return self.score(hidden, head, batch)
+
+    def score(self, hidden: torch.Tensor, head: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `answer_loss` returns. hidden: of the whole sequence; head: tokens in front of the questions."""
         target = batch["labels"][:, 1:]
         asked = target != IGNORE
         logits = self.model.lm_head(hidden[:, head:-1][asked]).float()
         return F.cross_entropy(logits, target[asked]), (logits.argmax(-1) == target[asked]).float().mean()
+
+
+class CrossPupil(Pupil):
+    """The same for the model with cross-attention: its image tokens are keys of a few layers, and no part of a prompt.
+
+    It sees one picture at a time: nothing tells it which of several a feature belongs to.
+    """
+
+    def __init__(self, model: MllamaForConditionalGeneration, lessons: Lessons) -> None:
+        super().__init__(model, lessons)
+        self.register_buffer("prefix", torch.tensor([*lessons.prefix()[:2], lessons.ids[IMAGE]]), persistent=False)
+
+    def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        core, one = self.model.model, torch.ones(len(pixels), 1, dtype=torch.long, device=pixels.device)
+        seen = core.vision_model(normal(pixels.flatten(0, 1))[:, None, None], one, one[..., None]).last_hidden_state
+        features = core.multi_modal_projector(seen)[:, 0, 0]
+        return features, features[:, :1]
+
+    def vision_loss(self, tokens: torch.Tensor, cls: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        return super().vision_loss(tokens[:, 1:], cls, batch)
+
+    def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        decoder, head = self.model.model.language_model, len(self.prefix)
+        mask, positions = alone(batch["turn"], head)
+        ids = torch.cat([self.prefix.expand(len(batch["ids"]), -1), batch["ids"]], 1)
+        looks = torch.ones(*ids.shape, 1, dtype=tokens.dtype, device=ids.device)
+        looks[:, : head - 1] = 0  # nothing is in sight in front of the picture
+        hidden = decoder(
+            inputs_embeds=decoder.embed_tokens(ids).to(tokens.dtype),
+            attention_mask=mask.to(tokens.dtype),
+            position_ids=positions,
+            cross_attention_states=tokens,
+            full_text_row_masked_out_mask=looks[:, None],
+            use_cache=False,
+        ).last_hidden_state
+        return self.score(hidden, head, batch)
+
+
+def normal(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (pictures, 3, height, width) in 0 to 255, as the image processors hand them to a model."""
+    return (pixels.float() / 255 - MEAN.to(pixels.device)) / DEVIATION.to(pixels.device)
+
+
+def alone(turn: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask and positions under which each question sees what is in front of all, and itself.
+
+    turn: (batch, n), the question that each token belongs to. head: tokens in front of all. Returns an additive mask
+    (batch, 1, head + n, head + n) and positions (batch, head + n).
+    """
+    turn = F.pad(turn, (head, 0))
+    order = torch.arange(turn.shape[1], device=turn.device)
+    visible = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
+    visible &= order[None] <= order[:, None]
+    mask = torch.zeros(visible.shape, device=turn.device).masked_fill_(~visible, -1e4)
+    begins = torch.where(turn[:, 1:] != turn[:, :-1], order[1:], 0).cummax(1).values
+    return mask[:, None], torch.where(turn == 0, order, order - F.pad(begins, (1, 0)) + head)
 
 
 def plain_attention(
@@ -107,13 +165,13 @@ def plain_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention in bfloat16 products, with an additive mask: on a CPU a third faster to train than sdpa."""
     batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    rows = (query * scaling).reshape(batch * groups, -1, width)
-    key, value = (states.reshape(batch * groups, length, width) for states in (key, value))
-    logits = torch.bmm(rows, key.transpose(1, 2)).view(batch, heads, length, length)
+    groups, keys = key.shape[1:3]
+    rows = (query * scaling).reshape(batch * groups, -1, width).to(value.dtype)  # norms leave float32
+    key, value = (states.reshape(batch * groups, keys, width).to(value.dtype) for states in (key, value))
+    logits = torch.bmm(rows, key.transpose(1, 2)).view(batch, heads, length, keys)
     if attention_mask is not None:
         logits = logits + attention_mask
-    weights = logits.softmax(-1, dtype=logits.dtype).view(batch * groups, -1, length)
+    weights = logits.softmax(-1, dtype=logits.dtype).view(batch * groups, -1, keys)
     mixed = torch.bmm(weights.to(value.dtype), value).view(batch, heads, length, width)
     return mixed.transpose(1, 2).contiguous(), None
 
@@ -136,7 +194,9 @@ def endless(processor: LlavaProcessor, options: argparse.Namespace, step: int) -
         if step < until:
             yield from DataLoader(
                 Lessons(processor, silent),
-                batch_sampler=[keys(s, options.batch, silent)[RANK::WORLD] for s in range(step, until)],
+                batch_sampler=[
+                    keys(s, options.batch, silent or options.size == "cross")[RANK::WORLD] for s in range(step, until)
+                ],
                 num_workers=options.workers,
                 prefetch_factor=4 if options.workers else None,
             )
@@ -174,11 +234,11 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         dist.init_process_group("gloo")
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = make_processor()
+    processor = make_processor(options.size)
     model = make_model(processor, options.size)
     if options.begin_with:
         begin_with(model, processor, options.begin_with)
-    pupil = Pupil(model, Lessons(processor)).to(device)
+    pupil = (CrossPupil if options.size == "cross" else Pupil)(model, Lessons(processor)).to(device)
     AttentionInterface.register("plain", plain_attention)
     pupil.model.set_attn_implementation("plain")
     tools = optimizers(pupil, options.rate)
@@ -254,7 +314,7 @@ def export(
     folder: Path,
 ) -> None:
     """Writes the model in bfloat16, as plain transformers loads it."""
-    ship = LlavaForConditionalGeneration(model.config)
+    ship = type(model)(model.config)
     ship.load_state_dict({name: value.cpu() for name, value in weights.items()})
     ship.generation_config = model.generation_config
     ship.to(torch.bfloat16).save_pretrained(folder)

@@ -61,7 +61,7 @@ def test_it_is_the_attention_of_the_layer_itself(family, batch, attn):
 @pytest.mark.parametrize("text", [(4,), (4, 9)])
 @torch.no_grad()
 def test_earlier_turns_stand_in_front(family, text, monkeypatch):
-    """Also one whose image was pruned: the layer holds fewer entries of it, in each row of the batch as many as stay."""
+    """Also one whose image was pruned: the layer holds fewer entries of it."""
     batch, model = tiny.inputs(family, images=(1, 2)[: len(text)], text=text), tiny.build(family)
     ran, run = [], Attention.run
 

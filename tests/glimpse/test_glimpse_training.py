@@ -1,17 +1,21 @@
 """The whole way from nothing to a model that plain transformers loads, in a few small steps."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
-from lessons import GRID, IGNORE, TEXT, Lessons
-from model import make_model, make_processor
-from train import Pupil, parse, train
+from lessons import GRID, IGNORE, TEXT, Lessons, keys
+from model import WIDTHS, make_model, make_processor
+from train import CrossPupil, Pupil, begin_with, parse, train
+
+from foveate.evaluation import answer
 
 
 @pytest.fixture(scope="module")
@@ -24,58 +28,95 @@ def run(folder, *more):
     return train(parse([*options, *more]))
 
 
-def test_few_steps_train_resume_and_load(tmp_path):
-    log = run(tmp_path, "--steps", "3", "--warmup", "1", "--decay", "1")
+@pytest.mark.parametrize("size", WIDTHS)
+def test_few_steps_train_resume_and_load(tmp_path, size):
+    log = run(tmp_path, "--size", size, "--steps", "3", "--warmup", "1", "--decay", "1")
     assert [entry["step"] for entry in log] == [1, 2, 3]
     assert "answer" not in log[1] and log[2]["answer"] > 0
-    log = run(tmp_path, "--steps", "4", "--resume")
+    log = run(tmp_path, "--size", size, "--steps", "4", "--resume")
     assert [entry["step"] for entry in log] == [4], "goes on where it stopped"
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16
-    assert model.config.image_token_id == AutoProcessor.from_pretrained(tmp_path / "model").image_token_id
+    loaded = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert model.config.image_token_id == loaded.image_token_id
     assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 15e6
+    (said,) = answer(model.float(), loaded, [Image.new("RGB", (90, 60))], ["What do you see?"], max_new_tokens=3)
+    assert isinstance(said, str)
 
 
-def test_an_example_trains_what_a_chat_asks(processor):
-    """The answer's loss in a packed example is the loss of the same question asked alone."""
-    lessons = Lessons(processor, 0, 1)
-    example = lessons[0]
-    pupil = Pupil(make_model(processor), lessons).eval()
+def test_an_earlier_model_hands_over_what_its_words_mean(processor, tmp_path):
+    """Also where the vocabulary has grown, and its words have other ids."""
+    earlier = make_model(processor, "small")
+    tokenizer = processor.tokenizer
+    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(0))
+    vocabulary = {piece: int(order[index]) for piece, index in tokenizer.get_vocab().items()}
+    earlier.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    written["model"]["vocab"] = vocabulary
+    for token in written["added_tokens"]:
+        token["id"] = vocabulary[token["content"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    model = make_model(processor, "small")
+    begin_with(model, processor, tmp_path)
+    theirs, ours = (each.get_input_embeddings().weight for each in (earlier, model))
+    for piece, index in tokenizer.get_vocab().items():
+        assert torch.equal(ours[index], theirs[vocabulary[piece]])
+    assert torch.equal(model.model.vision_tower.post_layernorm.weight, earlier.model.vision_tower.post_layernorm.weight)
+
+
+@pytest.mark.parametrize(("size", "pictures"), [("glimpse", 1), ("glimpse", 2), ("glimpse", 3), ("cross", 1)])
+def test_an_example_trains_what_a_chat_asks(size, pictures):
+    """The answers' loss in a packed example is the mean loss of its talks, each as a chat of its own."""
+    processor = make_processor(size)
+    lessons = Lessons(processor)
+    example = lessons[0, pictures]
+    pupil = (CrossPupil if size == "cross" else Pupil)(make_model(processor, size), lessons).eval()
     torch.manual_seed(0)
     for parameter in pupil.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     batch = {name: value[None] for name, value in example.items()}
-    second = (example["turn"] == 2).nonzero().flatten()
-    only = {**batch, "labels": torch.where(batch["turn"] == 2, batch["labels"], IGNORE)}
-    alone = {
-        "ids": batch["ids"][:, second],
-        "labels": batch["labels"][:, second],
-        "turn": torch.ones_like(batch["turn"][:, second]),
-    }
+    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in example["pixels"]]
+    losses, counts = [], []
     with torch.no_grad():
         tokens, _ = pupil.see(batch["pixels"])
-        packed, _ = pupil.answer_loss(tokens, only)
-        single, _ = pupil.answer_loss(tokens, alone)
-        chat = torch.cat([torch.tensor([lessons.prefix]), alone["ids"]], 1)
-        labels = torch.cat([torch.full((1, len(lessons.prefix)), IGNORE), alone["labels"]], 1)
-        pixels = processor.image_processor(
-            images=[batch["pixels"][0].permute(1, 2, 0).numpy()], return_tensors="pt"
-        ).pixel_values
-        plain = pupil.model(input_ids=chat, pixel_values=pixels, labels=labels).loss
-    torch.testing.assert_close(packed, single, atol=1e-4, rtol=1e-4)
+        packed, _ = pupil.answer_loss(tokens, batch)
+        for turn in range(1, int(example["turn"].max()) + 1):
+            own = example["turn"] == turn
+            question = processor.tokenizer.decode(example["ids"][own])
+            chat = processor(
+                images=images, text="<s>USER: " + "<image>" * pictures + question, return_tensors="pt",
+                add_special_tokens=False,
+            )  # fmt: skip
+            assert chat["input_ids"][0, -int(own.sum()) :].tolist() == example["ids"][own].tolist()
+            labels = torch.full_like(chat["input_ids"], IGNORE)
+            labels[0, -int(own.sum()) :] = example["labels"][own]
+            losses.append(pupil.model(**chat, labels=labels).loss)
+            counts.append((labels != IGNORE).sum())
+    weights = torch.stack(counts).float()
+    plain = (torch.stack(losses) * weights).sum() / weights.sum()
     torch.testing.assert_close(packed, plain, atol=1e-3, rtol=1e-3)
 
 
 def test_examples_have_one_shape_and_one_seed(processor):
-    lessons = Lessons(processor, 5, 8)
-    for index in range(3):
-        example, again = lessons[index], lessons[index]
+    lessons = Lessons(processor)
+    for number, pictures in [(5, 1), (6, 2), (7, 3)]:
+        example, again = lessons[number, pictures], lessons[number, pictures]
         assert all(torch.equal(example[name], again[name]) for name in example)
         assert example["ids"].shape == example["labels"].shape == example["turn"].shape == (TEXT,)
-        assert example["patches"].shape == (4, GRID**2) and example["pixels"].dtype == torch.uint8
-    assert not torch.equal(lessons[0]["pixels"], lessons[1]["pixels"])
+        assert example["patches"].shape == (pictures, 4, GRID**2) and example["pixels"].dtype == torch.uint8
+        assert processor.tokenizer.unk_token_id not in example["ids"]
+    assert not torch.equal(lessons[0, 1]["pixels"], lessons[1, 1]["pixels"])
+
+
+def test_a_step_has_as_many_pictures_whatever_a_prompt_has():
+    shapes = [{pictures for _, pictures in keys(step, 12, False)} for step in range(8)]
+    assert shapes == [{1}, {1}, {1}, {2}, {1}, {1}, {1}, {3}]
+    assert all(sum(pictures for _, pictures in keys(step, 12, False)) == 12 for step in range(8))
+    assert {pictures for step in range(8) for _, pictures in keys(step, 12, True)} == {1}
+    assert len({number for step in range(8) for number, _ in keys(step, 12, True)}) == 96
 
 
 def test_words_are_read_and_written_cleanly(processor):
