@@ -28,7 +28,7 @@ from torch import Tensor
 
 import foveate
 from foveate.evaluation import geometries
-from foveate.evaluation.evaluate import device_name
+from foveate.evaluation.workplace import device_name
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 from foveate.evaluation.timing import quartiles, synchronize

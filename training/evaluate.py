@@ -7,29 +7,34 @@ The folder of results also gets `errors.csv`, the model's wrong answers.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from foveate.evaluation import answer, blind, exact_match, interval, majority, score
+from foveate.evaluation import blind, exact_match, generate, interval, majority, score
+from foveate.evaluation.questions import from_glimpse
 from foveate.evaluation.results import Results, run_script, write_csv
+from foveate.evaluation.runner import Batches
 from foveate.evaluation.tables import markdown
-from foveate.glimpse import HELDOUT_VERSION, PATH, heldout
+from foveate.glimpse import HELDOUT_VERSION, KINDS, ONE_PICTURE, PATH, heldout
 
 
 def evaluate(results: Results, model: Any, processor: Any, count: int, batch_size: int) -> None:
     """Adds the rows that are missing: the model, and what is right without its looking or knowing."""
-    questions = heldout(count)
-    asked = [question.question for question in questions]
-    pictures = {"the model": [question.image for question in questions], "shown another picture": blind(questions)}
+    kinds_known = KINDS if model.config.model_type == "llava" else ONE_PICTURE
+    questions = heldout(count, kinds=kinds_known)
+    items = from_glimpse(count, kinds_known)
+    others = [replace(item, images=images) for item, images in zip(items, blind(questions), strict=True)]
+    pictures = {"the model": items, "shown another picture": others}
     for label in (*pictures, "most frequent answer"):
         if results.find(answers=label):
             continue
         begun = time.perf_counter()
         if label in pictures:
-            said = answer(model, processor, pictures[label], asked, batch_size=batch_size)
+            said = generate(model, processor, Batches(processor, pictures[label], batch_size))
         else:
             said = majority(questions)
         seconds = round(time.perf_counter() - begun, 1)

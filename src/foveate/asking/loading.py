@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveate.methods.base import Method
 
 GLIMPSE = "glimpse"
+BUILT_IN = (GLIMPSE, "glimpse-cross")  # models that foveate brings
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -57,8 +58,10 @@ def check_dtype(dtype: str) -> None:
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
 
 
-def built_in(dtype: str) -> tuple[str, str]:
-    """The folder of glimpse, and the dtype that suits it."""
+def built_in(model: str, dtype: str) -> tuple[str, str]:
+    """The folder of a model that foveate brings, and the dtype that suits it; others as they are."""
+    if model not in BUILT_IN:
+        return model, dtype
     import torch
 
     from foveate import glimpse
@@ -66,7 +69,8 @@ def built_in(dtype: str) -> tuple[str, str]:
     # So small a model is fastest on one thread: more of them wait for each other longer than they compute.
     torch.set_num_threads(1)
     # bf16, in which its weights are stored, is slow on many CPUs.
-    return str(glimpse.PATH), "float32" if dtype == "auto" else dtype
+    folder = glimpse.PATH if model == GLIMPSE else glimpse.CROSS_PATH
+    return str(folder), "float32" if dtype == "auto" else dtype
 
 
 def resolve_device(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.asking.loading import GLIMPSE
+from foveate.asking.loading import BUILT_IN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +60,7 @@ def fingerprints(model: str, guide: str | None = None) -> dict[str, str]:
     """
     found = {}
     for name, folder in (("model_files", model), ("guide_files", guide)):
-        if folder is not None and folder != GLIMPSE and Path(folder).is_dir():
+        if folder is not None and folder not in BUILT_IN and Path(folder).is_dir():
             files = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name[0] != ".")
             facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
             found[name] = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -40,15 +40,17 @@ def eval_command(
     dtype: Dtype = "auto",
     attn: Attention = None,
     guide: Guide = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that ask at once, each with a model of its own.")] = 1,
 ) -> None:
     """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
 
     foveate eval --methods fopru,plphp:delta=0.2 --keep 0.5,0.25,0.1
     """
     from foveate.evaluation.evaluate import evaluate, overview
+    from foveate.evaluation.workplace import Options
 
     console = Console(stderr=True)
-    results, lost = evaluate(
+    options = Options(
         model=model,
         methods=methods,
         keep=keep,
@@ -58,13 +60,12 @@ def eval_command(
         max_new_tokens=max_new_tokens,
         match=match,
         seed=seed,
-        out=out,
         device=device,
         dtype=dtype,
         attn=attn,
         guide=guide,
-        console=console,
     )
+    results, lost = evaluate(options, out=out, jobs=jobs, console=console)
     Console().print(overview(results.rows).rich(), crop=False)
     console.print(Text(results.outcome, style="dim"), soft_wrap=True)
     if lost:

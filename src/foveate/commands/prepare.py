@@ -116,7 +116,7 @@ def load_chosen(
     named = guide or (GLIMPSE if model == GLIMPSE else None)
     if names:
         _build(names, options, named)  # a wrong name should not wait for the model
-    source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
+    source, dtype = built_in(model, dtype)
     config = read_config(source)
     methods = _build(_fitting(config, names), options, named)
     load_guide([m for m, _ in methods], guide, source, config, device=device, dtype=dtype)

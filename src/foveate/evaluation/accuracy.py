@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from foveate.asking.mistake import Mistake
 
+from .cost import prefill_flops
 from .results import Results, Row, write_csv
 from .runner import Batches, generate
 from .scores import exact_match, holds, interval
@@ -28,12 +30,34 @@ UNTOUCHED = "untouched"
 # One for every place: a draw in the cache, when the prompt has read the picture, beats one before the LLM by far.
 BASELINES = ("random", "uniform", "pooling", "random_layer", "random_cache", "random_cross")
 MATCHES = {"exact": exact_match, "contains": holds}
-# Pruning breaks what depends on one small place first. Of glimpse's kinds of questions:
+# Of glimpse's kinds of questions: pruning breaks first what depends on one small place, and what is evicted behind the
+# prefill cannot change an answer of one word, which is decided by then.
 GROUPS = {
     "grounding": ("what", "where"),
-    "reading": ("number", "word"),
-    "rest": ("exists", "count", "total", "colour", "describe"),
+    "reading": ("number", "word", "line"),
+    "one_word": ("exists", "count", "total", "colour", "word", "which"),
+    "more_words": ("what", "where", "number", "describe", "list", "line", "compare", "both", "again", "each"),
 }
+
+
+Answered = tuple[list[str], Row]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in another process."""
+
+    error: Exception
+    trace: str
+
+
+class Jobs(Protocol):
+    """Several processes that ask. count: how many."""
+
+    count: int
+
+    def run(self, variants: Sequence[Variant]) -> Iterator[tuple[Variant, Answered | Failure]]:
+        """Ask all of them, each as it is done."""
 
 
 def measure(
@@ -49,11 +73,13 @@ def measure(
     seed: int = 0,
     more: Row | None = None,
     console: Console | None = None,
+    jobs: Jobs | None = None,
 ) -> list[str]:
     """Ask every question of `batches` under the untouched model and every variant, a row in `results` for each.
 
     results: entered; rows that are there already are left alone. groups: types of questions that are also scored
-    together. match: one of `MATCHES`. seed: of the bootstrap. more: further columns of every row.
+    together. match: one of `MATCHES`. seed: of the bootstrap. more: further columns of every row. jobs: where variants
+    are asked by several processes.
 
     What each variant said goes to `answers.csv`. A variant that fails costs the others nothing: its traceback goes to
     `errors.txt`.
@@ -61,52 +87,106 @@ def measure(
     Returns a line for each variant that failed.
     """
     items = [batches.items[index] for index in sorted(set(range(len(batches.items))) - set(batches.refused))]
-    types = dict.fromkeys(item.type for item in items if item.type)
-    parts = {**groups, **{kind: (kind,) for kind in types}}
     console = console or Console(stderr=True)
-    failures = []
+    rows = _Rows(results, items, groups, match, seed, more or {}, console)
+    due = [variant for variant in variants if not rows.have(variant)]
     with _progress(console) as progress:
-        answers = Answers(results.folder / "answers.csv", items)
-        bar = progress.add_task("", total=(len(variants) + 1) * len(batches))
-        for done, variant in enumerate([None, *variants]):
-            name, keep = (variant.label, variant.keep) if variant else (UNTOUCHED, None)
-            column = f"{name} keep={keep}" if variant else name
-            progress.update(bar, description=column, completed=done * len(batches))
-            finished = results.find(method=name, keep=keep) is not None
-            if finished and (variant or column in answers.said):
-                continue
+        done = len(variants) - len(due) + rows.have(None)
+        bar = progress.add_task("", total=(len(variants) + 1) * len(batches), completed=done * len(batches))
+
+        def ask_here(variant: Variant | None) -> Answered:
+            progress.update(bar, description=_column(variant))
+            return ask(model, processor, batches, variant, max_new_tokens, lambda: progress.advance(bar))
+
+        if not rows.have(None):
             try:
-                said, cost = _ask(model, processor, batches, variant, max_new_tokens, lambda: progress.advance(bar))
+                rows.add(None, *ask_here(None))
             except Exception as error:
-                if variant is None:
-                    raise _advice(error) from error
-                failures.append(f"{column} failed: {' '.join(str(_advice(error)).split()) or type(error).__name__}")
-                console.print(failures[-1], markup=False, highlight=False, soft_wrap=True)
-                with (results.folder / "errors.txt").open("a") as file:
-                    file.write(f"{column}\n{traceback.format_exc()}\n")
-                continue
-            answers.add(column, said)
-            if finished:
-                continue
-            right = [
-                any(MATCHES[match](text, answer) for answer in item.answers)
-                for text, item in zip(said, items, strict=True)
-            ]
-            same = [exact_match(*pair) for pair in zip(said, answers.said[UNTOUCHED], strict=True)]
-            row: Row = {"method": name, "keep": keep, "place": variant.method.place if variant else None}
-            row |= {"questions": len(items), **(more or {}), **_scores("accuracy", right, seed), **cost}
-            row |= _scores("agreement", same, seed)
-            for part, kinds in parts.items():
-                row |= _scores(
-                    f"accuracy:{part}", [r for r, i in zip(right, items, strict=True) if i.type in kinds], seed
-                )
-            results.add(row)
-            if not console.is_terminal:  # a bar would not be seen
-                console.print(f"{column}: {100 * row['accuracy']:.1f} %", markup=False, highlight=False)
+                raise advice(error) from error
+        if jobs is not None and len(due) > 1:
+            progress.update(bar, description=f"{jobs.count} processes")
+            for variant, outcome in jobs.run(due):
+                progress.advance(bar, len(batches))
+                rows.take(variant, outcome)
+            due = []
+        for variant in due:
+            try:
+                outcome = ask_here(variant)
+            except Exception as error:
+                outcome = Failure(advice(error), traceback.format_exc())
+            rows.take(variant, outcome)
     labels = [UNTOUCHED, *dict.fromkeys(variant.label for variant in variants)]
     place = {label: index for index, label in enumerate(labels)}
     results.rows.sort(key=lambda row: place.get(row["method"], len(labels)))  # a folder that took more rows later
-    return failures
+    return rows.failures
+
+
+class _Rows:
+    """The rows of a folder, as variants are done. failures: a line for each that has failed."""
+
+    def __init__(
+        self,
+        results: Results,
+        items: Sequence[Item],
+        groups: dict[str, tuple[str, ...]],
+        match: str,
+        seed: int,
+        more: Row,
+        console: Console,
+    ) -> None:
+        self.results, self.items, self.match, self.seed, self.more = results, items, match, seed, more
+        self.parts = {**groups, **{item.type: (item.type,) for item in items if item.type}}
+        self.console, self.failures = console, list[str]()
+        self.answers = Answers(results.folder / "answers.csv", items)
+
+    def have(self, variant: Variant | None) -> bool:
+        """Whether there is nothing to ask any more."""
+        name, keep = _name(variant)
+        there = self.results.find(method=name, keep=keep) is not None
+        return there and (variant is not None or UNTOUCHED in self.answers.said)
+
+    def take(self, variant: Variant, outcome: Answered | Failure) -> None:
+        """Write down what became of a variant."""
+        if not isinstance(outcome, Failure):
+            self.add(variant, *outcome)
+            return
+        why = " ".join(str(outcome.error).split()) or type(outcome.error).__name__
+        self.failures.append(f"{_column(variant)} failed: {why}")
+        self.console.print(self.failures[-1], markup=False, highlight=False, soft_wrap=True)
+        with (self.results.folder / "errors.txt").open("a") as file:
+            file.write(f"{_column(variant)}\n{outcome.trace}\n")
+
+    def add(self, variant: Variant | None, said: list[str], cost: Row) -> None:
+        """Score what was said, and add the row."""
+        name, keep = _name(variant)
+        self.answers.add(_column(variant), said)
+        if self.results.find(method=name, keep=keep):
+            return
+        matches = MATCHES[self.match]
+        pairs = list(zip(said, self.items, strict=True))
+        right = [any(matches(text, answer) for answer in item.answers) for text, item in pairs]
+        same = [exact_match(*pair) for pair in zip(said, self.answers.said[UNTOUCHED], strict=True)]
+        whole = self.results.find(method=UNTOUCHED, keep=None) or cost
+        cost = {**cost, "prefill_share": cost["prefill_flops"] / whole["prefill_flops"]}
+        row: Row = {"method": name, "keep": keep, "place": variant.method.place if variant else None}
+        row |= {"questions": len(self.items), **self.more}
+        row |= {**_scores("accuracy", right, self.seed), **cost, **_scores("agreement", same, self.seed)}
+        for part, kinds in self.parts.items():
+            for what, hits in (("accuracy", right), ("agreement", same)):
+                some = [hit for hit, item in zip(hits, self.items, strict=True) if item.type in kinds]
+                row |= _scores(f"{what}:{part}", some, self.seed)
+        self.results.add(row)
+        if not self.console.is_terminal:  # a bar would not be seen
+            line = f"{_column(variant)}: {100 * row['accuracy']:.1f} %"
+            self.console.print(line, markup=False, highlight=False)
+
+
+def _name(variant: Variant | None) -> tuple[str, float | int | None]:
+    return (variant.label, variant.keep) if variant else (UNTOUCHED, None)
+
+
+def _column(variant: Variant | None) -> str:
+    return f"{variant.label} keep={variant.keep}" if variant else UNTOUCHED
 
 
 class Answers:
@@ -139,10 +219,10 @@ class Answers:
         write_csv(self.path, lines)
 
 
-def _ask(
+def ask(
     model: Any, processor: Any, batches: Batches, variant: Variant | None, max_new_tokens: int, advance: Any
-) -> tuple[list[str], Row]:
-    """The answers of one variant, and what they cost."""
+) -> Answered:
+    """The answers of one variant (None: the untouched model), and what they cost. advance: called after each batch."""
     import foveate
 
     counts = {"tokens": 0, "kept": 0, "kv": 0, "kv_full": 0}
@@ -163,11 +243,14 @@ def _ask(
     begun = time.perf_counter()
     with foveate.prune(model, variant.method) if variant else nullcontext() as pruned:
         said = generate(model, processor, batches, max_new_tokens, after)
+        seconds = round(time.perf_counter() - begun, 2)
+        flops = prefill_flops(model, batches.middle.inputs.to(model.device, model.dtype))
     whole = None if variant else 1.0  # nothing pruned: the guide has answered everything
     cost = {
         "kept_share": counts["kept"] / counts["tokens"] if counts["tokens"] else whole,
         "kv_share": counts["kv"] / counts["kv_full"] if counts["kv_full"] else whole,
-        "seconds": round(time.perf_counter() - begun, 2),
+        "prefill_flops": flops,
+        "seconds": seconds,
     }
     return said, cost
 
@@ -181,7 +264,8 @@ def _scores(name: str, hits: Sequence[bool], seed: int) -> Row:
     return {name: sum(hits) / len(hits), f"{what}_low{colon}{part}": low, f"{what}_high{colon}{part}": high}
 
 
-def _advice(error: Exception) -> Exception:
+def advice(error: Exception) -> Exception:
+    """The error, or what to do about it."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

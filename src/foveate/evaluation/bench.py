@@ -17,10 +17,10 @@ from foveate.asking.options import parse_keeps, variants
 from foveate.methods.places import PLACES
 
 from . import geometries
-from .evaluate import device_name, dtype_name, fitting
 from .results import Results, Row
 from .speed import KEYS, Bench, run
 from .tables import Table, table
+from .workplace import device_name, dtype_name, fitting
 
 GLIMPSE = "glimpse"
 HEADS = {
@@ -80,7 +80,7 @@ def bench(
             dtype = "bfloat16" if dtype == "auto" else dtype
         else:
             assert model is not None
-            source, dtype = built_in(dtype) if model == GLIMPSE else (model, dtype)
+            source, dtype = built_in(model, dtype)
             config = read_config(source)
         family = foveate.get_family(config.model_type)
         if family is None:

@@ -23,24 +23,31 @@ FILE = "data.jsonl"
 
 @dataclass(frozen=True)
 class Item:
-    """A question. images: pictures, or files that are opened when needed. answers: any of them is right."""
+    """A question. images: pictures, or files that are opened when needed. answers: any of them is right.
+
+    before: questions that the model is asked first, with the pictures, in turns of their own.
+    """
 
     images: tuple[Image.Image | Path, ...]
     question: str
     answers: tuple[str, ...]
     type: str | None = None
     line: int | None = None
+    before: tuple[str, ...] = ()
 
     def pictures(self) -> list[Image.Image]:
         """The pictures, opened."""
         return [image if isinstance(image, Image.Image) else open_picture(image) for image in self.images]
 
 
-def from_glimpse(count: int) -> list[Item]:
-    """The first `count` held-out questions of glimpse, all kinds in turn."""
+def from_glimpse(count: int, kinds: Sequence[str] | None = None, first: int = 0) -> list[Item]:
+    """`count` held-out questions of glimpse from number `first` on, all kinds (or those given) in turn."""
     from foveate import glimpse
 
-    return [Item((q.image,), q.question, (q.answer,), q.kind) for q in glimpse.heldout(count)]
+    return [
+        Item(q.images, q.question, (q.answer,), q.kind, before=tuple(asked for asked, _ in q.before))
+        for q in glimpse.heldout(count, kinds=kinds or glimpse.KINDS, first=first)
+    ]
 
 
 def from_folder(
@@ -49,7 +56,8 @@ def from_folder(
     """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and a digest of all that.
 
     A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
-    `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type`. matches: compares what is said with an
+    `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type` and `before`: a question, or a list of
+    them, that the model is asked first, in turns of their own. matches: compares what is said with an
     answer; one that silence matches cannot be used.
 
     Raises:
@@ -112,12 +120,13 @@ def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], 
     answers = _texts(row, "answers", "answer")
     if empty := [answer for answer in answers if matches("", answer)]:
         raise Mistake(f"the answer {json.dumps(empty[0])[:60]} holds no word to compare: an empty one would be right")
-    if re.search("[\ud800-\udfff]", "".join([*names, question, kind or "", *answers])):
+    before = _texts(row, "before") if row.get("before") else []
+    if re.search("[\ud800-\udfff]", "".join([*names, question, kind or "", *answers, *before])):
         raise Mistake("a text holds half a letter (a lone surrogate), which no file can hold: write it out")
     images = [folder / name for name in names]
     for image in images:
         open_picture(image)  # a broken picture shows now, not in the middle of the run
-    return Item(tuple(images), question.strip(), tuple(answers), kind and kind.strip(), number)
+    return Item(tuple(images), question.strip(), tuple(answers), kind and kind.strip(), number, tuple(before))
 
 
 def _texts(row: dict[str, Any], *names: str) -> list[str]:

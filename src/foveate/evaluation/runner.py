@@ -1,4 +1,4 @@
-"""Batched greedy answers through the model's own `generate()`."""
+"""Greedy answers through the model's own `generate()`, in batches, and in several turns on one KV cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from foveate.engine.upstream import cache_behind, cache_name
+
 if TYPE_CHECKING:
     from .questions import Item
 
@@ -16,17 +18,22 @@ Pictures = Image.Image | Sequence[Image.Image]
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs of some questions, and where in the list of all questions each of them stands."""
+    """Model inputs of some questions, and where in the list of all questions each of them stands.
+
+    later: questions that follow in turns of their own, on the same cache; then the batch is one talk.
+    """
 
     indices: list[int]
     inputs: Any
+    later: tuple[str, ...] = ()
 
 
 class Batches:
     """Left-padded model inputs of many questions, to be gone through as often as wanted.
 
-    Alike questions share a batch, so that short answers do not wait for long ones. What fits into `memory` bytes is
-    kept, the rest is made anew each time. refused: what the processor does not take, by index, and why; it is in no
+    Alike questions share a batch, so that short answers do not wait for long ones; talks of several turns have one
+    each, since what pads them would lie between the turns. What fits into `memory` bytes is kept, the rest is made
+    anew each time. refused: what the processor does not take, by index, and why; it is in no
     batch.
     """
 
@@ -35,15 +42,27 @@ class Batches:
         self.refused: dict[int, str] = {}
         self._kept: dict[int, Any] = {}
         order = sorted(range(len(items)), key=lambda index: items[index].question)
-        groups = [self._check(order[start : start + batch_size], memory) for start in range(0, len(order), batch_size)]
-        self._groups = [group for group in groups if group]
+        alone = [[index] for index in order if items[index].before]
+        order = [index for index in order if not items[index].before]
+        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)] + alone
+        self._groups = [group for each in groups if (group := self._check(each, memory))]
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
         for group in self._groups:
-            yield Batch(group, self._kept[group[0]] if group[0] in self._kept else self._inputs(group))
+            yield self._batch(group)
+
+    @property
+    def middle(self) -> Batch:
+        """One of them that stands for all."""
+        return self._batch(self._groups[len(self._groups) // 2])
+
+    def _batch(self, group: list[int]) -> Batch:
+        first = self.items[group[0]]
+        later = (*first.before[1:], first.question) if first.before else ()
+        return Batch(group, self._kept[group[0]] if group[0] in self._kept else self._inputs(group), later)
 
     def _check(self, group: list[int], memory: int) -> list[int]:
         """The questions of a group that the processor takes."""
@@ -61,7 +80,8 @@ class Batches:
 
     def _inputs(self, group: list[int]) -> Any:
         items = [self.items[index] for index in group]
-        return model_inputs(self.processor, [item.pictures() for item in items], [item.question for item in items])
+        asked = [item.before[0] if item.before else item.question for item in items]
+        return model_inputs(self.processor, [item.pictures() for item in items], asked)
 
 
 def model_inputs(processor: Any, images: Sequence[Pictures], questions: Sequence[str]) -> Any:
@@ -101,22 +121,54 @@ def generate(
     max_new_tokens: int = 64,
     after: Callable[[], object] | None = None,
 ) -> list[str]:
-    """Greedy answers to prepared questions, in the order of the questions.
+    """Greedy answers to prepared questions, in the order of the questions; of talks, to the last one.
 
-    after: called when a batch is done.
+    after: called when a batch has answered what was asked beside its pictures.
     """
     import torch
 
     answers: dict[int, str] = {}
     for batch in batches:
         inputs = batch.inputs.to(model.device, model.dtype)
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         with torch.inference_mode():
-            tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-        texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            said = model.generate(**inputs, **options, return_dict_in_generate=True)
+            if after is not None:
+                after()
+            for question in batch.later:
+                inputs = next_turn(processor, model, inputs, said, question)
+                said = model.generate(**inputs, **options, return_dict_in_generate=True)
+        tokens = said.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = processor.batch_decode(tokens, skip_special_tokens=True)
         answers.update(zip(batch.indices, (text.strip() for text in texts), strict=True))
-        if after is not None:
-            after()
     return [answers[index] for index in sorted(answers)]
+
+
+def next_turn(processor: Any, model: Any, inputs: Any, said: Any, question: str) -> dict[str, Any]:
+    """What `generate()` needs to go on with one more question, on the cache of what was said.
+
+    inputs: of one talk, the last turn's. said: what `generate()` returned, with its cache.
+    """
+    import torch
+
+    mark = "ANSWER"
+    turns = [("user", "?"), ("assistant", mark), ("user", question)]
+    talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    text = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).rpartition(mark)[2]
+    words = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).view(-1)
+    spoken = said.sequences
+    if bool(torch.isin(spoken[0, -1], ends)):
+        spoken = spoken[:, :-1]  # the template writes the end of an answer itself
+    ids = torch.cat([spoken, words], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # What cross-attention reads goes on as at the last token.
+    length = inputs["input_ids"].shape[1]
+    for name, value in inputs.items():
+        if name.startswith("cross_") and value.ndim > 2 and value.shape[1] == length:
+            more = value[:, -1:].expand(-1, ids.shape[1] - length, *value.shape[2:])
+            turn[name] = torch.cat([value, more], 1)
+    return {**turn, cache_name(model.forward): cache_behind(said)}
 
 
 def answer(

@@ -40,15 +40,15 @@ def majority(questions: Sequence[Question]) -> list[str]:
     return [counts[question.kind].most_common(1)[0][0] for question in questions]
 
 
-def blind(questions: Sequence[Question]) -> list[Image.Image]:
-    """For each question the picture of the next question of its kind: what is still right was guessed."""
+def blind(questions: Sequence[Question]) -> list[tuple[Image.Image, ...]]:
+    """For each question the pictures of the next question of its kind: what is still right was guessed."""
     by_kind: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         by_kind.setdefault(question.kind, []).append(index)
     successor = {
         own: other for group in by_kind.values() for own, other in zip(group, group[1:] + group[:1], strict=True)
     }
-    return [questions[successor[index]].image for index in range(len(questions))]
+    return [questions[successor[index]].images for index in range(len(questions))]
 
 
 def interval(hits: Sequence[bool], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -3,23 +3,42 @@
 It is a plain LLaVA (`LlavaForConditionalGeneration`: CLIP-style ViT with CLS, MLP projector, Llama with
 grouped-query attention) with 144 image tokens, small enough to answer on a CPU at once, so that every method
 can be tried offline. `load("small")` is a second model of the same family with a quarter of the parameters,
-for methods in which a small model guides a large one.
+for methods in which a small model guides a large one; `load("cross")` is a small Llama-3.2-Vision
+(`MllamaForConditionalGeneration`), for methods that trim what cross-attention reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from foveate.glimpse.world import KINDS, Question, question
 
-__all__ = ["HELDOUT_VERSION", "KINDS", "PATH", "SMALL_PATH", "Question", "heldout", "load"]
+__all__ = [
+    "CROSS_PATH",
+    "HELDOUT_VERSION",
+    "KINDS",
+    "ONE_PICTURE",
+    "PATH",
+    "SMALL_PATH",
+    "Question",
+    "heldout",
+    "load",
+]
 
 PATH = Path(__file__).with_name("model")
 """Folder of the model, as `transformers` loads it."""
 
 SMALL_PATH = Path(__file__).with_name("small")
 """Folder of the small model; its processor is the one in `PATH`."""
+
+CROSS_PATH = Path(__file__).with_name("cross")
+"""Folder of the model with cross-attention and its processor."""
+
+ONE_PICTURE = tuple(kind for kind in KINDS if kind not in ("which", "each"))
+"""Kinds of questions about one picture. The model with cross-attention knows no others: nothing tells it which of
+several pictures a feature is of."""
 
 HELDOUT_VERSION = 2
 """Changes whenever a picture, question or answer of `heldout` does."""
@@ -28,17 +47,17 @@ HELDOUT_VERSION = 2
 def load(size: str = "glimpse", **kwargs: Any) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its processor.
 
-    `size` is "glimpse" (4.8 million parameters) or "small" (1.3 million: the same layers, half as wide). Both know the
-    same world and read the same tokens: their processors are the same, and so are the places of image tokens in
-    a prompt. `kwargs` go to `AutoModelForImageTextToText.from_pretrained`; without `dtype` the weights, shipped in
-    bfloat16, compute in float32.
+    `size` is "glimpse" (4.8 million parameters), "small" (1.3 million: the same layers, half as wide), or "cross" (1.4
+    million, with cross-attention). All know the same world and the same words; the first two also have the same
+    processor, and image tokens in the same places of a prompt. `kwargs` go to
+    `AutoModelForImageTextToText.from_pretrained`; without `dtype` the weights, shipped in bfloat16, compute in float32.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    folders = {"glimpse": PATH, "small": SMALL_PATH}
+    folders = {"glimpse": PATH, "small": SMALL_PATH, "cross": CROSS_PATH}
     if size not in folders:
-        raise ValueError(f"no glimpse of size {size!r}: there are {' and '.join(folders)}")
+        raise ValueError(f"no glimpse of size {size!r}: there are {', '.join(folders)}")
     kwargs.setdefault("dtype", "float32")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it is over at once
@@ -47,12 +66,14 @@ def load(size: str = "glimpse", **kwargs: Any) -> tuple[Any, Any]:
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.eval(), AutoProcessor.from_pretrained(PATH)
+    return model.eval(), AutoProcessor.from_pretrained(PATH if size == "small" else folders[size])
 
 
-def heldout(n: int = 2000) -> list[Question]:
-    """The first `n` held-out questions, each about its own picture, all kinds in turn.
+def heldout(n: int = 2000, *, kinds: Sequence[str] = KINDS, first: int = 0) -> list[Question]:
+    """`n` held-out questions from number `first` on, each about its own picture or pictures, `kinds` in turn.
 
-    They are drawn again from their seeds, which training never uses.
+    They are drawn again from their seeds, which training never uses. Tables are made of the first ones; what a default
+    is chosen by should begin at 500,000 or beyond.
     """
-    return [question(HELDOUT_VERSION * 1_000_000 + index, KINDS[index % len(KINDS)]) for index in range(n)]
+    numbers = range(first, first + n)
+    return [question(HELDOUT_VERSION * 1_000_000 + number, kinds[number % len(kinds)]) for number in numbers]

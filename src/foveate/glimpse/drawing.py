@@ -42,10 +42,15 @@ def columns(text: str) -> list[tuple[str, int, int]]:
     font = _font(round(PRINT * SIZE))
     found, begin = [], 0
     for word in text.split():
-        end = begin - int(-font.getlength(word) // PATCH)
+        end = begin + _patches(word, font, PATCH)
         found.append((word, begin, end))
         begin = end + 1
     return found
+
+
+def _patches(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, raster: int) -> int:
+    """Patches that a word is long. What is left white behind its last letter may reach into the next."""
+    return -int(-(font.getlength(word) - raster / 7) // raster)
 
 
 def _bottom_up(scene: Scene) -> list[Thing]:
@@ -142,7 +147,7 @@ def _print(text: str, pixels: int, raster: int, on_dark: bool) -> Image.Image:
     """Words side by side, each beginning on the raster of the patches."""
     font = _font(pixels)
     words = text.split()
-    widths = [-int(-font.getlength(word) // raster) for word in words]
+    widths = [_patches(word, font, raster) for word in words]
     stamp = Image.new("RGBA", ((sum(widths) + len(words) - 1) * raster, 2 * raster))
     ink, halo = ((255, 255, 255), (0, 0, 0)) if on_dark else ((10, 10, 10), (255, 255, 255))
     draw = ImageDraw.Draw(stamp)

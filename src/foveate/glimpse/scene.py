@@ -98,6 +98,13 @@ def imagine(rng: np.random.Generator, least: int = 1, most: int = 7, more_print:
         things.append(Thing("line", _line(rng), 3 * row + 1, x, float(y), PRINT, 0.0, 1.0))
     else:
         special = [kind for kind in ("number", "word") if rng.random() < 0.55]
+        if len(special) == 2:  # side by side they would look like a line
+            apart = next((cell for cell in cells[1:] if cell // 3 != cells[0] // 3), None)
+            if apart is None:
+                special.pop()
+            else:
+                cells.remove(apart)
+                cells.insert(1, apart)
     for index, cell in enumerate(cells):
         if index < len(special):
             kind, detail = _print_out(special[index], rng)

@@ -21,11 +21,11 @@ KINDS = (
 )  # fmt: skip
 """Kinds of questions.
 
-what: what lies at a place. where: the place of a thing. exists: is there such a thing. count: how many of a kind. total:
-how many things. colour: of a shape. number, word: what is printed. describe: everything with its place. With answers
-that need the picture while they are written: list: everything, row by row; line: a line of words and numbers; compare:
-two places; both: two questions in one turn; again: a question in a second turn. About two or three pictures: which: the
-picture with a thing; each: what lies at a place of each.
+what: what lies at a place. where: the place of a thing. exists: is there such a thing. count: how many of a kind.
+total: how many things. colour: of a shape. number, word: what is printed. describe: everything with its place. With
+answers that need the picture while they are written: list: everything, row by row; line: a line of words and numbers;
+compare: two places; both: two questions in one turn; again: a question in a second turn. About two or three pictures:
+which: the picture with a thing; each: what lies at a place of each.
 """
 
 

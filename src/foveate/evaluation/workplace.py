@@ -1,0 +1,161 @@
+"""What `foveate eval` works with: the model, its questions and the variants, as options ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.asking.loading import (
+    BUILT_IN,
+    GLIMPSE,
+    built_in,
+    check_dtype,
+    hush,
+    load,
+    load_guide,
+    read_config,
+    resolve_device,
+)
+from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import Variant, parse_keeps, variants
+from foveate.asking.subject import fingerprints
+from foveate.methods.places import PLACES
+
+from .accuracy import BASELINES, GROUPS, MATCHES
+from .questions import FILE, draw, from_folder, from_glimpse
+from .results import Row
+from .runner import Batches
+
+COUNT = 1008  # glimpse's questions, as many of each kind: the 95 % intervals are 1 to 3 points to each side
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the rows, as `foveate eval` takes it."""
+
+    model: str
+    methods: str
+    keep: str
+    data: str | None
+    count: int | None
+    batch_size: int
+    max_new_tokens: int
+    match: str
+    seed: int
+    device: str
+    dtype: str
+    attn: str | None
+    guide: str | None
+
+
+@dataclass
+class Workplace:
+    """All that is needed to ask: the model, its inputs, and the variants.
+
+    left_out: a line for each variant that does not fit. lost: number and cause of each row of the data that cannot be
+    used. settings: of the results. groups: types of questions that are scored together.
+    """
+
+    model: Any
+    processor: Any
+    batches: Batches
+    variants: list[Variant]
+    max_new_tokens: int
+    left_out: list[str]
+    lost: list[str]
+    settings: Row
+    groups: dict[str, tuple[str, ...]]
+
+
+def prepare(options: Options, check: Callable[[Row], object] = lambda settings: None) -> Workplace:
+    """Load the model and encode the questions. check: called with the settings, before what takes long.
+
+    Raises:
+        Mistake: for what the user got wrong.
+    """
+    if options.match not in MATCHES:
+        raise Mistake(f"--match {options.match} is unknown: use {' or '.join(MATCHES)}")
+    check_dtype(options.dtype)
+    model, data, seed, count = options.model, options.data, options.seed, options.count
+    if data is None and model not in BUILT_IN:
+        raise Mistake(f"--data is missing: a folder with a data.jsonl, or {GLIMPSE} for the drawn pictures of glimpse")
+    keeps = parse_keeps(options.keep)
+    hush()
+    import foveate
+    from foveate import glimpse
+
+    named = options.guide or (GLIMPSE if model == GLIMPSE else None)
+    if options.methods != "all":  # a wrong name should not wait for the model
+        variants(options.methods, keeps, tuple(PLACES), "", seed=seed, guide=named)
+    source, dtype = built_in(model, options.dtype)
+    device = resolve_device(options.device)
+    config = read_config(source)
+    family = foveate.get_family(config.model_type)
+    if family is None:
+        known = ", ".join(foveate.families())
+        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
+    chosen, left_out = variants(
+        options.methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed, guide=named
+    )
+    load_guide([v.method for v in chosen], options.guide, source, config, device=device, dtype=dtype)
+
+    settings: Row = {"model": model, "dtype": dtype_name(dtype, config), "device": device_name(device)}
+    settings |= {"attn": options.attn, "seed": seed, "match": options.match}
+    settings |= {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    if options.guide is not None:
+        settings["guide"] = options.guide
+    settings |= fingerprints(model, options.guide)
+    bad: list[tuple[int, str]] = []
+    if data in (None, GLIMPSE):
+        kinds = glimpse.KINDS if model != "glimpse-cross" else glimpse.ONE_PICTURE
+        settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}
+        items, groups = from_glimpse(count or COUNT, kinds), GROUPS
+    else:
+        assert data is not None
+        items, bad, digest = from_folder(data, MATCHES[options.match])
+        settings |= {"data": Path(data).resolve().name, "digest": digest, "count": count}
+        items, groups = draw(items, count, seed), {}
+    check(settings)
+    loaded, processor = load(source, config, device=device, dtype=dtype, attn=options.attn)
+    chosen = list(fitting(loaded, chosen, left_out))
+
+    batches = Batches(processor, items, options.batch_size)
+    bad += [(items[index].line or 0, f"the model's processor says: {why}") for index, why in batches.refused.items()]
+    if batches.refused:
+        items = [item for index, item in enumerate(items) if index not in batches.refused]
+        batches = Batches(processor, items, options.batch_size)
+    if not items:
+        raise Mistake(f"no question is left: {bad[-1][1]}")
+    lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
+    return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, settings, groups)
+
+
+def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:
+    """The variants that this very model takes; one that was named and does not fit is a mistake."""
+    import foveate
+
+    for variant in chosen:
+        try:
+            foveate.prune(model, variant.method).remove()
+        except (foveate.UnsupportedError, ValueError) as error:
+            line = f"{variant.label} keep={variant.keep}: {one_line(error)}"
+            if variant.named:
+                raise Mistake(line) from error
+            left_out.append(line)
+        else:
+            yield variant
+
+
+def dtype_name(dtype: str, config: Any) -> str:
+    """What `auto` will become, as far as the configuration says."""
+    own = getattr(config, "dtype", None)
+    return str(own).removeprefix("torch.") if dtype == "auto" and own is not None else dtype
+
+
+def device_name(device: str) -> str:
+    """The device and, where it has one, the name of its model."""
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
