@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,10 +17,13 @@ from foveate.asking.mistake import Mistake
 from foveate.asking.options import Variant
 from foveate.commands.app import app
 from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, Answers, measure
+from foveate.evaluation.cost import prefill_flops
+from foveate.evaluation.jobs import Processes
 from foveate.evaluation.questions import draw, from_folder, from_glimpse
 from foveate.evaluation.results import Results, read
 from foveate.evaluation.runner import Batches, generate
 from foveate.evaluation.scores import exact_match, holds
+from foveate.evaluation.workplace import Options, prepare
 from foveate.methods.base import CacheMethod, EncoderMethod, LayerMethod, floor_budget, topk_mask
 from foveate.methods.baselines import strided
 
@@ -33,7 +36,7 @@ def run(*args):
 def asked():
     """glimpse, and six questions of each kind."""
     model, processor = glimpse.load()
-    return model, processor, Batches(processor, from_glimpse(54), 27)
+    return model, processor, Batches(processor, from_glimpse(96), 30)
 
 
 def score(asked, folder, *variants):
@@ -115,10 +118,9 @@ def test_a_method_that_keeps_the_wrong_tokens_is_exposed(broken, asked, tmp_path
 
 def test_a_broken_eviction_shows_in_long_answers(asked, tmp_path):
     model, processor, _ = asked
-    batches = Batches(processor, [item for item in from_glimpse(180) if item.type == "describe"], 20)
+    batches = Batches(processor, from_glimpse(24, ("describe",)), 24)
     blind = Variant("random_cache", 0.5, foveate.get_method("random_cache", keep=0.5))
     rows = score((model, processor, batches), tmp_path, blind, Variant("broken", 0.5, IgnoredInCache(0.5)))
-    print(rows)
     assert rows["broken"]["accuracy_high"] < rows["random_cache"]["accuracy_low"]
 
 
@@ -129,22 +131,120 @@ def test_keeping_everything_is_the_untouched_model(asked, tmp_path):
     rows = score(asked, tmp_path, Variant("all", 1.0, foveate.get_method("plphp", keep=1.0)))
     untouched, everything = rows[UNTOUCHED], rows["all"]
     assert everything["accuracy"] == untouched["accuracy"] and everything["agreement"] == 1.0
-    assert everything["kept_share"] == everything["kv_share"] == untouched["kept_share"] == 1.0
+    for share in ("kept_share", "kv_share", "prefill_share"):
+        assert everything[share] == untouched[share] == 1.0
 
 
 def test_rows_hold_shares_intervals_and_groups(asked, tmp_path):
     row = score(asked, tmp_path, uniform(0.25))["uniform"]
-    assert row["questions"] == 54 and row["keep"] == 0.25 and row["place"] == "encoder"
+    assert row["questions"] == 96 and row["keep"] == 0.25 and row["place"] == "encoder"
     assert row["kept_share"] == 0.25 and 0.25 < row["kv_share"] < 0.5  # the text stays
     for part in ("", *(f":{name}" for name in (*GROUPS, *glimpse.KINDS))):
-        assert row[f"accuracy_low{part}"] <= row[f"accuracy{part}"] <= row[f"accuracy_high{part}"]
-    sizes = {part: sum(6 for _ in kinds) for part, kinds in GROUPS.items()}
-    mean = sum(row[f"accuracy:{part}"] * size for part, size in sizes.items()) / 54
-    assert mean == pytest.approx(row["accuracy"])
+        for what in ("accuracy", "agreement"):
+            assert row[f"{what}_low{part}"] <= row[f"{what}{part}"] <= row[f"{what}_high{part}"]
+    assert {*GROUPS["one_word"], *GROUPS["more_words"]} == set(glimpse.KINDS)
+    sizes = {part: 6 * len(GROUPS[part]) for part in ("one_word", "more_words")}
+    for what in ("accuracy", "agreement"):
+        mean = sum(row[f"{what}:{part}"] * size for part, size in sizes.items()) / 96
+        assert mean == pytest.approx(row[what])
     with (tmp_path / "answers.csv").open() as file:
         lines = list(csv.DictReader(file))
     right = sum(line["uniform keep=0.25"] == line["accepted"] for line in lines)
-    assert right / 54 == pytest.approx(row["accuracy"])
+    assert right / 96 == pytest.approx(row["accuracy"])
+
+
+def test_what_is_evicted_behind_the_prefill_changes_no_answer_of_one_word(asked, tmp_path):
+    lost = Variant("random_cache", 0.1, foveate.get_method("random_cache", keep=0.1))
+    row = score(asked, tmp_path, lost)["random_cache"]
+    assert row["agreement:one_word"] == 1.0 and row["agreement:more_words"] < 0.8
+    assert all(row[f"agreement:{kind}"] == 1.0 for kind in GROUPS["one_word"])
+    assert row["agreement:again"] < 1.0, "what the first turn left behind is all that the second one sees"
+
+
+def test_the_price_of_a_prefill_is_what_is_computed(asked, tmp_path):
+    names = {"uniform": 0.25, "random_layer": 0.25, "random_cache": 0.25, "mint": 0.25}
+    rows = score(asked, tmp_path, *(Variant(n, keep, foveate.get_method(n, keep=keep)) for n, keep in names.items()))
+    shares = {name: row["prefill_share"] for name, row in rows.items()}
+    assert shares["random_cache"] == 1.0 and rows["random_cache"]["kv_share"] < 0.5, "it is cheaper only later"
+    assert shares["uniform"] < shares["random_layer"] < 1 < shares["mint"]
+    model, _, batches = asked
+    config, inputs = model.config, batches.middle.inputs
+    flops = prefill_flops(model, inputs)
+    assert flops == prefill_flops(model, inputs)
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters() if p.ndim > 1)
+    heads, text = config.text_config.num_hidden_layers * config.text_config.hidden_size, inputs["input_ids"].shape
+    floor = 2 * weights * text.numel() + 4 * heads * text.numel() * text[1]
+    tower = sum(p.numel() for n, p in model.model.vision_tower.named_parameters() if p.ndim > 1 and "layers" in n)
+    pictures = len(inputs["pixel_values"])
+    floor += 2 * tower * pictures * 145 + 4 * config.vision_config.hidden_size * 6 * pictures * 145**2
+    assert floor < flops < 1.1 * floor
+
+
+# -- several turns ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["glimpse", "cross"])
+def test_a_talk_goes_on_as_if_all_of_it_had_been_one_prompt(size):
+    model, processor = glimpse.load(size)
+    items = from_glimpse(6, ("again",))
+    said = generate(model, processor, Batches(processor, items, 4))
+    for item, text in zip(items, said, strict=True):
+        image = [{"type": "image", "image": item.pictures()[0]}]
+        first = generate(model, processor, Batches(processor, [replace(item, before=(), question=item.before[0])], 1))
+        talk = [
+            {"role": "user", "content": [*image, {"type": "text", "text": item.before[0]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": first[0]}]},
+            {"role": "user", "content": [{"type": "text", "text": item.question}]},
+        ]
+        inputs = processor.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        whole = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(whole, skip_special_tokens=True).strip() == text
+    assert generate(model, processor, Batches(processor, items, 4), one_cache=False) == said
+
+
+def test_three_turns_and_their_answers_are_one_row(tmp_path):
+    question = next(q for q in glimpse.heldout(20) if q.kind == "describe")
+    question.image.save(tmp_path / "0.png")
+    row = {"image": "0.png", "question": question.question, "answers": [question.answer]}
+    row["before"] = ["How many things are there?", "What is at the top left?"]
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    args = ("--data", tmp_path, "--methods", "fastv", "--keep", 0.9, "--out", tmp_path / "out")
+    assert run(*args).exit_code == 0
+    rows = {row["method"]: row for row in read(tmp_path / "out")[0]}
+    assert rows[UNTOUCHED]["accuracy"] == 1.0 and rows["fastv"]["kept_share"] < 1
+    with (tmp_path / "out/answers.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert line["question"] == " | ".join([*row["before"], question.question])
+
+
+# -- several processes --------------------------------------------------------------------------------------------
+
+
+def test_several_processes_write_the_same_rows(tmp_path):
+    args = ("--methods", "fastv,sgl", "--keep", "0.5", "--count", 16, "--out")
+    one, two = run(*args, tmp_path / "one"), run(*args, tmp_path / "two", "--jobs", 2)
+    assert one.exit_code == two.exit_code == 0, two.output
+    assert one.stdout == two.stdout
+    rows = [{**row, "seconds": None} for row in read(tmp_path / "one")[0]]
+    assert rows == [{**row, "seconds": None} for row in read(tmp_path / "two")[0]]
+    assert read(tmp_path / "two")[1]["finished"]
+
+
+def test_what_fails_in_another_process_costs_the_others_nothing(tmp_path):
+    question = glimpse.heldout(1)[0]
+    question.image.save(tmp_path / "0.png")
+    row = {"image": "0.png", "question": question.question, "answers": [question.answer]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    options = Options(
+        "glimpse", "fastv,uniform", "0.5", str(tmp_path), None, 4, 8, "exact", 0, "cpu", "auto", None, None
+    )
+    place = prepare(options)
+    jobs = Processes(2, replace(options, data=str(tmp_path / "gone")))
+    with Results(tmp_path / "out", "eval", {}, keys=("method", "keep")) as results:
+        failed = measure(place.model, place.processor, place.batches, place.variants, results, groups={}, jobs=jobs)
+    assert len(failed) == len(place.variants) and [row["method"] for row in results.rows] == [UNTOUCHED]
 
 
 def test_where_the_guide_answers_everything_no_share_is_kept(tmp_path):
@@ -179,9 +279,10 @@ def test_the_command_writes_a_folder_and_a_second_run_repeats_nothing(tmp_path, 
     assert about["settings"]["count"] == 9 and about["finished"]
     for label in labels:
         assert label in first.stdout
-    for name in ("accuracy", "accuracy-grounding", "accuracy-reading", "accuracy-rest", "pareto"):
-        with Image.open(out / f"{name}.png") as picture:
-            assert min(picture.size) > 400
+    for name in ("accuracy", *(f"accuracy-{group}" for group in GROUPS), "pareto"):
+        for price in ("", "-prefill"):
+            with Image.open(out / f"{name}{price}.png") as picture:
+                assert min(picture.size) > 400
 
     monkeypatch.setattr("foveate.evaluation.accuracy.generate", None)  # nobody is asked again
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
@@ -268,6 +369,16 @@ def test_what_does_not_fit_is_left_out_of_all_with_a_line(tmp_path, monkeypatch)
     assert "left out: trimmed_llama: it drops tokens in cross-attention, which llava models lack" in result.stderr
 
 
+def test_the_model_with_cross_attention_is_asked_what_it_knows(tmp_path):
+    asked = ("--model", "glimpse-cross", "--methods", "trimmed_llama", "--keep", 0.1, "--count", 28)
+    result = run(*asked, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = {row["method"]: row for row in read(tmp_path)[0]}
+    assert list(rows) == [UNTOUCHED, "random_cross", "trimmed_llama"]
+    assert rows[UNTOUCHED]["accuracy"] > 0.85 and "accuracy:which" not in rows[UNTOUCHED]
+    assert 0.1 <= rows["trimmed_llama"]["kept_share"] < 0.5
+
+
 MISTAKES = {
     "unknown method": (["--methods", "magic"], "unknown method 'magic'"),
     "method that does not fit": (["--methods", "trimmed_llama"], "which llava models lack"),
@@ -336,6 +447,7 @@ BAD = {
     "{" + GOOD + ', "type": "\\ud800"}': "lone surrogate",
     "[" * 100_000: "nested too deeply",
     '{"image": "%s", "question": "q?", "answers": ["a"]}' % ("A" * 400): "too long for the name of a file",
+    "{" + GOOD + ', "before": [3, " "]}': "empty text",
     '{"image": "0.png", "question": "is <image> red?", "answers": ["a"]}': "stands for an image",
 }
 

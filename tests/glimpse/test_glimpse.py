@@ -1,14 +1,23 @@
 """The shipped model: small, complete, loaded by plain transformers, and right about its world."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
+)
 
+import foveate
 from foveate import glimpse
-from foveate.evaluation import answer, blind, majority, prepare, score
+from foveate.evaluation import answer, blind, generate, majority, prepare, score
+from foveate.evaluation.questions import from_glimpse
+from foveate.evaluation.runner import Batches
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.png"
 
@@ -16,6 +25,15 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo.png"
 @pytest.fixture(scope="module")
 def loaded():
     return glimpse.load()
+
+
+@pytest.fixture(scope="module")
+def cross():
+    return glimpse.load("cross")
+
+
+def say(model, processor, items):
+    return generate(model, processor, Batches(processor, items, 24))
 
 
 def test_it_is_a_small_plain_llava(loaded):
@@ -48,18 +66,32 @@ def test_the_small_one_is_a_quarter_and_reads_the_same_tokens(loaded, small):
     assert glimpse.load("small", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_the_small_one_answers_from_the_picture(small):
-    questions = glimpse.heldout(72)
-    asked = [item.question for item in questions]
-    said = answer(*small, [item.image for item in questions], asked, batch_size=24)
-    guessed = answer(*small, blind(questions), asked, batch_size=24)
+@pytest.mark.parametrize(("size", "kinds"), [("small", glimpse.KINDS), ("cross", glimpse.ONE_PICTURE)])
+def test_the_others_answer_from_the_picture(size, kinds, request):
+    loaded = request.getfixturevalue(size)
+    questions, items = glimpse.heldout(96, kinds=kinds), from_glimpse(96, kinds)
+    said = say(*loaded, items)
+    guessed = say(*loaded, [replace(i, images=other) for i, other in zip(items, blind(questions), strict=True)])
     right = score(said, questions)["all"]
     assert right >= 0.9
     assert right >= 0.5 + max(score(guessed, questions)["all"], score(majority(questions), questions)["all"])
 
 
+def test_the_one_with_cross_attention_is_a_plain_mllama(cross):
+    model, processor = cross
+    assert type(model) is MllamaForConditionalGeneration and type(processor) is MllamaProcessor
+    assert sum(file.stat().st_size for file in glimpse.CROSS_PATH.iterdir()) < 8e6
+    assert foveate.get_family(model.config.model_type).places == {"cross"}
+    batch = prepare(processor, [Image.new("RGB", (300, 90))], ["What is in the picture?"])[0]
+    assert batch.inputs["pixel_values"].shape == (1, 1, 1, 3, 168, 168)
+    with foveate.prune(model, "trimmed_llama", keep=0.1) as pruned:
+        model.generate(**batch.inputs, max_new_tokens=2)
+        ((tokens, kept),) = pruned.report.images[0]
+    assert tokens == 145 and 14 <= kept < 145
+
+
 def test_other_sizes_are_refused_by_name():
-    with pytest.raises(ValueError, match="'large': there are glimpse and small"):
+    with pytest.raises(ValueError, match="'large': there are glimpse, small, cross"):
         glimpse.load("large")
 
 
@@ -72,9 +104,8 @@ def test_any_picture_becomes_144_tokens(loaded, size):
 
 
 def test_it_answers_heldout_questions(loaded):
-    questions = glimpse.heldout(72)
-    said = answer(*loaded, [item.image for item in questions], [item.question for item in questions], batch_size=24)
-    assert score(said, questions)["all"] >= 0.9
+    said = say(*loaded, from_glimpse(96))
+    assert score(said, glimpse.heldout(96))["all"] >= 0.9
 
 
 def test_batches_say_what_single_questions_say(loaded):

@@ -153,39 +153,9 @@ def test_heldout_is_what_it_was():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "32bac4bba4e43646", "raise HELDOUT_VERSION"
     means = [np.asarray(item.images[-1], np.float64).mean() for item in questions]
     expected = [
-        171,
-        119,
-        95,
-        99,
-        173,
-        170,
-        110,
-        112,
-        152,
-        72,
-        168,
-        154,
-        175,
-        138,
-        94,
-        160,
-        160,
-        91,
-        78,
-        170,
-        138,
-        81,
-        167,
-        163,
-        168,
-        136,
-        70,
-        187,
-        119,
-        143,
-        142,
-        119,
-    ]
+        171, 119, 95, 99, 173, 170, 110, 112, 152, 72, 168, 154, 175, 138, 94, 160,
+        160, 91, 78, 170, 138, 81, 167, 163, 168, 136, 70, 187, 119, 143, 142, 119,
+    ]  # fmt: skip
     # another version of Pillow may round pixels another way, but not draw another picture
     np.testing.assert_allclose(means, expected, atol=1.5)
 

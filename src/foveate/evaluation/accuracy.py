@@ -199,7 +199,12 @@ class Answers:
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         self.path = path
         self._questions = [
-            {"type": item.type or "", "question": item.question, "accepted": " | ".join(item.answers)} for item in items
+            {
+                "type": item.type or "",
+                "question": " | ".join([*item.before, item.question]),
+                "accepted": " | ".join(item.answers),
+            }
+            for item in items
         ]
         self.said: dict[str, list[str]] = {}
         if path.exists():
@@ -242,7 +247,9 @@ def ask(
 
     begun = time.perf_counter()
     with foveate.prune(model, variant.method) if variant else nullcontext() as pruned:
-        said = generate(model, processor, batches, max_new_tokens, after)
+        # A guide that answers alone leaves no cache behind.
+        exits = variant is not None and getattr(variant.method, "exit_threshold", None) is not None
+        said = generate(model, processor, batches, max_new_tokens, after, one_cache=not exits)
         seconds = round(time.perf_counter() - begun, 2)
         flops = prefill_flops(model, batches.middle.inputs.to(model.device, model.dtype))
     whole = None if variant else 1.0  # nothing pruned: the guide has answered everything

@@ -60,6 +60,8 @@ def curves(
         panels = figure.subplots(high, wide, sharey=True, squeeze=False).flat
         for panel in panels[len(places) :]:
             panel.set_axis_off()
+        highest = max(row.get(_end(y, "high"), row[y]) for row in rows if row.get(y) is not None)
+        panels[0].set_ylim(0, max(105 * highest, 5))  # also where nothing is right
         for panel, place in zip(panels, places, strict=False):
             own = {m: line for m, line in lines.items() if line[0]["place"] == place and m not in dashed}
             blind = {m: line for m, line in lines.items() if m in dashed and line[0]["place"] in (place, "encoder")}
@@ -96,7 +98,6 @@ def curves(
             _label(panel, ends)
         for panel in panels[::wide]:
             panel.set_ylabel(ylabel)
-        panels[0].set_ylim(bottom=0)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         figure.savefig(path, dpi=150)
 
@@ -139,7 +140,7 @@ def pareto(
         )
         panel.set_xlabel(xlabel)
         panel.set_ylabel(ylabel)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, max(105 * max(row[y] for row in rows), 5))
         panel.set_xscale("log")
         panel.set_xlim(left=45 * min(row[x] for row in rows))  # room for names
         ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick > 60 * min(row[x] for row in rows)]

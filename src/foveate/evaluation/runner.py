@@ -20,12 +20,13 @@ Pictures = Image.Image | Sequence[Image.Image]
 class Batch:
     """Model inputs of some questions, and where in the list of all questions each of them stands.
 
-    later: questions that follow in turns of their own, on the same cache; then the batch is one talk.
+    talk: the one question, where earlier ones come in front of it in turns of their own; the inputs are those of the
+    first.
     """
 
     indices: list[int]
     inputs: Any
-    later: tuple[str, ...] = ()
+    talk: Item | None = None
 
 
 class Batches:
@@ -60,9 +61,8 @@ class Batches:
         return self._batch(self._groups[len(self._groups) // 2])
 
     def _batch(self, group: list[int]) -> Batch:
-        first = self.items[group[0]]
-        later = (*first.before[1:], first.question) if first.before else ()
-        return Batch(group, self._kept[group[0]] if group[0] in self._kept else self._inputs(group), later)
+        talk = self.items[group[0]] if self.items[group[0]].before else None
+        return Batch(group, self._kept[group[0]] if group[0] in self._kept else self._inputs(group), talk)
 
     def _check(self, group: list[int], memory: int) -> list[int]:
         """The questions of a group that the processor takes."""
@@ -89,11 +89,16 @@ def model_inputs(processor: Any, images: Sequence[Pictures], questions: Sequence
 
     images: a picture, or several, for each question.
     """
+    return _encode(processor, [[_ask(one, question)] for one, question in zip(images, questions, strict=True)])
+
+
+def _encode(processor: Any, talks: Sequence[Sequence[dict[str, Any]]]) -> Any:
     placeholder = getattr(processor, "image_token", None)
-    if placeholder and any(placeholder in question for question in questions):
+    texts = (part.get("text", "") for talk in talks for turn in talk for part in turn["content"])
+    if placeholder and any(placeholder in text for text in texts):
         raise ValueError(f"the question holds {placeholder}, which stands for an image: leave it out")
     return processor.apply_chat_template(
-        [[_ask(pictures, question)] for pictures, question in zip(images, questions, strict=True)],
+        [list(talk) for talk in talks],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -120,27 +125,44 @@ def generate(
     batches: Iterable[Batch],
     max_new_tokens: int = 64,
     after: Callable[[], object] | None = None,
+    *,
+    one_cache: bool = True,
 ) -> list[str]:
     """Greedy answers to prepared questions, in the order of the questions; of talks, to the last one.
 
-    after: called when a batch has answered what was asked beside its pictures.
+    after: called when a batch has answered what was asked beside its pictures. one_cache: whether a talk goes on on the
+    cache of its earlier turns; else each turn is a prompt of its own that begins with the pictures.
     """
     import torch
 
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
     answers: dict[int, str] = {}
+
+    def heard(sequences: Any, inputs: Any) -> list[str]:
+        texts = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
     for batch in batches:
         inputs = batch.inputs.to(model.device, model.dtype)
-        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         with torch.inference_mode():
-            said = model.generate(**inputs, **options, return_dict_in_generate=True)
+            said = model.generate(**inputs, **options, return_dict_in_generate=bool(batch.talk) and one_cache)
             if after is not None:
                 after()
-            for question in batch.later:
-                inputs = next_turn(processor, model, inputs, said, question)
-                said = model.generate(**inputs, **options, return_dict_in_generate=True)
-        tokens = said.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = processor.batch_decode(tokens, skip_special_tokens=True)
-        answers.update(zip(batch.indices, (text.strip() for text in texts), strict=True))
+            if batch.talk is None:
+                texts = heard(said, inputs)
+            elif one_cache:
+                for question in (*batch.talk.before[1:], batch.talk.question):
+                    inputs = next_turn(processor, model, inputs, said, question)
+                    said = model.generate(**inputs, **options, return_dict_in_generate=True)
+                texts = heard(said.sequences, inputs)
+            else:
+                turns = [_ask(batch.talk.pictures(), batch.talk.before[0])]
+                for question in (*batch.talk.before[1:], batch.talk.question):
+                    turns += [_text("assistant", heard(said, inputs)[0]), _text("user", question)]
+                    inputs = _encode(processor, [turns]).to(model.device, model.dtype)
+                    said = model.generate(**inputs, **options)
+                texts = heard(said, inputs)
+        answers.update(zip(batch.indices, texts, strict=True))
     return [answers[index] for index in sorted(answers)]
 
 
@@ -152,8 +174,7 @@ def next_turn(processor: Any, model: Any, inputs: Any, said: Any, question: str)
     import torch
 
     mark = "ANSWER"
-    turns = [("user", "?"), ("assistant", mark), ("user", question)]
-    talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    talk = [_text("user", "?"), _text("assistant", mark), _text("user", question)]
     text = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).rpartition(mark)[2]
     words = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).view(-1)
@@ -188,3 +209,7 @@ def _ask(pictures: Pictures, question: str) -> dict[str, Any]:
     pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
     content = [{"type": "image", "image": picture.convert("RGB")} for picture in pictures]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def _text(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
