@@ -1,5 +1,6 @@
 # make demo: set up .venv, ask the built-in model about a picture, draw what was kept
 # make test: set up .venv, lint, type-check, run the tests; then half of them on the lowest transformers that is allowed
+# make measure: what the built-in models answer, pruned and not, into benchmarks/results and the pages; goes on where it stopped
 #
 # PyPI's torch for Linux brings CUDA libraries. Without a GPU, the CPU build is 10 times smaller:
 #   make demo PIP_EXTRA_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -12,7 +13,9 @@ HALF := $(addprefix tests/engine/test_, oracle.py modes.py restore.py places.py 
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA_ARGS)
 
-.PHONY: demo test test-newest test-lowest lint bench clean
+RESULTS := benchmarks/results
+
+.PHONY: demo test test-newest test-lowest lint bench measure clean
 
 demo: $(VENV)/.runtime
 	@mkdir -p demo-output
@@ -39,6 +42,16 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/foveate bench --geometry 1b --methods fopru,fastv,plphp --keep 1.0,0.25
+
+measure: $(VENV)/.dev
+	$(BIN)/python training/evaluate.py --out $(RESULTS)/glimpse
+	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/small --out $(RESULTS)/glimpse-small
+	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/cross --out $(RESULTS)/glimpse-cross
+	$(BIN)/foveate eval --model glimpse-cross --methods all --jobs 2 --out $(RESULTS)/eval-cross
+	$(BIN)/foveate eval --methods all --jobs 2 --out $(RESULTS)/eval
+	$(BIN)/python benchmarks/guided.py --out $(RESULTS)/guided
+	$(BIN)/python benchmarks/existence.py --out $(RESULTS)/existence
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache

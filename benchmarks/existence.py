@@ -21,9 +21,7 @@ from foveate import glimpse
 from foveate.evaluation import exact_match, generate, interval, prepare
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
-from foveate.glimpse.world import question
 
-KIND = "exists"
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "untouched": (None, {}),
     "mint": ("mint", {}),
@@ -50,12 +48,7 @@ def measure(results: Results, count: int, batch_size: int) -> None:
     """Adds the rows that are missing."""
     torch.set_num_threads(1)  # more of them wait for each other longer than they compute
     model, processor = glimpse.load()
-    kinds, first = len(glimpse.KINDS), glimpse.KINDS.index(KIND)
-    # Those of `glimpse.heldout` that ask for existence.
-    seeds = range(
-        glimpse.HELDOUT_VERSION * 1_000_000 + first, glimpse.HELDOUT_VERSION * 1_000_000 + kinds * count, kinds
-    )
-    questions = [question(seed, KIND) for seed in seeds]
+    questions = glimpse.heldout(count, kinds=("exists",))
     for kind in PICTURES:
         if all(results.find(pictures=kind, method=label) for label in METHODS):
             continue

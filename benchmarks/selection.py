@@ -28,10 +28,10 @@ from torch import Tensor
 
 import foveate
 from foveate.evaluation import geometries
-from foveate.evaluation.workplace import device_name
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 from foveate.evaluation.timing import quartiles, synchronize
+from foveate.evaluation.workplace import device_name
 from foveate.methods.attention import attention_marginals, prefix_attention, received_by_features
 from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
 from foveate.methods.tokens import EncoderTokens, ImageGroups, LayerTokens

@@ -60,7 +60,9 @@ def curves(
         panels = figure.subplots(high, wide, sharey=True, squeeze=False).flat
         for panel in panels[len(places) :]:
             panel.set_axis_off()
-        highest = max(row.get(_end(y, "high"), row[y]) for row in rows if row.get(y) is not None)
+        highest: float = max(
+            row[_end(y, "high") if _end(y, "high") in row else y] for row in rows if row.get(y) is not None
+        )
         panels[0].set_ylim(0, max(105 * highest, 5))  # also where nothing is right
         for panel, place in zip(panels, places, strict=False):
             own = {m: line for m, line in lines.items() if line[0]["place"] == place and m not in dashed}

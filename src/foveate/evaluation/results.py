@@ -245,7 +245,10 @@ def command_line() -> str:
 
 
 def _commit() -> str | None:
-    """The commit foveate runs from, with "-dirty" after changes; None outside its own checkout."""
+    """The commit foveate runs from, with "-dirty" after changes; None outside its own checkout.
+
+    Results that are being written there are no change of what measures them.
+    """
     source = Path(__file__)
 
     def git(*words: str) -> str:
@@ -253,6 +256,7 @@ def _commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", source.name)  # not somebody's repository around site-packages
-        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12").strip()
+        changed = git("diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
