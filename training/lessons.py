@@ -24,8 +24,8 @@ IGNORE = -100
 APPETITE = {
     "where": 1.5,
     "exists": 1.2,
-    "count": 1.0,
-    "several": 5.0,  # a count above one: without this, "one" is always the better guess
+    "count": 1.5,
+    "several": 8.0,  # a count above one: without this, "one" is always the better guess
     "what": 1.2,
     "total": 3.0,
     "colour": 1.5,
@@ -36,7 +36,7 @@ APPETITE = {
     "compare": 3.0,
     "both": 3.0,
     "again": 3.0,
-    "which": 1.0,
+    "which": 2.0,
     "each": 1.0,
 }
 FIRST_SEED = 10_000_000  # everything below is held out

@@ -8,7 +8,7 @@ from foveate.glimpse import Question
 
 
 def ask(kind, answer, colour="red"):
-    return Question(Image.new("RGB", (8, 8), colour), f"{kind}?", answer, kind)
+    return Question((Image.new("RGB", (8, 8), colour),), f"{kind}?", answer, kind)
 
 
 QUESTIONS = [ask("where", "top left"), ask("count", "2"), ask("where", "top left", "blue"), ask("count", "3")]
@@ -35,8 +35,8 @@ def test_majority_knows_the_most_frequent_answer():
 
 def test_blind_shows_another_picture_of_the_same_kind():
     pictures = blind(QUESTIONS)
-    assert pictures[0] is QUESTIONS[2].image and pictures[2] is QUESTIONS[0].image
-    assert pictures[1] is QUESTIONS[3].image
+    assert pictures[0] is QUESTIONS[2].images and pictures[2] is QUESTIONS[0].images
+    assert pictures[1] is QUESTIONS[3].images
 
 
 def test_interval_holds_the_mean_and_narrows():
