@@ -173,7 +173,7 @@ def next_turn(processor: Any, model: Any, inputs: Any, said: Any, question: str)
     """
     import torch
 
-    mark = "ANSWER"
+    mark = "4f9d2c71"  # stands for what was said
     talk = [_text("user", "?"), _text("assistant", mark), _text("user", question)]
     text = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).rpartition(mark)[2]
     words = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)

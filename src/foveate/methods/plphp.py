@@ -64,13 +64,14 @@ class PLPHP(CacheMethod):
     keep: mean fraction of each image's tokens (r in the paper), or tokens per image; 0.4 is this library's
         default, milder than the 0.33 to 0.10 of independent comparisons.
     delta: how far attentive and indifferent layers move from `keep` (reduced where a rate would leave (0, 1] or
-        fall below half of `keep`, so that the mean stays at `keep`); 0.3 is this library's default.
+        fall below half of `keep`, so that the mean stays at `keep`). The published value is unknown; 0, this library's
+        default, keeps all layers level, which answered best on glimpse (`benchmarks/defaults.py`).
     alpha, beta: thresholds of the vision attention score. The published values are unknown and models differ
         in their level, so the default is None for both: the thresholds are then the tercile boundaries of the
         scores in the sample at hand, as many layers gain `delta` as lose it, and the mean retention is `keep` on any
-        model. This calibration needs all layers' scores, so eviction happens when the prefill ends. With explicit
-        values (0 <= beta <= alpha <= 1) each layer evicts as soon as its own attention is done, and the mean
-        follows the model.
+        model. This calibration needs all layers' scores, so that with a `delta` eviction happens when the prefill
+        ends. With explicit values (0 <= beta <= alpha <= 1) the mean follows the model, and each layer evicts as soon
+        as its own attention is done, as it does without a `delta`.
     start_layer: layers before it keep everything; 0 is this library's default, so that the mean is `keep`.
     rows: how many text tokens at the prompt's end rank; None, this library's default, for all from the first image on.
         Which rows the paper ranks by is not known. One row knows what the first word of the answer needs, and that
@@ -84,7 +85,7 @@ class PLPHP(CacheMethod):
     source = "PLPHP, arXiv 2502.14504"
 
     keep: float | int = 0.4
-    delta: float = 0.3
+    delta: float = 0.0
     alpha: float | None = None
     beta: float | None = None
     start_layer: int = 0
@@ -106,8 +107,8 @@ class PLPHP(CacheMethod):
 
     @property
     def needs_all_layers(self) -> bool:
-        """Terciles compare layers; explicit thresholds do not."""
-        return self.alpha is None
+        """Terciles compare layers; explicit thresholds do not, nor do level layers."""
+        return self.alpha is None and self.delta > 0
 
     def first_layer(self) -> int:
         return self.start_layer
