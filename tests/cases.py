@@ -15,7 +15,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fopru_rank": ("fopru", dict(keep=0.25, strategy="rank")),
     "fopru_row": ("fopru", dict(keep=0.5, strategy="row")),
     "fopru_cls": ("fopru", dict(keep=0.25, attention="cls", back=1)),
-    "plphp": ("plphp", dict(keep=0.5, start_layer=1)),
+    "plphp": ("plphp", dict(keep=0.5, start_layer=1, delta=0.3)),
     "fastv": ("fastv", dict(keep=0.5, layer=2)),
     "random": ("random", dict(keep=0.25)),
     "uniform": ("uniform", dict(keep=0.25)),
