@@ -206,7 +206,8 @@ class Largest(TorchDispatchMode):
 def test_no_attention_map_of_the_prompt_is_made(family, name):
     batch, model = tiny.inputs(family, text=(600,)), tiny.build(family, "sdpa")
     length = batch["input_ids"].shape[1]
-    with prune(model, name), Largest() as watch:
+    few = {"rows": 8} if name == "plphp" else {}  # all rows are read in chunks, which this prompt does not fill
+    with prune(model, name, **few), Largest() as watch:
         oracle.run(model, batch, max_new_tokens=2)
     assert watch.size < length**2 / 2
 
