@@ -5,7 +5,8 @@ python training/make_demo.py
 
 from pathlib import Path
 
-from foveate.glimpse.world import PRINT, Scene, Thing, render
+from foveate.glimpse.drawing import render
+from foveate.glimpse.scene import PRINT, Scene, Thing
 
 THINGS = (
     Thing("dog", "", 0, 0.19, 0.18, 0.30, -6, 1.0),
@@ -19,4 +20,4 @@ THINGS = (
 if __name__ == "__main__":
     folder = Path(__file__).parents[1] / "examples"
     folder.mkdir(exist_ok=True)
-    render(Scene(THINGS, background=21), 504).save(folder / "demo.png", optimize=True)
+    render(Scene(THINGS, background=30), 504).save(folder / "demo.png", optimize=True)
