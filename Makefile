@@ -51,6 +51,7 @@ measure: $(VENV)/.dev
 	$(BIN)/foveate eval --methods all --jobs 2 --out $(RESULTS)/eval
 	$(BIN)/python benchmarks/guided.py --out $(RESULTS)/guided
 	$(BIN)/python benchmarks/existence.py --out $(RESULTS)/existence
+	$(BIN)/python benchmarks/cross_maps.py --out $(RESULTS)/cross_maps
 	$(BIN)/python docs/generate.py
 
 clean:

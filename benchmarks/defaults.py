@@ -4,7 +4,7 @@ python benchmarks/defaults.py
 
 Which rows of the prompt rank what stays in the cache (`plphp`, `aircache`), how far PLPHP's layers move from `keep`
 (`delta`), and which layer and attention of the vision encoder FoPru reads. The questions are those of glimpse from
-number 500,000 on, with answers of more than one word, since evictions behind the prefill change no others. Runs
+number 500,000 on, with answers of more than one word, since evictions behind the prefill hardly change others. Runs
 offline, on two CPU cores in about fifteen minutes.
 """
 

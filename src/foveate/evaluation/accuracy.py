@@ -31,7 +31,7 @@ UNTOUCHED = "untouched"
 BASELINES = ("random", "uniform", "pooling", "random_layer", "random_cache", "random_cross")
 MATCHES = {"exact": exact_match, "contains": holds}
 # Of glimpse's kinds of questions: pruning breaks first what depends on one small place, and what is evicted behind the
-# prefill cannot change an answer of one word, which is decided by then.
+# prefill changes an answer of one word only where the model goes on behind it, for the word itself is decided by then.
 GROUPS = {
     "grounding": ("what", "where"),
     "reading": ("number", "word", "line"),

@@ -84,7 +84,7 @@ def _draw(results: Results, title: str, parts: dict[str, Any]) -> None:
 
 
 def overview(rows: Sequence[Row]) -> Table:
-    """Right answers in %, by keep: to all questions, and to those whose answers are decided at once, or are not."""
+    """Right answers in %, by keep: to all questions, and to those whose answers are one word, and to longer ones."""
     parts = {"accuracy": "all", "accuracy:one_word": "one word", "accuracy:more_words": "more words"}
     columns = [name for name in parts if name in rows[0]]
     whole = table(rows, ["method", *columns], across="keep")
