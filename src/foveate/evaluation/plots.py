@@ -149,8 +149,9 @@ def pareto(
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()
         panel.legend(loc="lower right", frameon=False, fontsize=8)
-        for row in frontier:
-            if row["place"] is not None:  # nothing lies left above the frontier but names
+        for row, better in zip(frontier, [*frontier[1:], None], strict=True):
+            # Nothing lies left above the frontier but names; where points stand above each other, that of the highest.
+            if row["place"] is not None and (better is None or better[x] > 1.02 * row[x]):
                 panel.annotate(f"{row['method']} {row['keep']}", (100 * row[x], 100 * row[y]), (-3, 2),
                                textcoords="offset points", ha="right", fontsize=7)  # fmt: skip
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
