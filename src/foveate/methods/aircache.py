@@ -85,7 +85,7 @@ class AirCache(CacheMethod):
     description, since no code is public; how statistics are normalised over layers is this library's choice).
     """
 
-    summary = "elite text tokens rank entries per head; strength and skewness share the budget among layers"
+    summary = "text tokens, or an elite of them, rank entries per head; strength and skewness share out the budget"
     source = "AirCache, arXiv 2503.23956"
 
     keep: float | int = 0.1

@@ -81,7 +81,7 @@ class PLPHP(CacheMethod):
     the score's definition and the ranking rows are this library's, since no code is public).
     """
 
-    summary = "per-layer retention and per-head top tokens, evicted from the KV cache after prefill"
+    summary = "per-head top tokens stay in the KV cache after prefill, with `delta` more of them in attentive layers"
     source = "PLPHP, arXiv 2502.14504"
 
     keep: float | int = 0.4
