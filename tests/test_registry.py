@@ -191,7 +191,7 @@ def test_every_class_of_a_method_is_a_name_of_the_package():
 def test_only_fields_are_options():
     for option in ("kep", "name", "place", "sparse_attention"):
         with pytest.raises(
-            ValueError, match=f"no option {option}; its options: keep, delta, alpha, beta, start_layer$"
+            ValueError, match=f"no option {option}; its options: keep, delta, alpha, beta, start_layer, rows$"
         ):
             foveate.get_method("plphp", **{option: 1})
 

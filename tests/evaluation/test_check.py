@@ -278,7 +278,7 @@ def test_a_method_that_secretly_changes_values_is_exposed():
         def merge(self, tokens, keep):
             return tokens.features * 1.01
 
-    Secret.reads = FoPru.reads | {"features"}
+    Secret.reads = FoPru().reads | {"features"}
     found = proof("llava", [Secret(keep=0.5)])
     assert not found.holds and found.difference > 10 * found.tolerance
 

@@ -199,7 +199,6 @@ COMMANDS: dict[str, Callable[[list[str], str], str]] = {
     ".": run_activate,
     "pip": run_pip,
     "cp": run_shell,
-    "rm": run_shell,
     "lmms_eval": run_lmms_eval,
 }
 

@@ -126,11 +126,11 @@ class LayerTokens:
         return torch.where(real, rows, -1)
 
     def last_text(self, count: int | None) -> Tensor:
-        """(batch, t) like `text`, -1 for all but the last `count` of each sample; None for all of them."""
-        if count is None:
+        """(batch, r) like `text`, the last `count` of each sample only, -1 in front of shorter ones; None for all."""
+        if count is None or count >= self.text.shape[1]:
             return self.text
-        place = torch.arange(self.text.shape[1], device=self.text.device)
-        return self.text.masked_fill(place < (self.text >= 0).sum(1, keepdim=True) - count, -1)
+        place = (self.text >= 0).sum(1, keepdim=True) - torch.arange(count, 0, -1, device=self.text.device)
+        return torch.where(place >= 0, self.text.gather(1, place.clamp(min=0)), -1)
 
     def attention(self, rows: Tensor) -> Tensor:
         """Causal attention of chosen rows on all keys. rows: (batch, r), -1 gives zeros.
