@@ -131,8 +131,8 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
         for index, thing in enumerate(scene.things):
             where = owner == index
             patches[0][where] = self.ids[thing.kind]
-            *row, column = thing.place.split() if thing.kind != "line" else (thing.place, "")
-            patches[2][where] = self.ids[row[0]]
+            row, _, column = thing.place.partition(" ")  # a line has no column
+            patches[2][where] = self.ids[row]
             if column:
                 patches[3][where] = self.ids[column]
             if thing.kind in world.PRINTED and where.any():

@@ -236,6 +236,8 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor(options.size)
     model = make_model(processor, options.size)
+    if options.begin_with and options.size == "cross":
+        raise SystemExit("--begin-with takes over LLaVAs only: leave it out with --size cross")
     if options.begin_with:
         begin_with(model, processor, options.begin_with)
     pupil = (CrossPupil if options.size == "cross" else Pupil)(model, Lessons(processor)).to(device)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from foveate.methods.base import Method
 
 GLIMPSE = "glimpse"
-BUILT_IN = (GLIMPSE, "glimpse-cross")  # models that foveate brings
+GLIMPSE_CROSS = "glimpse-cross"
+BUILT_IN = (GLIMPSE, GLIMPSE_CROSS)  # models that foveate brings
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -12,9 +12,9 @@ from .fixtures import Fixtures, NotPickled
 
 # An answer that is scored would take part in choosing the tokens it is scored on.
 UNSAID = (
-    "a forward outside of generate() asks for the logits of all its tokens, and foveate takes them all for the prompt. "
-    "If an answer that is scored stands behind the prompt, say where the prompt ends: pass labels, or use `with "
-    "pruned.prompt(tokens):`. If all of it is the prompt, logits_to_keep=1 says so"
+    "a forward outside of generate() asks for logits of more than its last token, and foveate takes all of it for the "
+    "prompt. If an answer that is scored stands behind the prompt, say where the prompt ends: pass labels, or use "
+    "`with pruned.prompt(tokens):`. If all of it is the prompt, logits_to_keep=1 says so"
 )
 
 
@@ -25,7 +25,7 @@ class Step:
     behind: tokens at its end that are no prompt: guesses of assisted decoding, or an answer that is scored.
     uneven: whether they begin at another place in every sample. assisted: whether they are guesses. verifies: whether
     it checks guesses. beside: whether it is made within `generate()`, but none of the steps that `generate()` prepared.
-    unsaid: whether it asks for the logits of all tokens and nobody said where the prompt ends.
+    unsaid: whether it asks for logits of more than the last token, and nobody said where the prompt ends.
     """
 
     behind: int = 0
@@ -91,9 +91,11 @@ class Steps(NotPickled, threading.local):
             if ids is None or not self.prompt <= ids.shape[1]:
                 raise ValueError(f"the prompt was said to have {self.prompt} tokens, and this forward has fewer")
             return Step(ids.shape[1] - self.prompt)
-        if labels is None or kwargs.get("pixel_values") is None:
-            wanted = kwargs.get("logits_to_keep")
-            return Step(unsaid=labels is None and (wanted is None or (isinstance(wanted, int) and wanted != 1)))
+        if labels is None:
+            wanted = kwargs.get("logits_to_keep") or 0  # 0 stands for all
+            return Step(unsaid=isinstance(wanted, int) and wanted != 1)
+        if kwargs.get("pixel_values") is None:
+            return Step()
         starts = (labels != -100).any(1) * (labels != -100).to(torch.uint8).argmax(1)
         first, last = torch.stack([starts.min(), starts.max()]).tolist()
         return Step(labels.shape[1] - first if first else 0, uneven=first != last)

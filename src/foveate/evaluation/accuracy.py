@@ -199,11 +199,7 @@ class Answers:
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         self.path = path
         self._questions = [
-            {
-                "type": item.type or "",
-                "question": " | ".join([*item.before, item.question]),
-                "accepted": " | ".join(item.answers),
-            }
+            {"type": item.type or "", "question": " | ".join(item.asked), "accepted": " | ".join(item.answers)}
             for item in items
         ]
         self.said: dict[str, list[str]] = {}

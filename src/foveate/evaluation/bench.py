@@ -22,7 +22,6 @@ from .speed import KEYS, Bench, run
 from .tables import Table, table
 from .workplace import device_name, dtype_name, fitting
 
-GLIMPSE = "glimpse"
 HEADS = {
     "method": "method",
     "keep": "keep",

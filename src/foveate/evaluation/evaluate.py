@@ -23,10 +23,10 @@ def evaluate(options: Options, *, out: Path | None, jobs: int, console: Console)
 
     Returns the results, and a line for each row of the data and each variant that could not be used.
     """
-    found: list[Results] = []
+    opened: list[Results] = []  # before the model is loaded: a folder that holds something else is refused at once
     with console.status("loading, and preparing the questions"):
-        place = prepare(options, lambda settings: found.append(_results(out, settings)))
-    results, items = found[0], place.batches.items
+        place = prepare(options, lambda s: opened.append(Results(out, "eval", s, keys=("method", "keep"))))
+    (results,), items = opened, place.batches.items
     for line in (*(f"left out: {line}" for line in place.left_out), *_some(place.lost)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -58,10 +58,6 @@ def evaluate(options: Options, *, out: Path | None, jobs: int, console: Console)
             console.print(line, markup=False, highlight=False, soft_wrap=True)
             raise
     return results, place.lost + failures
-
-
-def _results(out: Path | None, settings: Row) -> Results:
-    return Results(out, "eval", settings, keys=("method", "keep"))
 
 
 def _draw(results: Results, title: str, parts: dict[str, Any]) -> None:

@@ -35,6 +35,11 @@ class Item:
     line: int | None = None
     before: tuple[str, ...] = ()
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What the model is asked, turn by turn."""
+        return (*self.before, self.question)
+
     def pictures(self) -> list[Image.Image]:
         """The pictures, opened."""
         return [image if isinstance(image, Image.Image) else open_picture(image) for image in self.images]

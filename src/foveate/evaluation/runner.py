@@ -34,8 +34,7 @@ class Batches:
 
     Alike questions share a batch, so that short answers do not wait for long ones; talks of several turns have one
     each, since what pads them would lie between the turns. What fits into `memory` bytes is kept, the rest is made
-    anew each time. refused: what the processor does not take, by index, and why; it is in no
-    batch.
+    anew each time. refused: what the processor does not take, by index, and why; it is in no batch.
     """
 
     def __init__(self, processor: Any, items: Sequence[Item], batch_size: int, memory: int = 2**30) -> None:
@@ -80,8 +79,7 @@ class Batches:
 
     def _inputs(self, group: list[int]) -> Any:
         items = [self.items[index] for index in group]
-        asked = [item.before[0] if item.before else item.question for item in items]
-        return model_inputs(self.processor, [item.pictures() for item in items], asked)
+        return model_inputs(self.processor, [item.pictures() for item in items], [item.asked[0] for item in items])
 
 
 def model_inputs(processor: Any, images: Sequence[Pictures], questions: Sequence[str]) -> Any:
@@ -89,7 +87,7 @@ def model_inputs(processor: Any, images: Sequence[Pictures], questions: Sequence
 
     images: a picture, or several, for each question.
     """
-    return _encode(processor, [[_ask(one, question)] for one, question in zip(images, questions, strict=True)])
+    return _encode(processor, [[_turn("user", question, one)] for one, question in zip(images, questions, strict=True)])
 
 
 def _encode(processor: Any, talks: Sequence[Sequence[dict[str, Any]]]) -> Any:
@@ -137,33 +135,32 @@ def generate(
 
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
     answers: dict[int, str] = {}
-
-    def heard(sequences: Any, inputs: Any) -> list[str]:
-        texts = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
     for batch in batches:
-        inputs = batch.inputs.to(model.device, model.dtype)
+        inputs, talk = batch.inputs.to(model.device, model.dtype), batch.talk
+        options["return_dict_in_generate"] = talk is not None and one_cache
         with torch.inference_mode():
-            said = model.generate(**inputs, **options, return_dict_in_generate=bool(batch.talk) and one_cache)
+            said = model.generate(**inputs, **options)
+            texts = _heard(processor, inputs, said)
             if after is not None:
                 after()
-            if batch.talk is None:
-                texts = heard(said, inputs)
-            elif one_cache:
-                for question in (*batch.talk.before[1:], batch.talk.question):
+            turns = [_turn("user", talk.asked[0], talk.pictures())] if talk is not None and not one_cache else []
+            for question in talk.asked[1:] if talk is not None else ():
+                if one_cache:
                     inputs = next_turn(processor, model, inputs, said, question)
-                    said = model.generate(**inputs, **options, return_dict_in_generate=True)
-                texts = heard(said.sequences, inputs)
-            else:
-                turns = [_ask(batch.talk.pictures(), batch.talk.before[0])]
-                for question in (*batch.talk.before[1:], batch.talk.question):
-                    turns += [_text("assistant", heard(said, inputs)[0]), _text("user", question)]
+                else:
+                    turns += [_turn("assistant", texts[0]), _turn("user", question)]
                     inputs = _encode(processor, [turns]).to(model.device, model.dtype)
-                    said = model.generate(**inputs, **options)
-                texts = heard(said, inputs)
+                said = model.generate(**inputs, **options)
+                texts = _heard(processor, inputs, said)
         answers.update(zip(batch.indices, texts, strict=True))
     return [answers[index] for index in sorted(answers)]
+
+
+def _heard(processor: Any, inputs: Any, said: Any) -> list[str]:
+    """The answers in what `generate()` returned."""
+    sequences = getattr(said, "sequences", said)
+    texts = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def next_turn(processor: Any, model: Any, inputs: Any, said: Any, question: str) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def next_turn(processor: Any, model: Any, inputs: Any, said: Any, question: str)
     import torch
 
     mark = "4f9d2c71"  # stands for what was said
-    talk = [_text("user", "?"), _text("assistant", mark), _text("user", question)]
+    talk = [_turn("user", "?"), _turn("assistant", mark), _turn("user", question)]
     text = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).rpartition(mark)[2]
     words = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).view(-1)
@@ -205,11 +202,7 @@ def answer(
     return generate(model, processor, prepare(processor, images, questions, batch_size), max_new_tokens)
 
 
-def _ask(pictures: Pictures, question: str) -> dict[str, Any]:
+def _turn(role: str, text: str, pictures: Pictures = ()) -> dict[str, Any]:
     pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
     content = [{"type": "image", "image": picture.convert("RGB")} for picture in pictures]
-    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-
-
-def _text(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    return {"role": role, "content": [*content, {"type": "text", "text": text}]}

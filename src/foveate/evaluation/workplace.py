@@ -10,6 +10,7 @@ from typing import Any
 from foveate.asking.loading import (
     BUILT_IN,
     GLIMPSE,
+    GLIMPSE_CROSS,
     built_in,
     check_dtype,
     hush,
@@ -55,7 +56,7 @@ class Workplace:
     """All that is needed to ask: the model, its inputs, and the variants.
 
     left_out: a line for each variant that does not fit. lost: number and cause of each row of the data that cannot be
-    used. settings: of the results. groups: types of questions that are scored together.
+    used. groups: types of questions that are scored together.
     """
 
     model: Any
@@ -65,12 +66,11 @@ class Workplace:
     max_new_tokens: int
     left_out: list[str]
     lost: list[str]
-    settings: Row
     groups: dict[str, tuple[str, ...]]
 
 
 def prepare(options: Options, check: Callable[[Row], object] = lambda settings: None) -> Workplace:
-    """Load the model and encode the questions. check: called with the settings, before what takes long.
+    """Load the model and encode the questions. check: called with the settings of the results, before what takes long.
 
     Raises:
         Mistake: for what the user got wrong.
@@ -109,7 +109,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     settings |= fingerprints(model, options.guide)
     bad: list[tuple[int, str]] = []
     if data in (None, GLIMPSE):
-        kinds = glimpse.KINDS if model != "glimpse-cross" else glimpse.ONE_PICTURE
+        kinds = glimpse.ONE_PICTURE if model == GLIMPSE_CROSS else glimpse.KINDS
         settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}
         items, groups = from_glimpse(count or COUNT, kinds), GROUPS
     else:
@@ -129,7 +129,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     if not items:
         raise Mistake(f"no question is left: {bad[-1][1]}")
     lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
-    return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, settings, groups)
+    return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, groups)
 
 
 def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:

@@ -63,10 +63,10 @@ class LayerAction(Action):
         self.entered: Tensor | None = None  # in front of the layer before the stage
         self.view: LayerTokens | None = None  # of that layer
 
-    def _ends(self, index: int) -> bool:
-        """Whether a stage comes behind this layer, and its method reads this very layer."""
-        ahead = self.place.method.looks_ahead
-        return self.forward.groups is not None and index + 1 in self.place.stages and not ahead
+    def _reads(self, index: int) -> bool:
+        """Whether the method chooses by what this layer does: the one in front of a stage, unless it looks ahead."""
+        at_hand = self.forward.groups is not None and not self.place.method.looks_ahead
+        return at_hand and index + 1 in self.place.stages
 
     def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if self.forward.groups is not None:
@@ -79,10 +79,10 @@ class LayerAction(Action):
         return hidden, kwargs
 
     def entering(self, index: int, hidden: Tensor) -> None:
-        self.entered = hidden if self._ends(index) else None
+        self.entered = hidden if self._reads(index) else None
 
     def attends(self, attention: Attention) -> bool:
-        return self._ends(attention.index)
+        return self._reads(attention.index)
 
     def attend(self, attention: Attention, run: Run) -> Output:
         self.view = attention.tokens
