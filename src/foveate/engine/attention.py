@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from ..methods.tokens import LayerTokens
 from .cache import PrunedLayer
-from .errors import UnsupportedError
 from .forward import Forward
 from .routes import Kernel, physical_mask
 from .target import Kind

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .rows import Compaction, Stream, compact
 from .upstream import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
+from ..errors import UnsupportedError
 from ..layout import ImageLayout
 from ..methods.base import GuidedMethod
 from ..methods.tokens import ImageGroups, LayerTokens
-from .errors import UnsupportedError
 from .generation import GenerateCall
 from .images import EncodedImage, group_images
 from .report import GuideAnswer

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .routes import Handler, add_routes, remove_routes
 
 Wrapper = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

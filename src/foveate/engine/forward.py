@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..layout import Tile
 from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
-from .errors import UnsupportedError
 from .images import EncodedImage, group_images
 from .rows import Rows, Stream, compact, gather_rows
 from .target import Target

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .upstream import cache_in
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..layout import ImageLayout
 from ..methods.tokens import ImageGroups
-from .errors import UnsupportedError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .upstream import AttentionInterface
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]

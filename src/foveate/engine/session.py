@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..families.base import Family
 from ..methods.base import Method
 from .ahead import Peeked
 from .attention import Attention, unrouted
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
-from .errors import UnsupportedError
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
 from .generation import run_prompt, split_prompt

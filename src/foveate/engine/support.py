@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..families import family_names, get_family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
 from ..methods.places import PLACES
 from ..registry import PluginError
-from .errors import UnsupportedError
 from .target import Target
 from .upstream import PreTrainedModel, cache_name
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a forward, `generate` and outputs call the KV cache: since 5.24, and before."""

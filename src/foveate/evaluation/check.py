@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.asking.mistake import Mistake, one_line
-from foveate.engine.errors import UnsupportedError
 from foveate.engine.report import human_bytes
 from foveate.engine.session import prune
+from foveate.errors import UnsupportedError
 from foveate.evaluation.plots import COLOURS, STYLE
 from foveate.evaluation.reference import Proof, cannot_prove, prove
 from foveate.evaluation.results import Results, Row

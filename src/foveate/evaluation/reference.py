@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from foveate.engine.errors import UnsupportedError
 from foveate.engine.session import prune
 from foveate.engine.upstream import cache_behind
+from foveate.errors import UnsupportedError
 from foveate.families import get_family
 from foveate.methods.base import GuidedMethod
 

@@ -21,8 +21,8 @@ from rich.text import Text
 
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.pictures import crop_as_seen, scaled
-from foveate.engine.errors import UnsupportedError
 from foveate.engine.session import prune
+from foveate.errors import UnsupportedError
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.maps import View, draw_heat, draw_share, fitted, palette, panel, sheet, views
 from foveate.evaluation.results import Results, write

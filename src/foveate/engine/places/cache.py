@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...methods.base import CacheMethod, Method
 from ...methods.tokens import ImageGroups, LayerTokens
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
-from ..errors import UnsupportedError
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import GenerateCall

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...layout import Tile
 from ...methods.attention import received_by_features
 from ...methods.base import CrossMethod, Method
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
-from ..errors import UnsupportedError
 from ..forward import Forward
 from ..report import Outcome
 from ..rows import Rows, compact, gather_rows

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...layout import ImageLayout
 from ...methods.base import GuidedMethod, Method
 from ..consulting import Guide, device_of
-from ..errors import UnsupportedError
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import GenerateCall

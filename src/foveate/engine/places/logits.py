@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ...errors import UnsupportedError
 from ...methods.base import ContrastMethod, Method
 from ..cache import check_cache, new_cache
-from ..errors import UnsupportedError
 from ..fixtures import Fixtures
 from ..generation import GenerateCall
 from ..report import Outcome, PruneReport
