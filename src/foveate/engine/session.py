@@ -61,7 +61,7 @@ def prune(
     for place in PLACES:
         place.check(target, methods)
     check_methods(target, methods)
-    return Pruned(target, methods, record)
+    return Pruned(target, tuple(method.for_host(target.host) for method in methods), record)
 
 
 class _Entered(threading.local):

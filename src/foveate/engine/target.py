@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..families.base import Family
+from ..methods.host import Host
 from .upstream import cache_name
 
 Kind = Literal["self", "cross"]
@@ -67,3 +70,23 @@ class Target:
     def attentions(self) -> list[nn.Module]:
         """The attention modules of all decoder layers."""
         return [self.attention(index) for index in range(len(self.kinds))]  # type: ignore[misc]
+
+    @property
+    def host(self) -> Host:
+        """What a method may ask of the model."""
+        hidden = self.base.get_input_embeddings().weight.shape[-1]
+        device = self.base.get_input_embeddings().weight.device
+        return Host(self.family.model_type, len(self.kinds), hidden, device, lambda: fingerprint(self.base))
+
+
+def fingerprint(base: nn.Module) -> str:
+    """A mark of a model's weights: the same in every dtype, another one wherever it was trained further.
+
+    Made of which of the first numbers of every matrix are positive; the smallest, which half precision may round to 0,
+    count as not.
+    """
+    heads = [parameter.detach().flatten()[:64] for parameter in base.parameters() if parameter.ndim > 1]
+    signs = (torch.cat([head.float() for head in heads]) > 1e-6).cpu().split([len(head) for head in heads])
+    # Sorted: which matrix comes first differs between releases of transformers.
+    marks = sorted(bytes(part.tolist()) for part in signs)
+    return hashlib.sha256(b"|".join(marks)).hexdigest()[:32]

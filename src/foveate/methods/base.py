@@ -15,6 +15,7 @@ from torch import Tensor
 
 # All of them, also those that nothing here needs: methods of other packages import them from here.
 from .budgets import check_keep, check_range, floor_budget, scaled_layers, token_budget, topk_mask  # noqa: F401
+from .host import Host
 from .tokens import EncoderTokens, ImageGroups, LayerTokens
 
 Place = Literal["encoder", "layer", "cache", "cross", "logits"]
@@ -61,6 +62,14 @@ class Method(ABC):
             return (float(self.keep) / groups.total.double()).clamp(max=1.0)
         return torch.full_like(groups.total, self.keep, dtype=torch.float64)
 
+    def for_host(self, host: Host) -> Method:
+        """The method as it acts on one model; itself where it is the same on all.
+
+        Raises:
+            UnsupportedError, ValueError: where it cannot act on this one, with the way out.
+        """
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The method's name and options, JSON-safe."""
         return {"method": self.name, **dataclasses.asdict(self)}
@@ -86,7 +95,11 @@ class Method(ABC):
     @staticmethod
     def from_pretrained(folder: str | Path) -> Method:
         """Read the method that `save_pretrained` wrote to `folder`."""
-        return Method.from_dict(json.loads((Path(folder) / CONFIG_NAME).read_text()))
+        return Method.from_dict(json.loads((Path(folder) / CONFIG_NAME).read_text())).found_in(Path(folder))
+
+    def found_in(self, folder: Path) -> Method:
+        """The method of a configuration that lies in this folder; itself where it names no files there."""
+        return self
 
 
 @dataclass

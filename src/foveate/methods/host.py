@@ -1,0 +1,23 @@
+"""The model that a method is about to act on, as far as a method may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Host:
+    """One model.
+
+    model_type: of its configuration. depth: decoder layers. hidden: width of the LLM's hidden states. fingerprint: of
+    its weights, worked out when it is called. device: where it lies.
+    """
+
+    model_type: str
+    depth: int
+    hidden: int
+    device: torch.device
+    fingerprint: Callable[[], str]
