@@ -53,6 +53,18 @@ class Family:
         """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""
         raise NotImplementedError  # asked only of families with the place "encoder"
 
+    def encoder_layers(self, base: Any) -> list[nn.Module]:
+        """The vision encoder's layers up to the one whose output the features are made of."""
+        raise NotImplementedError  # asked only of families with the place "encoder"
+
+    def carry(self, layer: nn.Module, readers: Tensor, states: Tensor) -> Tensor | None:
+        """Further tokens behind an encoder layer, which read the layer's input and each other.
+
+        layer: one of `encoder_layers`. readers: (pictures, m, width). states: (pictures, tokens, width), the input of
+        the layer. Returns (pictures, m, width); None where the encoder has no room for further tokens.
+        """
+        return None
+
     def prefix_tokens(self, config: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
         return 0

@@ -44,6 +44,24 @@ class Llava(Family):
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in base.vision_tower.encoder.layers[:-1]]
 
+    def encoder_layers(self, base: Any) -> list[nn.Module]:
+        layers, feature = base.vision_tower.encoder.layers, base.config.vision_feature_layer
+        # Of several layers joined, the deepest.
+        deepest = max(at % (len(layers) + 1) for at in ([feature] if isinstance(feature, int) else feature))
+        return list(layers[:deepest])
+
+    def carry(self, layer: Any, readers: Tensor, states: Tensor) -> Tensor:
+        own, attention = layer.layer_norm1(readers), layer.self_attn
+        read = torch.cat([layer.layer_norm1(states), own], 1)
+        heads = (-1, attention.head_dim)
+        query, key, value = (
+            project(part).unflatten(-1, heads).transpose(1, 2)
+            for project, part in ((attention.q_proj, own), (attention.k_proj, read), (attention.v_proj, read))
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
+        readers = readers + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        return readers + layer.mlp(layer.layer_norm2(readers))
+
     def projector(self, base: Any) -> nn.Module:
         return base.multi_modal_projector
 

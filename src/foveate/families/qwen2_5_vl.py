@@ -35,6 +35,9 @@ class Qwen2_5_VL(Family):
         inner = [i for i in full if i <= len(base.visual.blocks) - 2]
         return [base.visual.blocks[i].attn for i in inner or full]
 
+    def encoder_layers(self, base: Any) -> list[nn.Module]:
+        return list(base.visual.blocks)
+
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         merge, layouts, first = config.vision_config.spatial_merge_size, [], 0
         for frames, height, width in inputs["image_grid_thw"].tolist():

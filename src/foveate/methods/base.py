@@ -121,6 +121,19 @@ class EncoderMethod(Method):
     def only_drops(self) -> bool:
         return type(self).merge is EncoderMethod.merge
 
+    def levels(self, depth: int) -> tuple[int, ...]:
+        """For `EncoderTokens.levels`: behind which encoder layers patches are read, each in [1, depth].
+
+        depth: encoder layers up to the one whose output the features are made of.
+        """
+        return ()
+
+    @property
+    def seeds(self) -> Tensor | None:
+        """For `EncoderTokens.readers`: tokens of the method's own, (m, width), that go through the encoder beside the
+        patches and read them and each other, while the patches do not see them."""
+        return None
+
     @abstractmethod
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         """Which tokens stay.

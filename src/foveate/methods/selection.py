@@ -50,12 +50,19 @@ def select_tokens(
     features: Sequence[Tensor],
     patches: dict[str, Tensor],
     project: Callable[[Tensor], Tensor],
+    *,
+    images: dict[str, Tensor] | None = None,
+    pictures: dict[str, Tensor] | None = None,
+    picture: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Ask a method for the tokens of all images, equally shaped tiles together.
 
     features: per image its (tokens, hidden). patches: what was read of the encoder, by name, (all patches, ...).
-    project: from the encoder's states to features. Returns per image which tokens stay, bool (tokens,), and its
-    features: the same tensor, or a new one where the method merges.
+    project: from the encoder's states to features. images, pictures: further tensors by name, (images, ...) and
+    (pictures, ...), a picture being what the encoder sees at once. picture: (all patches,) which of them.
+
+    Returns per image which tokens stay, bool (tokens,), and its features: the same tensor, or a new one where the
+    method merges.
     """
     device = features[0].device
     keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
@@ -69,6 +76,10 @@ def select_tokens(
         read = {
             name: values[at].transpose(1, 2) if name in _BY_LAYER else values[at] for name, values in patches.items()
         }
+        of = torch.tensor([i for i, *_ in members], device=device)
+        read |= {name: values[of] for name, values in (images or {}).items()}
+        if picture is not None:
+            read |= {name: values[picture[at[:, 0]]] for name, values in (pictures or {}).items()}
         index = [layouts[i].tiles[t].index.to(device) for i, t, _ in members]
         if method.reads & {"features", "states"}:
             read["features"] = torch.stack([features[i][spot] for (i, *_), spot in zip(members, index, strict=True)])

@@ -24,6 +24,10 @@ class EncoderTokens:
     features: (tiles, n, hidden) the tokens as the LLM will see them.
     states: (tiles, n, width) the same tokens before the projector, and `project` from there to `features`;
         where the projector joins several patches into a token, `features` and the identity.
+    levels: (tiles, n, levels, width) each patch behind some encoder layers, those that the method names.
+    readers: (tiles, m, width) tokens of the method's own behind the encoder, where they went beside the patches.
+    question: (tiles, hidden) what the LLM makes of the text of the tile's prompt, read alone: its last hidden state at
+        the last token.
     most: the largest budget among the tiles, for methods that take steps; None where only the device knows it.
     """
 
@@ -36,6 +40,9 @@ class EncoderTokens:
     keys: Tensor | None = None
     features: Tensor | None = None
     states: Tensor | None = None
+    levels: Tensor | None = None
+    readers: Tensor | None = None
+    question: Tensor | None = None
     project: Callable[[Tensor], Tensor] = lambda states: states
     most: int | None = None
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
+from ...families.base import Family
+from ...layout import ImageLayout
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
@@ -19,6 +22,7 @@ from ..cache import active
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..images import EncodedImage
+from ..question import Questions
 from ..report import Outcome
 from ..target import Target
 from .place import Action, Place
@@ -26,10 +30,17 @@ from .place import Action, Place
 
 @dataclass
 class _Reading:
-    """What one run of the encoder showed: per watched layer its named parts, one a call; and the projector's input."""
+    """What one run of the encoder showed: per watched layer its named parts, one a call; and the projector's input.
+
+    levels: patches behind encoder layers, by layer. readers: the method's own tokens, as far as they got; shape: of
+    what they went beside, pictures and tokens.
+    """
 
     layers: list[dict[str, list[Tensor]]] = field(default_factory=list)
     states: Tensor | None = None
+    levels: dict[int, list[Tensor]] = field(default_factory=dict)
+    readers: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
 
 
 class _Current(threading.local):
@@ -47,6 +58,17 @@ class EncoderPlace(Place):
         if method is not None and self.reads & {"received", "given", "cls", "keys"}:
             self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
         self._current = _Current()
+        self._questions = Questions(target, method.name) if method is not None and "question" in self.reads else None
+
+    @classmethod
+    def check(cls, target: Target, methods: Sequence[Method]) -> None:
+        for method in methods:
+            carries = type(target.family).carry is not Family.carry
+            if isinstance(method, EncoderMethod) and "readers" in method.reads and not carries:
+                raise UnsupportedError(
+                    f"{method.name} sends tokens of its own through the vision encoder beside the patches, and that of "
+                    f"{target.family.model_type} models has no place for them: use a method that chooses among patches"
+                )
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
@@ -60,6 +82,19 @@ class EncoderPlace(Place):
         if projector is not None:
             fixtures.hook(projector.register_forward_pre_hook(self._note_states))
         fixtures.route({module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)})
+        if self._questions is not None:
+            self._questions.install(fixtures)
+        if self.method is not None and self.reads & {"levels", "readers"}:
+            layers = self.family.encoder_layers(self.base)
+            for number in self.method.levels(len(layers)) if "levels" in self.reads else ():
+                note = functools.partial(self._note_level, number)
+                fixtures.hook(layers[number - 1].register_forward_hook(note))
+            for layer in layers if "readers" in self.reads else ():
+                fixtures.hook(layer.register_forward_pre_hook(self._carry))
+
+    @property
+    def reads_prompt(self) -> bool:
+        return self._questions is not None
 
     def act(self, forward: Forward) -> Action | None:
         return EncoderAction(forward) if forward.brings_images else None
@@ -80,7 +115,16 @@ class EncoderPlace(Place):
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
             patches = self._patches(reading, layouts)
-            chosen = select_tokens(self.method, layouts, features, patches, self._project)
+            chosen = select_tokens(
+                self.method,
+                layouts,
+                features,
+                patches,
+                self._project,
+                images={} if self._questions is None else {"question": self._questions.states(layouts)},
+                pictures={} if reading.readers is None else {"readers": reading.readers},
+                picture=None if reading.readers is None else self._pictures(reading.shape, layouts),
+            )
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
             if any(new is not old for new, old in zip(merged, features, strict=True)):
@@ -98,7 +142,7 @@ class EncoderPlace(Place):
         # The hook of this class only listens while the encoder runs.
         return (lambda states: states) if projector is None else projector
 
-    def _patches(self, reading: _Reading, layouts: Sequence[Any]) -> dict[str, Tensor]:
+    def _patches(self, reading: _Reading, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
         """What was read, by name: (all patches, ...) tensors."""
         patches: dict[str, Tensor] = {}
         for name in ("received", "given", "cls"):
@@ -109,7 +153,35 @@ class EncoderPlace(Place):
             patches["keys"] = self.family.patch_values(self.base, reading.layers[-1]["keys"], layouts)
         if reading.states is not None:
             patches["states"] = self.family.encoder_states(self.base, reading.states)
+        if reading.levels:
+            levels = [self.family.patch_values(self.base, reading.levels[i], layouts) for i in sorted(reading.levels)]
+            patches["levels"] = torch.stack(levels, 1)
         return patches
+
+    def _pictures(self, shape: tuple[int, int], layouts: Sequence[ImageLayout]) -> Tensor:
+        """(all patches,) which picture of the encoder each patch is of. shape: pictures, and the tokens of each."""
+        pictures, tokens = shape
+        patches = tokens - self.family.prefix_tokens(self.base.config)
+        of = torch.arange(pictures, device=self.base.device).unsqueeze(1).expand(-1, patches)
+        return self.family.patch_values(self.base, [of], layouts)
+
+    def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._current.reading is not None:
+            states = output if isinstance(output, Tensor) else output[0]
+            prefix = self.family.prefix_tokens(self.base.config)
+            states = states[:, prefix:] if states.ndim == 3 else states.unsqueeze(0)  # a packed encoder has no prefix
+            self._current.reading.levels.setdefault(number, []).append(states)
+
+    def _carry(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """In front of an encoder layer: the method's own tokens go through it beside the patches."""
+        reading = self._current.reading
+        if reading is not None:
+            readers, states = reading.readers, args[0]
+            if readers is None:
+                assert self.method is not None and self.method.seeds is not None
+                readers = self.method.seeds.to(states).expand(len(states), -1, -1)
+                reading.shape = (states.shape[0], states.shape[1])
+            reading.readers = self.family.carry(layer, readers, states)
 
     def _note_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._current.reading is not None:
