@@ -27,14 +27,15 @@ DECODING = {"greedy": GREEDY, "beams": BEAMS, "sample": SAMPLE}
 
 @dataclass
 class Hide:
-    """Keys of one layer that queries from text position `first_query` on do not see."""
+    """Keys of one layer that queries from text position `first_query` (to `last_query`) on do not see."""
 
     layer: int
     keys: Tensor  # (batch, 1 or kv_heads, length), True = hidden
     first_query: int = 0
+    last_query: int | None = None
 
     def rows(self, index: Tensor) -> Hide:
-        return Hide(self.layer, self.keys[index], self.first_query)
+        return Hide(self.layer, self.keys[index], self.first_query, self.last_query)
 
 
 def hidden(report: Any, prompt_length: int) -> list[Hide]:
@@ -77,7 +78,8 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
                 mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
             # Keys made since (generated text) stay visible.
             keys = torch.nn.functional.pad(keys, (0, mask.shape[-1] - keys.shape[-1]))
-            gone = keys[:, :, None, :] & (at >= hide.first_query)[:, None]
+            queries_at = (at >= hide.first_query) & (at <= (at.max() if hide.last_query is None else hide.last_query))
+            gone = keys[:, :, None, :] & queries_at[:, None]
             # A row that may see nothing at all must stay finite: it is padding. Over images, mllama lets a
             # text row without an image see every feature equally, and of those only the kept ones exist.
             mask = mask.masked_fill(gone, -torch.inf if cross else torch.finfo(mask.dtype).min)
@@ -136,6 +138,7 @@ class Run:
     logits: Tensor  # (sequences, steps, vocab), raw
     rows: Tensor
     cache: Any
+    beams: Tensor | None = None  # (sequences, steps), the row that each step's logits are of
 
 
 @torch.no_grad()
@@ -148,8 +151,9 @@ def run(model: PreTrainedModel, batch: dict, seed: int = 0, **kwargs) -> Run:
         beams = beams.long()
         assert (beams >= 0).all(), "a beam ended early"
         logits = logits[beams, torch.arange(beams.shape[1])]
-        return Run(out.sequences, logits, beams[:, 0], getattr(out, tiny.CACHE))
-    return Run(out.sequences, logits, torch.arange(len(out.sequences)), getattr(out, tiny.CACHE))
+        return Run(out.sequences, logits, beams[:, 0], getattr(out, tiny.CACHE), beams)
+    rows = torch.arange(len(out.sequences))
+    return Run(out.sequences, logits, rows, getattr(out, tiny.CACHE), rows.unsqueeze(1).expand(-1, logits.shape[1]))
 
 
 def errors(reference: PreTrainedModel, batch: dict, pruned: Run, hides: Sequence[Hide]) -> Tensor:

@@ -39,19 +39,23 @@ class Tile:
 class ImageLayout:
     """One image: how many tokens it has in the prompt, and its tiles. Tokens outside tiles are structure.
 
-    candidates: (n,) indices of the tokens in tiles, ascending; methods choose among these. centers: (n, 2), theirs.
+    candidates: (n,) indices of the tokens in tiles, ascending; methods choose among these. centers: (n, 2), and cells,
+    (n, 3) tile, row and column, theirs.
     """
 
     tokens: int
     tiles: tuple[Tile, ...]
     candidates: Tensor = field(init=False)
     centers: Tensor = field(init=False)
+    cells: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
         index, order = torch.cat([tile.index for tile in self.tiles]).sort()
         object.__setattr__(self, "candidates", index)
         object.__setattr__(self, "centers", torch.cat([tile.centers() for tile in self.tiles])[order])
+        cells = [torch.cartesian_prod(torch.tensor([i]), *map(torch.arange, t.grid)) for i, t in enumerate(self.tiles)]
+        object.__setattr__(self, "cells", torch.cat(cells)[order])
 
     @property
     def pinned(self) -> int:

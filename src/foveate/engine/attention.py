@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..methods.tokens import LayerTokens
+from ..methods.tokens import ImageGroups, LayerTokens
 from .cache import PrunedLayer
 from .forward import Forward
 from .routes import Kernel, physical_mask
@@ -58,22 +58,26 @@ class Attention:
     @cached_property
     def tokens(self) -> LayerTokens:
         """What this layer shows a method; only in a pass that found images."""
-        forward, keys, width = self.forward, self.key.shape[2], self.query.shape[2]
-        groups, stream = forward.groups, forward.streams["self"]
+        groups = self.forward.groups
         assert groups is not None
+        rows = self.forward.streams["self"].rows_of(groups.positions, groups.row)
+        return self.tokens_of(groups, torch.where(rows < 0, -1, rows + self.key.shape[2] - self.query.shape[2]))
+
+    def tokens_of(self, groups: ImageGroups, slots: Tensor) -> LayerTokens:
+        """What this layer shows a method of these images. slots: (groups, n) the key of each of their tokens, or -1."""
+        forward, stream = self.forward, self.forward.streams["self"]
         samples = torch.arange(forward.ids.shape[0], device=forward.ids.device)
-        positions = stream.rows_of(groups.positions, groups.row)
         guidance = forward.guidance
         if guidance is not None:
             at = (groups.positions + forward.past).clamp(min=0)
             guidance = guidance[groups.row.unsqueeze(1), at].masked_fill(~groups.present, -torch.inf)
         return LayerTokens(
             groups=groups,
-            slots=torch.where(positions < 0, -1, positions + keys - width),
+            slots=slots,
             query=self.query,
             key=self.key,
             scaling=self.scaling,
-            visible=forward.visible(self.layer, keys),
+            visible=forward.visible(self.layer, self.key.shape[2]),
             last=stream.rows_of(forward.last(), samples),
             text=stream.rows_of(forward.text, samples),
             layer=self.index,

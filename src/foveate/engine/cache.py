@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .memory import Memory
 from .rows import Compaction, Stream, compact
 from .upstream import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
@@ -47,6 +48,7 @@ class PrunedLayer(DynamicLayer):
         self.index: Tensor | None = None
         self.ragged = False
         self.fixed_point: int | None = None  # the slot that every decoding step evicts
+        self.memory: Memory | None = None  # what later steps read of the images here
         self._filled: tuple[Tensor, Tensor] | None = None
         self.pruned_cache: set[str] = set()  # shared by the layers of a cache; filled once any of them lost entries
 
@@ -138,6 +140,8 @@ class PrunedLayer(DynamicLayer):
         source = choice.source.unsqueeze(-1).expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys = self.keys.gather(2, source)
         self.values = self.values.gather(2, source[..., :1].expand(*source.shape[:-1], self.values.shape[-1]))
+        if self.memory is not None:
+            self.memory = self.memory.moved(choice, held=present.shape[-1])
         return choice
 
     def merge(self, into: Tensor) -> None:
@@ -177,7 +181,7 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.length, self.index, self.ragged, self.fixed_point = 0, None, False, None
+        self.length, self.index, self.ragged, self.fixed_point, self.memory = 0, None, False, None, None
         self.pruned_cache.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -199,11 +203,15 @@ class PrunedLayer(DynamicLayer):
             self.keep(self.full_index(self.keys.shape[0], self.keys.device) < target)
         else:
             super().crop(tokens_to_remove)
+            if self.memory is not None:
+                self.memory = self.memory.cropped(self.physical)
         self.length = target
 
     def _reindex(self, change: Any) -> None:
         if self.index is not None:
             self.index = change(self.index)
+        if self.memory is not None:
+            self.memory = self.memory.follow(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

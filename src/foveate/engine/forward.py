@@ -162,7 +162,7 @@ class Forward:
     def _narrow(self, keep: Tensor, stage: bool = False) -> None:
         """Let methods choose among the image tokens where `keep` (bool, (batch, q)) only."""
         groups = self.groups
-        assert groups is not None and groups.centers is not None
+        assert groups is not None and groups.centers is not None and groups.cells is not None
         alive = groups.present & keep[groups.row.unsqueeze(1), groups.positions.clamp(min=0)]
         choice = compact(alive.unsqueeze(1), groups.present.unsqueeze(1))
         if choice is not None:
@@ -174,6 +174,7 @@ class Forward:
                 count=count,
                 dropped=groups.dropped + (groups.count - count) if stage else groups.dropped,
                 centers=gather_rows(groups.centers, left),
+                cells=gather_rows(groups.cells, left),
             )
 
     def enter(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

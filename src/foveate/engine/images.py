@@ -53,5 +53,6 @@ def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[Imag
         torch.tensor([len(c) for c in candidates], device=device),
         torch.tensor([i.layout.pinned for i in images], device=device),
         centers=torch.nn.utils.rnn.pad_sequence([i.layout.centers for i in images], batch_first=True).to(device),
+        cells=torch.nn.utils.rnn.pad_sequence([i.layout.cells for i in images], batch_first=True).to(device),
     )
     return groups, places

@@ -57,6 +57,40 @@ class GuideAnswer:
 
 
 @dataclass
+class Decoding:
+    """What the decoding steps since the prefill read, where a method chooses for each of them.
+
+    read, held: entries of the layers' caches, summed over steps, layers, samples and KV heads: those that were attended
+    to, and all. chosen: per step and layer the logical positions that were attended to, bool (batch, kv_heads | 1,
+    length), with record=True.
+    """
+
+    steps: int = 0
+    chosen: list[dict[int, Tensor]] = field(default_factory=list, repr=False)
+    _read: Tensor | int = field(default=0, repr=False)
+    _held: Tensor | int = field(default=0, repr=False)
+
+    def add(self, read: Tensor | int, held: Tensor | int) -> None:
+        """One more step; nothing here waits for the device."""
+        self.steps, self._read, self._held = self.steps + 1, self._read + read, self._held + held
+
+    @property
+    def read(self) -> int:
+        """Entries that were attended to."""
+        return int(self._read)
+
+    @property
+    def held(self) -> int:
+        """Entries that were there."""
+        return int(self._held)
+
+    @property
+    def share(self) -> float:
+        """Read over held; 1 where there was no step."""
+        return self.read / self.held if self.held else 1.0
+
+
+@dataclass
 class Outcome:
     """What a session tells its user. Places write here what is theirs to say."""
 
@@ -68,7 +102,8 @@ class PruneReport:
     """What the last prefill kept.
 
     methods: what was applied. layers: one record per decoder layer. kv_bytes: bytes of all keys and values
-    right after the prefill; kv_bytes_unpruned: what the untouched model would hold. image_tokens: per sample its
+    right after the prefill; kv_bytes_unpruned: what the untouched model would hold. decoding: what the steps since
+    then read, under a method that chooses for each of them. image_tokens: per sample its
     images' tokens, with record=True. Under a contrast the layers are those of the reduced view; kv_bytes counts both.
     """
 
@@ -103,10 +138,11 @@ class PruneReport:
             for layer, index in zip(layers, self._index, strict=True)
         ]
         self._evicted = forward.evicted
-        self._record = record
+        self.records = record
         held = [layer for layer in layers if layer is not None and layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
         self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.length for layer in held)
+        self.decoding: Decoding | None = None
         self._places = forward.image_tokens()
         self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
 
@@ -135,8 +171,8 @@ class PruneReport:
                 self._length[kind],
                 self._physical[i],
                 "decode" if i in self._evicted else "prefill",
-                self._kept(i) if self._record else None,
-                self._seen(i) if self._record else None,
+                self._kept(i) if self.records else None,
+                self._seen(i) if self.records else None,
             )
             for i, kind in enumerate(self._kinds)
         ]
@@ -162,6 +198,7 @@ class PruneReport:
             "images": [[{"tokens": tokens, "kept": kept} for tokens, kept in sample] for sample in self.images],
             "kv_bytes": self.kv_bytes,
             "kv_bytes_unpruned": self.kv_bytes_unpruned,
+            **({} if self.decoding is None else {"decoding": self._decoding()}),
             "layers": [
                 {name: getattr(layer, name) for name in ("index", "kind", "length", "kept_length", "since")}
                 for layer in self.layers
@@ -179,7 +216,13 @@ class PruneReport:
                 f", KV cache {human_bytes(self.kv_bytes)} instead of {human_bytes(self.kv_bytes_unpruned)}"
                 f" ({self.kv_bytes / self.kv_bytes_unpruned - 1:+.0%})"
             )
+        if self.decoding is not None and self.decoding.steps:
+            line += f", {self.decoding.share:.0%} of it read in a step"
         return line
+
+    def _decoding(self) -> dict[str, Any]:
+        assert self.decoding is not None
+        return {name: getattr(self.decoding, name) for name in ("steps", "read", "held")}
 
     __repr__ = __str__
 

@@ -18,7 +18,7 @@ from .budgets import check_keep, check_range, floor_budget, scaled_layers, token
 from .host import Host
 from .tokens import EncoderTokens, ImageGroups, LayerTokens
 
-Place = Literal["encoder", "layer", "cache", "cross", "logits"]
+Place = Literal["encoder", "layer", "cache", "decode", "cross", "logits"]
 CONFIG_NAME = "foveate_config.json"
 
 

@@ -4,6 +4,7 @@ PLACES = {
     "encoder": "before the LLM",
     "layer": "inside the LLM",
     "cache": "in the KV cache",
+    "decode": "in what a decoding step reads",
     "cross": "in cross-attention",
     "logits": "in a second run beside the LLM",
 }

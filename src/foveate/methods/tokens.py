@@ -61,6 +61,7 @@ class ImageGroups:
     pinned: (groups,) tokens of the image that always stay.
     dropped: (groups,) tokens that earlier stages of the same method dropped; budgets still count them.
     centers: (groups, n, 2) where each token lies in its picture, (down, right) in [0, 1]; 0 at padding.
+    cells: int64 (groups, n, 3) tile, row and column of each token in its picture; 0 at padding.
     """
 
     positions: Tensor
@@ -69,6 +70,7 @@ class ImageGroups:
     pinned: Tensor
     dropped: Tensor | int = 0
     centers: Tensor | None = None
+    cells: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -134,8 +136,9 @@ class LayerTokens:
 
     def last_text(self, count: int | None) -> Tensor:
         """(batch, r) like `text`, the last `count` of each sample only, -1 in front of shorter ones; None for all."""
-        if count is None or count >= self.text.shape[1]:
+        if count is None:
             return self.text
+        count = min(count, self.text.shape[1])
         place = (self.text >= 0).sum(1, keepdim=True) - torch.arange(count, 0, -1, device=self.text.device)
         return torch.where(place >= 0, self.text.gather(1, place.clamp(min=0)), -1)
 

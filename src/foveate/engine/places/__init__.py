@@ -2,6 +2,7 @@
 
 from .cache import CachePlace
 from .cross import CrossPlace
+from .decode import DecodePlace
 from .encoder import EncoderPlace
 from .guide import GuidePlace
 from .layer import LayerPlace
@@ -10,5 +11,13 @@ from .place import Action, Call, Place
 
 __all__ = ["PLACES", "Action", "Call", "Place"]
 
-PLACES: tuple[type[Place], ...] = (GuidePlace, LogitsPlace, EncoderPlace, LayerPlace, CachePlace, CrossPlace)
+PLACES: tuple[type[Place], ...] = (
+    GuidePlace,
+    LogitsPlace,
+    EncoderPlace,
+    LayerPlace,
+    CachePlace,
+    DecodePlace,
+    CrossPlace,
+)
 """In the order in which they act."""

@@ -1,0 +1,204 @@
+"""In the steps of decoding: each reads a part of the KV cache, and another one the next; nothing is evicted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from ...methods.base import CacheMethod, Method
+from ...methods.stepwise import DecodeMethod
+from ..attention import Attention, Output, Run
+from ..cache import PrunedLayer
+from ..fixtures import Fixtures
+from ..forward import Forward
+from ..generation import GenerateCall
+from ..memory import Memory
+from ..reading import Part, groups_of, received_by_all
+from ..report import Decoding, Outcome, PruneReport
+from ..target import Target
+from .place import Action, Place
+
+
+class DecodePlace(Place):
+    """The attention of single new tokens under a method."""
+
+    def __init__(self, target: Target, method: DecodeMethod, outcome: Outcome) -> None:
+        super().__init__(target)
+        self.method, self.outcome = method, outcome
+
+    @classmethod
+    def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
+        method = next((m for m in methods if isinstance(m, DecodeMethod)), None)
+        return None if method is None else cls(target, method, outcome)
+
+    @classmethod
+    def check(cls, target: Target, methods: Sequence[Method]) -> None:
+        depth = len(target.kinds)
+        for method in methods:
+            if not isinstance(method, DecodeMethod):
+                continue
+            if method.dense_layers >= depth:
+                raise ValueError(
+                    f"{method.name}: dense_layers must be in [0, {depth - 1}] for this model, got {method.dense_layers}"
+                )
+            for other in methods:
+                if isinstance(other, CacheMethod):
+                    raise UnsupportedError(
+                        f"{other.name} leaves each head other entries of the KV cache, and {method.name} chooses among "
+                        "those of all heads: use one of them, or methods before or inside the LLM"
+                    )
+
+    def install(self, fixtures: Fixtures) -> None:
+        fixtures.wrap(self.target.model, "generate", self._generate)
+
+    def _generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refuse assisted decoding: its guesses run several at once, and no step of theirs would choose."""
+        call = GenerateCall.read(self.target.model, generate, args, kwargs)
+        if call.asks(("prompt_lookup_num_tokens", "assistant_model")):
+            raise UnsupportedError(
+                f"{self.method.name} chooses for one decoding step at a time, and assisted decoding takes several at "
+                "once: generate without prompt_lookup_num_tokens or an assistant model"
+            )
+        return generate(*args, **kwargs)
+
+    @property
+    def reads_prompt(self) -> bool:
+        return True
+
+    def act(self, forward: Forward) -> Action | None:
+        return None if forward.cache is None else DecodeAction(self, forward)
+
+    def tell(self, report: PruneReport) -> None:
+        report.decoding = Decoding()
+
+
+class DecodeAction(Action):
+    """What one pass remembers, or reads. chosen: with record, by layer, as `Decoding` has it."""
+
+    def __init__(self, place: DecodePlace, forward: Forward) -> None:
+        self.place, self.method, self.forward = place, place.method, forward
+        self.steps = forward.queries == 1 and bool(forward.past) and not forward.brings_images
+        self.acted = False
+        self.read: Tensor | int = 0
+        self.held: Tensor | int = 0
+        self.chosen: dict[int, Tensor] = {}
+
+    def attends(self, attention: Attention) -> bool:
+        layer = attention.layer
+        if layer is None or attention.kind != "self" or attention.index < self.method.dense_layers:
+            return False
+        return self.forward.groups is not None or layer.memory is not None
+
+    def attend(self, attention: Attention, run: Run) -> Output:
+        layer = attention.layer
+        assert layer is not None and layer.keys is not None
+        if layer.keys.shape[1] != attention.key.shape[1]:
+            raise UnsupportedError(
+                f"this decoder caches one compressed entry for all heads of a layer, and {self.method.name} chooses by "
+                "head: use a method before or inside the LLM"
+            )
+        if self.steps:
+            return self._step(attention, layer, run)
+        out = run(attention)
+        layer.memory = self._observed(attention, layer)
+        return out
+
+    def finish(self) -> None:
+        report = self.place.outcome.report
+        if self.steps and report is not None and report.decoding is not None and self.acted:
+            report.decoding.add(self.read, self.held)
+            if report.records:
+                report.decoding.chosen.append(self.chosen)
+
+    # -- behind a prefill -------------------------------------------------------------------------------------
+
+    def _observed(self, attention: Attention, layer: PrunedLayer) -> Memory:
+        """The memory of all images of the cache, behind a turn."""
+        old, batch = layer.memory, len(self.forward.ids)
+        parts = [] if old is None else [(old.slots, old.budget, old.cells)]
+        if self.forward.groups is not None:
+            parts.append(self._new(attention))
+        most = max(slots.shape[2] for slots, *_ in parts)
+
+        def joined(tensors: Sequence[Tensor], fill: int) -> Tensor:
+            room = [(*(0, 0) * (t.ndim - 3), 0, most - t.shape[2]) for t in tensors]
+            return torch.cat([torch.nn.functional.pad(t, r, value=fill) for t, r in zip(tensors, room, strict=True)], 1)
+
+        slots, cells = joined([p[0] for p in parts], -1), joined([p[2] for p in parts], 0)
+        budget = torch.cat([p[1] for p in parts], 1)
+        tokens = attention.tokens_of(groups_of(slots, cells), slots.flatten(0, 1))
+        known = {} if old is None or self.forward.groups is not None else old.notes
+        notes = self.method.observe(tokens, {name: note.flatten(0, 1) for name, note in known.items()})
+        notes = {name: note.unflatten(0, (batch, -1)) for name, note in notes.items()}
+
+        held = attention.key.shape[2]
+        others = ~tokens.image_mask()
+        if tokens.visible is not None:
+            others &= tokens.visible
+        count = others.sum(1)
+        uneven = (count != count[0]).any() | (budget != budget.flatten()[0]).any()
+        width, largest, ragged = torch.stack([count.max(), budget.max(), uneven.to(count.dtype)]).tolist()
+        order = others.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        order = torch.where(others.gather(1, order), order, -1)
+        return Memory(slots, budget, order, cells, notes, held, largest, bool(ragged))
+
+    def _new(self, attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
+        """The images of this pass by sample: slots (batch, images, n), budgets (batch, images), cells."""
+        tokens = attention.tokens
+        # Stages of a method inside the LLM are none of this one's business.
+        groups = dataclasses.replace(tokens.groups, dropped=0)
+        assert groups.cells is not None
+        rows = torch.nn.functional.one_hot(groups.row, len(self.forward.ids))
+        number = (rows.cumsum(0) * rows).sum(1) - 1  # of the sample's images
+        shape = len(self.forward.ids), int(rows.sum(0).max())
+
+        def by_sample(values: Tensor, fill: int) -> Tensor:
+            out = values.new_full((*shape, *values.shape[1:]), fill)
+            return out.index_put((groups.row, number), values)
+
+        return by_sample(tokens.slots, -1), by_sample(self.method.budget(groups), 0), by_sample(groups.cells, 0)
+
+    # -- a step -----------------------------------------------------------------------------------------------
+
+    def _step(self, attention: Attention, layer: PrunedLayer, run: Run) -> Output:
+        memory, refresh, batch = layer.memory, self.method.refresh, len(attention.key)
+        assert memory is not None
+        memory.steps += 1
+        notes = {name: note.flatten(0, 1) for name, note in memory.notes.items()}
+        if refresh is not None and memory.steps % refresh == 0:
+            part, out = None, run(attention)
+        else:
+            query = attention.query[:, :, 0].repeat_interleave(memory.slots.shape[1], 0)
+            scores = self.method.score(notes, query, attention.scaling)
+            part = Part.best(scores, memory, attention.key.shape[2])
+            out = run(part.of(attention))
+        if self.method.remembers:
+            received = received_by_all(attention, memory) if part is None else part.received(attention)
+            notes = self.method.remember(notes, *received)
+            memory.notes = {name: note.unflatten(0, (batch, -1)) for name, note in notes.items()}
+        self._count(attention, layer, memory, part)
+        return out
+
+    def _count(self, attention: Attention, layer: PrunedLayer, memory: Memory, part: Part | None) -> None:
+        """Note for the report what was read."""
+        batch, heads, held = attention.key.shape[:3]
+        later, self.acted = batch * (held - memory.end), True
+        self.held = self.held + heads * (memory.before + later)
+        self.read = self.read + heads * ((memory.before if part is None else memory.chosen) + later)
+        report = self.place.outcome.report
+        if report is None or not report.records:
+            return
+        if part is None:
+            newer = torch.arange(memory.end, held, device=attention.key.device).expand(batch, -1)
+            index = torch.cat([memory.others, memory.slots.flatten(1), newer], 1).unsqueeze(1)
+        else:
+            index = torch.where(part.filled.unsqueeze(1), part.index, -1)
+        logical = layer.full_index(batch, index.device)[:, :1].expand(-1, index.shape[1], -1)
+        at = torch.where(index < 0, layer.length, logical.gather(2, index.clamp(min=0)))
+        mask = torch.zeros(*index.shape[:2], layer.length + 1, dtype=torch.bool, device=index.device)
+        self.chosen[attention.index] = mask.scatter(2, at, True)[..., :-1]

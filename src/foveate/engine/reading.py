@@ -1,0 +1,89 @@
+"""The part of a layer's entries that one decoding step reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..methods.tokens import ImageGroups
+from .attention import Attention
+from .memory import Memory
+from .routes import physical_mask
+
+
+@dataclass(frozen=True)
+class Part:
+    """The entries of one layer that a step reads.
+
+    picked: (batch * images, kv_heads, most) tokens of each image, the best first. real: bool (batch * images, most),
+    False beyond an image's budget. index: (batch, kv_heads, width) entries of the layer: what is always read, the
+    picked tokens image by image, and what came since. filled: bool (batch, width), False where there is none.
+    """
+
+    picked: Tensor
+    real: Tensor
+    index: Tensor
+    filled: Tensor
+    memory: Memory
+
+    @classmethod
+    def best(cls, scores: Tensor, memory: Memory, held: int) -> Part:
+        """Those with the highest scores, the earlier token on a tie. scores: (batch * images, kv_heads, n)."""
+        batch, device = len(memory.slots), scores.device
+        slots = memory.slots.flatten(0, 1).unsqueeze(1)
+        scores = scores.masked_fill(slots < 0, -torch.inf)
+        picked = scores.argsort(dim=-1, descending=True, stable=True)[..., : memory.most]
+        real = torch.arange(memory.most, device=device) < memory.budget.flatten().unsqueeze(1)
+        heads = scores.shape[1]
+        chosen = slots.expand(-1, heads, -1).gather(2, picked).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+        newer = torch.arange(memory.end, held, device=device).expand(batch, heads, -1)
+        index = torch.cat([memory.others.unsqueeze(1).expand(-1, heads, -1), chosen, newer], 2).clamp(min=0)
+        filled = torch.cat(
+            [memory.others >= 0, real.unflatten(0, (batch, -1)).flatten(1), torch.ones_like(newer[:, 0]).bool()], 1
+        )
+        return cls(picked, real, index, filled, memory)
+
+    def of(self, attention: Attention) -> Attention:
+        """The same attention over these entries only."""
+        key, value = (
+            tensor.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
+            for tensor in (attention.key, attention.value)
+        )
+        filled = self.filled if self.memory.ragged else None
+        mask = physical_mask(attention.implementation, 1, key.shape[2], filled, key.dtype, key)
+        options = attention.options
+        options = {**options, "position_ids": None} if "position_ids" in options else options
+        return dataclasses.replace(attention, key=key, value=value, mask=mask, options=options)
+
+    def received(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """What each image token got in this step, and which were attended to: (batch * images, kv_heads, n)."""
+        key = attention.key.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, attention.key.shape[-1]))
+        query = attention.query[:, :, 0].unflatten(1, (key.shape[1], -1))
+        logits = ((query * attention.scaling) @ key.transpose(-1, -2)).float()
+        weights = logits.masked_fill(~self.filled[:, None, None], -torch.inf).softmax(-1).amax(2)
+        first, images = self.memory.others.shape[1], self.memory.slots.shape[1]
+        own = weights[..., first : first + images * self.memory.most].unflatten(2, (images, -1)).transpose(1, 2)
+        own = own.flatten(0, 1) * self.real.unsqueeze(1)
+        room = own.new_zeros(*own.shape[:2], self.memory.slots.shape[2])
+        real = self.real.unsqueeze(1).expand_as(own)
+        return room.scatter(2, self.picked, own), room.bool().scatter(2, self.picked, real)
+
+
+def received_by_all(attention: Attention, memory: Memory) -> tuple[Tensor, Tensor]:
+    """What each image token gets in a step that reads everything, as `Part.received` says it."""
+    slots = memory.slots.flatten(0, 1)
+    tokens = attention.tokens_of(groups_of(memory.slots, memory.cells), slots)
+    # A forward of one token has no mask to tell padding by.
+    tokens = dataclasses.replace(tokens, visible=memory.visible(attention.key.shape[2]))
+    received = tokens.last_attention().clamp(min=0).unflatten(1, (attention.key.shape[1], -1)).amax(2)
+    return received, (slots >= 0).unsqueeze(1).expand_as(received)
+
+
+def groups_of(slots: Tensor, cells: Tensor) -> ImageGroups:
+    """All images of a cache as groups. slots: (batch, images, n); cells: (batch, images, n, 3)."""
+    row = torch.arange(len(slots), device=slots.device).repeat_interleave(slots.shape[1])
+    count = (slots.flatten(0, 1) >= 0).sum(1)
+    return ImageGroups(slots.flatten(0, 1), row, count, torch.zeros_like(count), cells=cells.flatten(0, 1))
