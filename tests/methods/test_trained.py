@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import foveate
+from foveate.engine.support import find_target
 from foveate.engine.target import fingerprint
 from foveate.methods import trained
 from foveate.methods.base import EncoderMethod
@@ -28,6 +29,9 @@ class Scored(TrainedMethod, EncoderMethod):
     summary, source, name = "a test", "a test", "scored"
     fixed = ("keep",)
     keep: float | int = 4
+
+    def initial(self, host):
+        return {"scores": torch.arange(64.0, device=host.device)[None]}
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         scores = self.tensors["scores"][0, : tokens.grid[0] * tokens.grid[1]]
@@ -104,6 +108,38 @@ def test_weights_that_come_with_the_library_are_found_by_the_model(tmp_path, mon
     foveate.prune(model, Scored()).remove()
     with pytest.raises(ValueError, match="has weights for keep=4 here, not for keep=9"):
         foveate.prune(model, Scored(keep=9))
+
+
+def test_a_method_may_hold_tensors_that_are_being_trained():
+    """On any model, and what they give has a gradient."""
+    model, batch = tiny.build("llava"), tiny.inputs("llava")
+    scores = torch.arange(64.0).requires_grad_()
+    held = Scored().holding({"scores": scores[None]})
+    with foveate.prune(model, held) as pruned:
+        assert pruned.methods[0] is held
+        model.generate(**batch, max_new_tokens=2)
+        assert pruned.methods[0].tensors["scores"].requires_grad
+
+
+def test_an_untrained_method_has_weights_for_any_model():
+    """Such as one of random weights, or of none at all: what it costs does not depend on them."""
+    with torch.device("meta"):
+        sketch = type(tiny.build("llava"))(tiny.config("llava"))
+    for model in (tiny.build("llava"), sketch):
+        with foveate.prune(model, Scored().untrained()) as pruned:
+            assert pruned.methods[0].tensors["scores"].device == model.device
+    random = foveate.get_method("random")
+    assert random.untrained() is random
+
+
+def test_a_method_may_copy_the_projector():
+    host = find_target(tiny.build("llava")).host
+    copied = host.projector()
+    assert copied["linear_1.weight"].dtype == torch.float32
+    model = tiny.build("llava")
+    there = dict(model.model.multi_modal_projector.named_parameters())
+    assert copied.keys() == there.keys() and all(torch.equal(copied[name], there[name]) for name in there)
+    assert find_target(tiny.build("qwen2_5_vl")).host.projector() == {}, "its projector joins patches"
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights at all"])

@@ -76,7 +76,14 @@ class Target:
         """What a method may ask of the model."""
         hidden = self.base.get_input_embeddings().weight.shape[-1]
         device = self.base.get_input_embeddings().weight.device
-        return Host(self.family.model_type, len(self.kinds), hidden, device, lambda: fingerprint(self.base))
+        return Host(
+            self.family.model_type, len(self.kinds), hidden, device, lambda: fingerprint(self.base), self._projector
+        )
+
+    def _projector(self) -> dict[str, torch.Tensor]:
+        module = self.family.projector(self.base)
+        weights = {} if module is None else dict(module.named_parameters())
+        return {name: weight.detach().to(torch.float32, copy=True) for name, weight in weights.items()}
 
 
 def fingerprint(base: nn.Module) -> str:

@@ -91,6 +91,8 @@ def bench(
         sketch = _sketch(config, attn)
         chosen, left_out = variants(methods, keeps, family.places, config.model_type, seed=seed)
         chosen = list(fitting(sketch, chosen, left_out))
+        if geometry is not None:  # nobody trained a method's weights for random ones
+            chosen = [replace(variant, method=variant.method.untrained()) for variant in chosen]
         if device == "cpu" and geometry is not None:
             _check_memory(geometry, sketch, dtype)
         settings: Row = {"geometry": geometry, "model": model, "image_tokens": image_tokens, "padded": padded}

@@ -133,12 +133,16 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
 
 
 def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:
-    """The variants that this very model takes; one that was named and does not fit is a mistake."""
+    """The variants that this very model takes; one that was named and does not fit is a mistake.
+
+    A model without weights, on the device "meta", takes also those whose own weights are of another.
+    """
     import foveate
 
     for variant in chosen:
+        method = variant.method.untrained() if model.device.type == "meta" else variant.method
         try:
-            foveate.prune(model, variant.method).remove()
+            foveate.prune(model, method).remove()
         except (foveate.UnsupportedError, ValueError) as error:
             line = f"{variant.label} keep={variant.keep}: {one_line(error)}"
             if variant.named:

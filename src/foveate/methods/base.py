@@ -70,6 +70,10 @@ class Method(ABC):
         """
         return self
 
+    def untrained(self) -> Method:
+        """The method with weights that nothing has trained, for measuring time; itself where it has none."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The method's name and options, JSON-safe."""
         return {"method": self.name, **dataclasses.asdict(self)}

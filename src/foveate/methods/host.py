@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Host:
     """One model.
 
     model_type: of its configuration. depth: decoder layers. hidden: width of the LLM's hidden states. fingerprint: of
-    its weights, worked out when it is called. device: where it lies.
+    its weights, worked out when it is called. device: where it lies. projector: a copy of the weights from the vision
+    encoder's states to the LLM's, by name; empty where the model has no such module.
     """
 
     model_type: str
@@ -21,3 +23,4 @@ class Host:
     hidden: int
     device: torch.device
     fingerprint: Callable[[], str]
+    projector: Callable[[], dict[str, Tensor]] = dict

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .base import Method
 from .host import Host
+
+if TYPE_CHECKING:
+    from typing import Self
 
 WEIGHTS_NAME = "foveate_method.safetensors"
 
@@ -115,6 +118,26 @@ class TrainedMethod(Method):
         held: dict[str, Tensor] = self.__dict__["_tensors"]
         return held
 
+    def initial(self, host: Host) -> dict[str, Tensor]:
+        """The weights that training begins with, by name, float32, on the host's device.
+
+        Raises:
+            UnsupportedError, ValueError: where the method cannot have any for this model.
+        """
+        raise UnsupportedError(f"{self.name} does not say what its weights look like before they are trained")
+
+    def holding(self, tensors: dict[str, Tensor]) -> Self:
+        """The method with these very tensors, on whichever model it is used: as training needs it."""
+        bound = copy.copy(self)
+        bound.__dict__["_tensors"] = tensors
+        return bound
+
+    def untrained(self) -> Self:
+        """The method with weights as before training, on whichever model: for measuring what it costs."""
+        bound = copy.copy(self)
+        bound.__dict__["_untrained"] = True
+        return bound
+
     def for_host(self, host: Host) -> TrainedMethod:
         """The method with its weights.
 
@@ -122,10 +145,12 @@ class TrainedMethod(Method):
             UnsupportedError: where the weights are another model's, or there are none for this one.
             ValueError: where they cannot be read, or were trained with other options.
         """
+        if "_tensors" in self.__dict__:
+            return self
+        if "_untrained" in self.__dict__:
+            return self.holding(self.initial(host))
         plugin = self._given(host) if self.weights is not None else self._shipped(host)
-        bound = copy.copy(self)
-        bound.__dict__["_tensors"] = plugin.tensors(host.device)
-        return bound
+        return self.holding(plugin.tensors(host.device))
 
     def _given(self, host: Host) -> Plugin:
         path = Path(str(self.weights))
