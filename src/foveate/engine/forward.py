@@ -94,8 +94,13 @@ class Forward:
 
     @cached_property
     def text(self) -> Tensor:
-        """(batch, t) text tokens after the start of the sample's first image, the last token among them; -1 padded."""
-        looks = (self.is_image.cumsum(1) > 0) & ~self.is_image & self.valid()
+        """(batch, t) text tokens after the start of the sample's first image, the last token among them; -1 padded.
+
+        In a pass without images, all text tokens: they come after images of earlier turns.
+        """
+        looks = ~self.is_image & self.valid()
+        if self.brings_images:
+            looks &= self.is_image.cumsum(1) > 0
         looks = looks.scatter(1, self.last().unsqueeze(1), True)
         order = looks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(looks.sum(1).max())]
         return torch.where(looks.gather(1, order), order, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import conv1d, conv2d
 
 from . import register
 from .budgets import check_range
+from .host import Host
 from .stepwise import DecodeMethod, Memory
 from .tokens import LayerTokens
 from .trained import TrainedMethod
@@ -107,6 +109,11 @@ class AttentionPredictor(TrainedMethod, DecodeMethod):
             raise ValueError(f"block must be rows and columns, such as (2, 2), or tokens in a row, got {self.block!r}")
         for side in sides:
             check_range("block", side, 1, integer=True)
+
+    def initial(self, host: Host) -> dict[str, Tensor]:
+        fan = {name: math.prod(SHAPES[name.replace("bias", "weight")][1:]) for name in SHAPES}
+        drawn = {name: torch.rand(shape, device=host.device) * 2 - 1 for name, shape in SHAPES.items()}
+        return {name: tensor / fan[name] ** 0.5 for name, tensor in drawn.items()}
 
     def observe(self, tokens: LayerTokens, memory: Memory) -> Memory:
         groups = tokens.groups
