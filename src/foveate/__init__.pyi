@@ -6,6 +6,7 @@ from .families import get_family
 from .methods import get_method, method_class
 from .methods import method_names as methods
 from .methods.aircache import AirCache
+from .methods.attention_predictor import AttentionPredictor
 from .methods.base import Method
 from .methods.baselines import Random, RandomCache, RandomCross, RandomLayer, Uniform
 from .methods.csp import CSP
@@ -20,6 +21,7 @@ from .methods.pooling import Pooling
 from .methods.pyramiddrop import PyramidDrop
 from .methods.sgl import SGL
 from .methods.sparsevlm import SparseVLM
+from .methods.step_baselines import LastStep, Pages, PerTurn, RunningSum
 from .methods.topv import TopV
 from .methods.trimmed_llama import TrimmedLlama
 from .methods.visionzip import VisionZip
@@ -36,11 +38,15 @@ __all__ = [
     "SGL",
     "VTCCLS",
     "AirCache",
+    "AttentionPredictor",
     "DivPrune",
     "ElasticCache",
     "FastV",
     "FoPru",
+    "LastStep",
     "Method",
+    "Pages",
+    "PerTurn",
     "Pooling",
     "PruneReport",
     "Pruned",
@@ -49,6 +55,7 @@ __all__ = [
     "RandomCache",
     "RandomCross",
     "RandomLayer",
+    "RunningSum",
     "SparseVLM",
     "TopV",
     "TrimmedLlama",

@@ -149,14 +149,17 @@ def hidden(model: Any, report: PruneReport) -> Iterator[None]:
     """Let the untouched model, whose decoder must be eager, attend to no entry that the report calls dropped.
 
     In its prefill a layer sees `seen`, and rows that it never saw stay silent in it; afterwards it sees `kept` and what
-    is generated. Nothing else of the pruned run takes part.
+    is generated, and of that only what a step read where it chose. Nothing else of the pruned run takes part.
     """
     family = _family(model)
     decoder = family.decoder(family.base(model))
-    reading = True  # the prompt
+    reading, step = True, 0  # the prompt, and then its steps
+    chosen = [] if report.decoding is None else report.decoding.chosen
 
     def hide(layer: LayerReport, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         shown = layer.seen if reading else layer.kept
+        if not reading and step <= len(chosen):
+            shown = chosen[step - 1].get(layer.index, shown)
         assert shown is not None
         queries, mask = kwargs["hidden_states"], kwargs["attention_mask"]
         if mask is None:  # mllama without a cross_attention_mask
@@ -174,11 +177,11 @@ def hidden(model: Any, report: PruneReport) -> Iterator[None]:
         assert layer.seen is not None
         return (args[0] * layer.seen[:, 0, :, None].to(args[0]),) if reading else None
 
-    def end_prompt(*_: Any) -> None:
-        nonlocal reading
-        reading = False
+    def end(*_: Any) -> None:
+        nonlocal reading, step
+        reading, step = False, step + 1
 
-    handles = [decoder.register_forward_hook(end_prompt)]
+    handles = [decoder.register_forward_hook(end)]
     for layer, block in zip(report.layers, decoder.layers, strict=True):
         module = getattr(block, getattr(family, f"{layer.kind}_attention"))
         handles.append(module.register_forward_pre_hook(_bind(hide, layer), with_kwargs=True))

@@ -52,8 +52,8 @@ class Method(ABC):
 
     @property
     def only_drops(self) -> bool:
-        """Whether what stays keeps its values, and stays for good: then the untouched model gives the same logits with
-        the dropped tokens masked."""
+        """Whether what stays keeps its values, and what went is gone for good or, where every step reads another part,
+        is recorded step by step: then the untouched model gives the same logits with the same tokens masked."""
         return True
 
     def share(self, groups: ImageGroups) -> Tensor:

@@ -40,10 +40,6 @@ class DecodeMethod(Method):
             check_range("refresh", self.refresh, 1, integer=True)
         check_range("dense_layers", self.dense_layers, 0, integer=True)
 
-    @property
-    def only_drops(self) -> bool:
-        return False  # what a step does not read is there for the next
-
     def budget(self, groups: ImageGroups) -> Tensor:
         """(groups,) tokens of each image that a step reads."""
         return floor_budget(self.share(groups), groups)
