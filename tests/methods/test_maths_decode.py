@@ -159,7 +159,8 @@ def test_the_best_within_each_image_and_the_earlier_on_a_tie():
         slots, torch.tensor([[2, 3]]), torch.tensor([[0, 1, 6]]), torch.zeros(1, 2, 5, 3).long(), {}, 12, 3, True
     )
     scores = torch.tensor([[[1.0, 2.0, 2.0, 2.0, 9.0]], [[0.0, 0.0, 3.0, 0.0, 0.0]]])
-    part = Part.best(scores, memory, 14)
+    scores = scores.masked_fill(slots[0].unsqueeze(1) < 0, -torch.inf)
+    part = Part.made(LastStep().select(scores, 3), memory, 14)
     read = [slot for slot, there in zip(part.index[0, 0].tolist(), part.filled[0].tolist(), strict=True) if there]
     first, second = slow_topk([1, 2, 2, 2], 2), slow_topk([0, 0, 3, 0, 0], 3)
     expected = [2 + i for i, chosen in enumerate(first) if chosen] + [

@@ -30,14 +30,11 @@ class Part:
     memory: Memory
 
     @classmethod
-    def best(cls, scores: Tensor, memory: Memory, held: int) -> Part:
-        """Those with the highest scores, the earlier token on a tie. scores: (batch * images, kv_heads, n)."""
-        batch, device = len(memory.slots), scores.device
+    def made(cls, picked: Tensor, memory: Memory, held: int) -> Part:
+        """Those entries, of `held`, that the picked tokens and everything that is always read come to."""
+        batch, device, heads = len(memory.slots), picked.device, picked.shape[1]
         slots = memory.slots.flatten(0, 1).unsqueeze(1)
-        scores = scores.masked_fill(slots < 0, -torch.inf)
-        picked = scores.argsort(dim=-1, descending=True, stable=True)[..., : memory.most]
         real = torch.arange(memory.most, device=device) < memory.budget.flatten().unsqueeze(1)
-        heads = scores.shape[1]
         chosen = slots.expand(-1, heads, -1).gather(2, picked).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
         newer = torch.arange(memory.end, held, device=device).expand(batch, heads, -1)
         index = torch.cat([memory.others.unsqueeze(1).expand(-1, heads, -1), chosen, newer], 2).clamp(min=0)

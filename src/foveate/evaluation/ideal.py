@@ -23,7 +23,8 @@ class Plan:
 
     kinds: "self" or "cross". length: tokens of the prompt, the longest sample's. start: where its image begins in
     every sample. features: image features that cross-attention layers read. computed: tokens that each layer computes
-    in the prefill (cross layers: features they read). held: entries of its cache behind the prefill.
+    in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or of those
+    what a step of decoding reads, where steps choose.
     """
 
     kinds: tuple[str, ...]
@@ -39,11 +40,14 @@ class Plan:
         layers = report.layers
         # Methods that evict from the cache let every token through all layers, whatever attends; and the report of a
         # second run beside the model says nothing of the first.
-        all_seen, all_held = place in ("cache", "logits"), place == "logits"
+        all_seen, all_held = place in ("cache", "decode", "logits"), place == "logits"
         seen = [layer.length if all_seen else int(layer.seen.sum(-1).max()) for layer in layers]
         length = next(layer.length for layer in layers if layer.kind == "self")
         features = next((layer.length for layer in layers if layer.kind == "cross"), 0)
         held = [layer.length if all_held else layer.kept_length for layer in layers]
+        if report.decoding is not None and report.decoding.chosen:
+            for index, chosen in report.decoding.chosen[0].items():
+                held[index] = int(chosen.sum(-1).max()) - 1  # of the step itself
         return cls(tuple(layer.kind for layer in layers), length, start, features, tuple(seen), tuple(held))
 
     def _full(self, layer: int) -> int:

@@ -55,6 +55,7 @@ class Case:
             row |= {f"{name}_ms": middle, f"{name}_q1_ms": low, f"{name}_q3_ms": high}
         for name in ("vision", "selection", "prefill"):
             row[f"{name}_ms"] = round(1000 * quartiles([getattr(t, name) for t in self.timings])[1], 4)
+        row["choosing_ms"] = round(1000 * quartiles([t.choosing / len(t.steps) for t in self.timings])[1], 4)
         row["tokens_per_s"] = round(tokens / quartiles([t.total for t in self.timings])[1], 3)
         peaks = [t.peak_bytes for t in self.timings if t.peak_bytes is not None]
         row |= {"kv_bytes": self.kv_bytes, "peak_bytes": max(peaks, default=None)}
@@ -113,6 +114,9 @@ class Bench:
             "kept_tokens": sum(kept for _, kept in images) / len(images),
             "kept_share": sum(kept for _, kept in images) / sum(tokens for tokens, _ in images),
             "kv_share": pruned.kv_bytes / untouched.kv_bytes,
+            "read_share": (1.0 if report.decoding is None else report.decoding.share)
+            * pruned.kv_bytes
+            / untouched.kv_bytes,
             **pruned.columns("", tokens),
             **untouched.columns("untouched_", tokens),
             **best.columns("ideal_", tokens),
@@ -129,7 +133,7 @@ class Bench:
     def _pruned(self, method: Any, record: bool = False) -> Iterator[Any]:
         with (
             foveate.prune(self.model, method, record=record) as session,
-            watched(self.watch, self.family, self.base, method),
+            watched(self.watch, self.family, self.base, session.methods[0]),  # as it acts on this model
         ):
             yield session
 

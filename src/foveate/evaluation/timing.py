@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 
-SELECTION = ("score", "statistics", "budgets", "select", "merge")  # what a method computes, in any place
+# What a method computes, in any place: once for a prompt, and in every step of decoding.
+SELECTION = ("observe", "score", "statistics", "budgets", "select", "merge")
+CHOOSING = ("score", "select", "remember")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One `generate()`, in seconds. total: until the last token. peak_bytes: None where the device does not say."""
+    """One `generate()`, in seconds. total: until the last token. peak_bytes: None where the device does not say.
+
+    selection: what the method computes for the prompt; choosing: for all steps of decoding together.
+    """
 
     first: float
     vision: float
@@ -26,6 +31,7 @@ class Timing:
     steps: tuple[float, ...]
     total: float
     peak_bytes: int | None
+    choosing: float = 0.0
 
     @property
     def prefill(self) -> float:
@@ -86,7 +92,9 @@ def watched(watch: Stopwatch, family: Any, base: Any, method: Any | None) -> Ite
     """Time the vision encoder of a model, and the computations of a method object, inside the block."""
     encoder = (base, "get_image_features") if "encoder" in family.places else (base.vision_model, "forward")
     spans = [(*encoder, "vision")]
-    spans += [(method, name, "selection") for name in SELECTION if hasattr(method, name)]
+    steps = CHOOSING if getattr(method, "place", None) == "decode" else ()
+    spans += [(method, name, "choosing") for name in steps]
+    spans += [(method, name, "selection") for name in SELECTION if name not in steps and hasattr(method, name)]
     before = [(thing, name, vars(thing).get(name)) for thing, name, _ in spans]
     try:
         for thing, name, span in spans:
@@ -128,7 +136,13 @@ def time_generate(model: Any, inputs: dict[str, Any], new_tokens: int, watch: St
     steps = tuple(end - begin for begin, end in zip([first, *rest], rest, strict=False))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Timing(
-        first - start, spans.get("vision", 0.0), spans.get("selection", 0.0), steps, ticks.at[-1] - start, peak
+        first - start,
+        spans.get("vision", 0.0),
+        spans.get("selection", 0.0),
+        steps,
+        ticks.at[-1] - start,
+        peak,
+        spans.get("choosing", 0.0),
     )
 
 

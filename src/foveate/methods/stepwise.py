@@ -59,6 +59,13 @@ class DecodeMethod(Method):
         query: (groups, heads, d), after RoPE. scaling: of its products with keys.
         """
 
+    def select(self, scores: Tensor, most: int) -> Tensor:
+        """The `most` tokens of each image that matter most in each head, the best first and of equals the earlier.
+
+        scores: (groups, kv_heads, n), -inf at padding. Returns (groups, kv_heads, most), indices of tokens.
+        """
+        return scores.argsort(dim=-1, descending=True, stable=True)[..., :most]
+
     def remember(self, memory: Memory, received: Tensor, attended: Tensor) -> Memory:
         """The memory behind a step.
 

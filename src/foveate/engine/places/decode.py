@@ -175,7 +175,8 @@ class DecodeAction(Action):
         else:
             query = attention.query[:, :, 0].repeat_interleave(memory.slots.shape[1], 0)
             scores = self.method.score(notes, query, attention.scaling)
-            part = Part.best(scores, memory, attention.key.shape[2])
+            scores = scores.masked_fill((memory.slots < 0).flatten(0, 1).unsqueeze(1), -torch.inf)
+            part = Part.made(self.method.select(scores, memory.most), memory, attention.key.shape[2])
             out = run(part.of(attention))
         if self.method.remembers:
             received = received_by_all(attention, memory) if part is None else part.received(attention)
