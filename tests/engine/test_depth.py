@@ -8,8 +8,10 @@ loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import oracle
@@ -18,6 +20,7 @@ import tiny
 import torch
 from cases import TOLERANCE
 from oracle import Hide
+from safetensors.torch import load_file
 from test_merging_cache import image_spans, runs
 from torch import Tensor
 
@@ -35,30 +38,23 @@ Spans = list[tuple[int, list[int], list[int]]]
 OPTIONS = {"interleaved": (0.25, (1, 3)), "all": (0.5, (0, 1, 2, 3)), "number": (9, (1, 2))}
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+FOLDER = tempfile.TemporaryDirectory()
+
+
+@lru_cache(typed=True)  # 1 token is not all of them, 1.0
+def trained(family: str, keep: float | int = 0.25, layers: tuple[int, ...] = (1, 3), scale: float = 1.0) -> VideoLLMMoD:
     """A method with a random router for a tiny model, as a file of weights would bring it."""
-    folder = tmp_path_factory.mktemp("routers")
-
-    def make(family: str, keep: float | int = 0.25, layers: Sequence[int] = (1, 3), scale: float = 1.0) -> VideoLLMMoD:
-        path: Path = folder / f"{family}-{keep!r}-{'-'.join(map(str, layers))}-{scale}.safetensors"
-        method = VideoLLMMoD(keep=keep, layers=tuple(layers), weights=path)
-        if not path.exists():
-            rng = torch.Generator().manual_seed(7)
-            tensors = {}
-            for layer in layers:
-                tensors[f"{layer}.weight"] = torch.randn(tiny.LLM["hidden_size"], generator=rng) * 0.3 * scale
-                tensors[f"{layer}.bias"] = torch.randn((), generator=rng) * scale
-            model = tiny.build(family)
-            write_plugin(path, method, family, fingerprint(model.model), tensors)
-        return method
-
-    return make
+    path = Path(FOLDER.name) / f"{family}-{keep!r}-{'-'.join(map(str, layers))}-{scale}.safetensors"
+    method, rng = VideoLLMMoD(keep=keep, layers=layers, weights=path), torch.Generator().manual_seed(7)
+    tensors = {}
+    for layer in layers:
+        tensors[f"{layer}.weight"] = torch.randn(tiny.LLM["hidden_size"], generator=rng) * 0.3 * scale
+        tensors[f"{layer}.bias"] = torch.randn((), generator=rng) * scale
+    write_plugin(path, method, family, fingerprint(tiny.build(family).model), tensors)
+    return method
 
 
 def router(method: VideoLLMMoD, layer: int) -> tuple[Tensor, Tensor]:
-    from safetensors.torch import load_file
-
     tensors = load_file(str(method.weights))
     return tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]
 
@@ -167,21 +163,21 @@ def check(family: str, method: VideoLLMMoD, batch: dict, spec: dict, attn: str =
 @families
 @batches
 @pytest.mark.parametrize(("options", "attn", "decoding"), runs(*OPTIONS))
-def test_logits_equal_a_plain_model_routed_by_hand(trained, family, batch, options, attn, decoding):
+def test_logits_equal_a_plain_model_routed_by_hand(family, batch, options, attn, decoding):
     spec, method = tiny.BATCHES[batch], trained(family, *OPTIONS[options])
     check(family, method, tiny.inputs(family, **spec), spec, attn, **oracle.DECODING[decoding])
 
 
 @families
 @batches
-def test_beam_sampling_equals_a_plain_model_routed_by_hand(trained, family, batch):
+def test_beam_sampling_equals_a_plain_model_routed_by_hand(family, batch):
     spec = tiny.BATCHES[batch]
     check(family, trained(family), tiny.inputs(family, **spec), spec, **oracle.BEAM_SAMPLE)
 
 
 @families
 @backends
-def test_rows_without_an_image_and_images_side_by_side(trained, family, attn):
+def test_rows_without_an_image_and_images_side_by_side(family, attn):
     spec = dict(images=(1, 0, 2), text=(3, 6, 4))
     check(family, trained(family), tiny.inputs(family, **spec), spec, attn, **oracle.GREEDY)
     check(family, trained(family), tiny.inputs(family, (2,), between=0), dict(images=(2,)), attn, **oracle.GREEDY)
@@ -189,21 +185,21 @@ def test_rows_without_an_image_and_images_side_by_side(trained, family, attn):
 
 @pytest.mark.parametrize("variant", [v for v in tiny.VARIANTS if v not in ("llava_sliding", "llava_cls")])
 @backends
-def test_other_encoders_and_decoders(trained, variant, attn):
+def test_other_encoders_and_decoders(variant, attn):
     spec = tiny.BATCHES["ragged"]
     check(variant, trained(variant), tiny.inputs(variant, **spec), spec, attn, **oracle.GREEDY)
 
 
 @families
 @pytest.mark.parametrize("keep", [1, 0.01, 0.99])
-def test_extremes(trained, family, keep):
+def test_extremes(family, keep):
     spec = tiny.BATCHES["ragged"]
     check(family, trained(family, keep), tiny.inputs(family, **spec), spec, **oracle.GREEDY)
 
 
 @families
 @pytest.mark.parametrize("mistake", ["nothing comes back", "nothing skips", "the worst tokens", "no weight"])
-def test_the_reference_sees_a_mistake(trained, family, mistake):
+def test_the_reference_sees_a_mistake(family, mistake):
     spec, method = tiny.BATCHES["one"], trained(family)
     batch = tiny.inputs(family, **spec)
     run, _ = routed(tiny.build(family), method, batch, **oracle.GREEDY)
@@ -214,7 +210,7 @@ def test_the_reference_sees_a_mistake(trained, family, mistake):
 @families
 @batches
 @pytest.mark.parametrize("decoding", oracle.DECODING)
-def test_where_all_tokens_go_through_nothing_changes_at_all(trained, family, batch, decoding):
+def test_where_all_tokens_go_through_nothing_changes_at_all(family, batch, decoding):
     """At weights of 1, which an untrained router gives, and whatever it says at keep=1.0."""
     batch, decoding = tiny.inputs(family, **tiny.BATCHES[batch]), oracle.DECODING[decoding]
     untouched = oracle.run(tiny.build(family), batch, **decoding)
@@ -225,7 +221,7 @@ def test_where_all_tokens_go_through_nothing_changes_at_all(trained, family, bat
 
 
 @families
-def test_a_layer_that_all_go_through_still_weighs_them(trained, family):
+def test_a_layer_that_all_go_through_still_weighs_them(family):
     spec = tiny.BATCHES["ragged"]
     batch, method = tiny.inputs(family, **spec), trained(family, 1000)
     run, _ = routed(tiny.build(family), method, batch, **oracle.GREEDY)
@@ -236,7 +232,7 @@ def test_a_layer_that_all_go_through_still_weighs_them(trained, family):
 
 @families
 @batches
-def test_routed_layers_hold_what_went_through_and_no_byte_more(trained, family, batch):
+def test_routed_layers_hold_what_went_through_and_no_byte_more(family, batch):
     spec, method = tiny.BATCHES[batch], trained(family)
     batch, model = tiny.inputs(family, **spec), tiny.build(family)
     run, report = routed(model, method, batch, max_new_tokens=1)

@@ -70,8 +70,8 @@ class Attention:
         last = stream.rows_of(forward.last(), samples)
         if forward.waits and bool((last < 0).any()):
             raise UnsupportedError(
-                f"the prompt ends with an image token that skips layer {self.index}, where a method reads what the last "
-                "token looks at: end the prompt with words, or use either method alone"
+                f"the prompt ends with an image token that skips layer {self.index}, where a method reads what the "
+                "last token looks at: end the prompt with words, or use either method alone"
             )
         guidance = forward.guidance
         if guidance is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import register
-from .base import DepthMethod, Method
+from .base import DepthMethod
 from .baselines import drawn
 from .budgets import check_range, floor_budget, topk_mask
 from .host import Host
@@ -39,10 +39,9 @@ def router_weight(logits: Tensor) -> Tensor:
 def evenly(present: Tensor, budget: Tensor) -> Tensor:
     """`budget` of the present tokens of each group at an even stride. present: bool (groups, n); budget: (groups,)."""
     count, share = present.sum(-1, keepdim=True), budget.unsqueeze(-1)
-    rank = present.long().cumsum(-1)
     # In units of 1/budget token the strides end at multiples of count; half a stride of offset centres the choice.
-    below, above = ((rank - 1) * share + count // 2) // count.clamp(min=1), (rank * share + count // 2) // count.clamp(min=1)
-    return present & (above > below)
+    ends, whole = present.long().cumsum(-1) * share + count // 2, count.clamp(min=1)
+    return present & (ends // whole > (ends - share) // whole)
 
 
 @register("videollm_mod")
@@ -95,7 +94,7 @@ class VideoLLMMoD(TrainedMethod, DepthMethod):
     def routed(self, depth: int) -> tuple[int, ...]:
         return self.layers if isinstance(self.layers, tuple) else routed_layers(self.layers, depth)
 
-    def for_host(self, host: Host) -> Method:
+    def for_host(self, host: Host) -> TrainedMethod:
         return super().for_host(host) if self.router == "learned" else self
 
     def select(self, states: Tensor, groups: ImageGroups, layer: int) -> tuple[Tensor, Tensor | None]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...methods.base import DepthMethod, LayerMethod, Method
 from ...errors import UnsupportedError
+from ...methods.base import DepthMethod, LayerMethod, Method
 from ..forward import Forward
 from ..report import Outcome
 from ..target import Target
@@ -103,8 +103,8 @@ class DepthAction(Action):
             return hidden
         if self.weight is not None and self.entered is not None:
             weight, rows = self.weight[:, :-1], self.forward.rows
-            weight = (weight if rows is None else weight.gather(1, rows.source)).unsqueeze(-1)
-            # A weight of 1 takes what the layer made, to the last bit.
-            hidden = hidden.where(weight == 1, self.entered + weight * (hidden - self.entered))
+            weight = weight if rows is None else weight.gather(1, rows.source)
+            # At a weight of 1 this is what the layer made, to the last bit.
+            hidden = torch.lerp(self.entered, hidden, weight.unsqueeze(-1))
             self.entered = self.weight = None
         return self.forward.rejoin(hidden)
