@@ -22,6 +22,7 @@ from .methods.sgl import SGL
 from .methods.sparsevlm import SparseVLM
 from .methods.topv import TopV
 from .methods.trimmed_llama import TrimmedLlama
+from .methods.videollm_mod import VideoLLMMoD
 from .methods.visionzip import VisionZip
 from .methods.visual_snapkv import VisualSnapKV
 from .methods.vtc_cls import VTCCLS
@@ -54,6 +55,7 @@ __all__ = [
     "TrimmedLlama",
     "Uniform",
     "UnsupportedError",
+    "VideoLLMMoD",
     "VisionZip",
     "VisualSnapKV",
     "ZipVL",
