@@ -10,6 +10,7 @@ import tiny
 import torch
 from cases import TOLERANCE
 from oracle import seen_and_kept
+from test_decode import read_steps
 from test_depth import Dense, backends, batches, families, routed, trained
 from test_merging_cache import image_spans
 
@@ -24,6 +25,7 @@ TOGETHER = {
     "stage behind and in front of one": ([foveate.PyramidDrop(keep=0.5, layers=(2,))], (1, 2), {1: 0, 2: 3}),
     "cache": ([foveate.VisualSnapKV(keep=0.5, window=8)], (1, 3), {1: 0, 3: 2}),
     "cache that compares layers": ([foveate.PLPHP(keep=0.5, start_layer=0)], (0, 1, 3), {0: 2, 1: 2, 3: 2}),
+    "decoding steps": ([foveate.LastStep(keep=0.25, dense_layers=0, refresh=3)], (1, 3), {1: 0, 3: 2}),
     "random cache": ([foveate.RandomCache(keep=0.5)], (1, 3), {1: 0, 3: 2}),
     "all": (
         [foveate.FoPru(keep=0.5), foveate.PyramidDrop(keep=0.5, layers=(2,)), foveate.CSP(keep=0.5, window=0.3)],
@@ -42,8 +44,10 @@ def test_methods_of_other_places(family, batch, together, attn, decoding):
     spec, method = tiny.BATCHES[batch], trained(family, layers=layers)
     batch, decoding = tiny.inputs(family, **spec), oracle.DECODING[decoding]
     run, report = routed(tiny.build(family, attn), [*others, method], batch, **decoding)
-    dense = Dense(family, method)
-    hides = [hide.rows(run.rows) for hide in seen_and_kept(report, batch["input_ids"].shape[1])]
+    dense, length = Dense(family, method), batch["input_ids"].shape[1]
+    hides = [hide.rows(run.rows) for hide in seen_and_kept(report, length)]
+    if report.decoding is not None:
+        hides += read_steps(report, run, length)
     dense.alive = {layer: report.layers[other].seen[run.rows, 0] for layer, other in like.items()}
     dense.hides += hides
     logits, _ = dense.logits(batch, image_spans(family, batch, spec["images"]), run.sequences)
@@ -59,6 +63,22 @@ def test_a_cache_method_keeps_its_share_of_what_went_through():
     text = batch["input_ids"].shape[1] - 36
     assert [layer.kept_length - text for layer in report.layers] == [18, 4, 18, 4]
     assert [int(layer.seen.sum()) - text for layer in report.layers] == [36, 9, 36, 9]
+
+
+@families
+@pytest.mark.parametrize("other", [foveate.ElasticCache(keep=0.5), foveate.ZipVL(keep=0.5), foveate.VisionZip(keep=18)])
+def test_what_is_merged_or_silenced_does_not_depend_on_the_batch(family, other):
+    """Their own references cannot route; behind padding and beside another sample they must do the same."""
+    alone, model = tiny.inputs(family), tiny.build(family)
+    wide = {name: torch.cat([value, value]) for name, value in alone.items()}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in wide:
+            wide[name] = torch.nn.functional.pad(wide[name], (3, 0))
+            wide[name][1, 3:5] = 0  # the second sample begins later
+    lone, _ = routed(model, [trained(family), other], alone, max_new_tokens=6)
+    both, _ = routed(tiny.build(family, "eager"), [trained(family), other], wide, max_new_tokens=6)
+    assert (both.logits[0] - lone.logits[0]).abs().max() < TOLERANCE
+    assert (both.logits[1] - lone.logits[0]).abs().max() > TOLERANCE, "another sample"
 
 
 # Frames that arrive turn by turn on one cache ---------------------------------------------------------------
