@@ -94,6 +94,13 @@ class VideoLLMMoD(TrainedMethod, DepthMethod):
     def routed(self, depth: int) -> tuple[int, ...]:
         return self.layers if isinstance(self.layers, tuple) else routed_layers(self.layers, depth)
 
+    def initial(self, host: Host) -> dict[str, Tensor]:
+        tensors = {}
+        for layer in self.routed(host.depth):
+            tensors[f"{layer}.weight"] = torch.zeros(host.hidden, device=host.device)
+            tensors[f"{layer}.bias"] = torch.zeros((), device=host.device)
+        return tensors
+
     def for_host(self, host: Host) -> TrainedMethod:
         return super().for_host(host) if self.router == "learned" else self
 
