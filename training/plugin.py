@@ -66,11 +66,62 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     return model.requires_grad_(False), processor
 
 
-class Talks:
-    """Batches of questions from a folder with their first answers, through the model's chat template.
+def encode(processor: Any, items: Sequence[Item]) -> Batch:
+    """Model inputs and `labels` of some questions with their first answers, through the model's chat template.
 
     Prompts are padded on the left and answers on the right, so that labels begin at one place.
     """
+    pictures = [item.pictures() for item in items]
+    asked, told = (
+        # The template writes what stands at the beginning.
+        processor(
+            images=pictures,
+            text=[_talk(processor, item, len(images), answered) for item, images in zip(items, pictures, strict=True)],
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        for answered in (False, True)
+    )
+    rows = [_parts(asked, told, row) for row in range(len(items))]
+    front, behind = max(len(prompt) for prompt, _ in rows), max(len(answer) for _, answer in rows)
+    batch = dict(told)
+    for name, value in told.items():
+        if value.shape[:2] == told["input_ids"].shape:
+            rest = (processor.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+            batch[name] = torch.stack(
+                [
+                    F.pad(
+                        value[row][torch.cat([prompt, answer])], (front - len(prompt), behind - len(answer)), value=rest
+                    )
+                    for row, (prompt, answer) in enumerate(rows)
+                ]
+            )
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+    labels[:, :front] = IGNORE
+    return {**batch, "labels": labels}
+
+
+def _talk(processor: Any, item: Item, pictures: int, answered: bool) -> str:
+    content = [*[{"type": "image"}] * pictures, {"type": "text", "text": item.question}]
+    talk = [{"role": "user", "content": content}]
+    if answered:
+        talk.append({"role": "assistant", "content": [{"type": "text", "text": item.answers[0]}]})
+    text: str = processor.apply_chat_template(talk, add_generation_prompt=not answered, tokenize=False)
+    return text
+
+
+def _parts(asked: Batch, told: Batch, row: int) -> tuple[Tensor, Tensor]:
+    """Where the prompt and the answer of a row stand in `told`: what both texts begin with is the prompt."""
+    prompt, whole = (each["input_ids"][row][each["attention_mask"][row].bool()] for each in (asked, told))
+    short = min(len(prompt), len(whole))
+    same = int((prompt[:short] == whole[:short]).cumprod(0).sum())
+    at = told["attention_mask"][row].nonzero().flatten()
+    return at[:same], at[same:]
+
+
+class Talks:
+    """Batches of questions and answers from a folder. Those that follow on earlier ones are left out."""
 
     def __init__(self, processor: Any, folder: Path, batch: int, seed: int) -> None:
         self.processor, self.batch, self.seed = processor, batch, seed
@@ -89,53 +140,12 @@ class Talks:
     def __call__(self, step: int) -> Iterator[Batch]:
         """The batches from some step on; each question comes once before any comes again."""
         for first in itertools.count(step * self.batch, self.batch):
-            yield self.encode([self._item(number) for number in range(first, first + self.batch)])
+            yield encode(self.processor, [self._item(number) for number in range(first, first + self.batch)])
 
     def _item(self, number: int) -> Item:
         turn, place = divmod(number, len(self.items))
         order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(self.seed + turn))
         return self.items[int(order[place])]
-
-    def encode(self, items: Sequence[Item]) -> Batch:
-        """Model inputs and `labels` of some questions."""
-        pictures = [item.pictures() for item in items]
-        prompts = [self._text(item, len(images), False) for item, images in zip(items, pictures, strict=True)]
-        told = [self._text(item, len(images), True) for item, images in zip(items, pictures, strict=True)]
-        asked, full = (self._tokens(texts, pictures) for texts in (prompts, told))
-        rows = [self._split(asked, full, row) for row in range(len(items))]
-        front, behind = max(len(prompt) for prompt, _ in rows), max(len(answer) for _, answer in rows)
-        batch = {name: value for name, value in full.items() if value.shape[:2] != full["input_ids"].shape}
-        for name, value in full.items():
-            if value.shape[:2] == full["input_ids"].shape:
-                rest = (self.processor.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
-                batch[name] = torch.stack(
-                    [
-                        F.pad(value[row][torch.cat([p, a])], (front - len(p), behind - len(a)), value=rest)
-                        for row, (p, a) in enumerate(rows)
-                    ]
-                )
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
-        labels[:, :front] = IGNORE
-        return {**batch, "labels": labels}
-
-    def _text(self, item: Item, pictures: int, answered: bool) -> str:
-        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": item.question}]
-        talk = [{"role": "user", "content": content}]
-        if answered:
-            talk.append({"role": "assistant", "content": [{"type": "text", "text": item.answers[0]}]})
-        return self.processor.apply_chat_template(talk, add_generation_prompt=not answered, tokenize=False)
-
-    def _tokens(self, texts: list[str], pictures: list[Any]) -> Batch:
-        # The template wrote what stands at the beginning already.
-        return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt", add_special_tokens=False)
-
-    @staticmethod
-    def _split(asked: Batch, full: Batch, row: int) -> tuple[Tensor, Tensor]:
-        """Where the prompt and the answer of a row stand in `full`: what both texts begin with is the prompt."""
-        prompt, whole = (each["input_ids"][row][each["attention_mask"][row].bool()] for each in (asked, full))
-        same = int((prompt[: len(whole)] == whole[: len(prompt)]).cumprod(0).sum())
-        at = full["attention_mask"][row].nonzero().flatten()
-        return at[:same], at[same:]
 
 
 def answer_loss(model: Any, batch: Batch) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def test_only_answers_are_learned_and_prompts_are_those_of_a_chat():
     model, processor = glimpse.load()
     talks = plugin.Talks(processor, DEMO, batch=4, seed=0)
     items = sorted(talks.items, key=lambda item: len(item.question))[:: max(1, len(talks.items) // 3)]
-    batch = talks.encode(items)
+    batch = plugin.encode(processor, items)
     prompts = model_inputs(processor, [item.pictures() for item in items], [item.question for item in items])
     front = prompts["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :front], prompts["input_ids"])
