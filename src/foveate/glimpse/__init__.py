@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.glimpse.clips import FRAMES
 from foveate.glimpse.happenings import CLIP_KINDS, clip_question
 from foveate.glimpse.world import KINDS, Question, question
 
@@ -91,7 +92,9 @@ def heldout(n: int = 2000, *, kinds: Sequence[str] = KINDS, first: int = 0) -> l
     return [question(HELDOUT_VERSION * 1_000_000 + number, kinds[number % len(kinds)]) for number in numbers]
 
 
-def heldout_clips(n: int = 2000, *, kinds: Sequence[str] = CLIP_KINDS, first: int = 0) -> list[Question]:
-    """The same about clips: `images` of each are the frames of a clip of its own."""
+def heldout_clips(
+    n: int = 2000, *, kinds: Sequence[str] = CLIP_KINDS, first: int = 0, frames: int = FRAMES
+) -> list[Question]:
+    """The same about clips: `images` of each are the `frames` (4 to 8) pictures of a clip of its own."""
     numbers = range(first, first + n)
-    return [clip_question(CLIPS_VERSION * 1_000_000 + number, kinds[number % len(kinds)]) for number in numbers]
+    return [clip_question(CLIPS_VERSION * 1_000_000 + number, kinds[number % len(kinds)], frames) for number in numbers]
