@@ -45,6 +45,7 @@ PLACES = [(family, name) for family, name in FITS if name in ("fopru_rank", "fas
 # Methods that act around generate(), or merge, are proven in files of their own.
 OWN_FILES = {
     "sgl": "test_guided.py",
+    "videollm_mod": "test_depth.py",
     "mint": "test_contrast.py",
     "visionzip": "test_merging_encoder.py",
     "pooling": "test_merging_encoder.py",

@@ -1,6 +1,7 @@
 """Scores glimpse on its held-out questions, beside what another picture and the most frequent answers score.
 
 python training/evaluate.py
+python training/evaluate.py --model src/foveate/glimpse/video   # with the frames in another order, and one frame alone
 
 The folder of results also gets `errors.csv`, the model's wrong answers.
 """
@@ -15,26 +16,32 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foveate.evaluation import blind, exact_match, generate, interval, majority, score
-from foveate.evaluation.questions import from_glimpse
+from foveate.evaluation.questions import as_items
 from foveate.evaluation.results import Results, run_script, write_csv
 from foveate.evaluation.runner import Batches
 from foveate.evaluation.tables import markdown
-from foveate.glimpse import HELDOUT_VERSION, KINDS, ONE_PICTURE, PATH, heldout
+from foveate.glimpse import CLIPS_VERSION, HELDOUT_VERSION, KINDS, ONE_PICTURE, PATH, heldout, heldout_clips
+from foveate.glimpse.clips import TOKENS
+from foveate.glimpse.happenings import backwards, frozen, shuffled
 
 
 def evaluate(results: Results, model: Any, processor: Any, count: int, batch_size: int) -> None:
     """Adds the rows that are missing: the model, and what is right without its looking or knowing."""
+    of_clips = sees_clips(model)
     kinds_known = KINDS if model.config.model_type == "llava" else ONE_PICTURE
-    questions = heldout(count, kinds=kinds_known)
-    items = from_glimpse(count, kinds_known)
-    others = [replace(item, images=images) for item, images in zip(items, blind(questions), strict=True)]
-    pictures = {"the model": items, "shown another picture": others}
-    for label in (*pictures, "most frequent answer"):
+    questions = heldout_clips(count) if of_clips else heldout(count, kinds=kinds_known)
+    others = [replace(question, images=images) for question, images in zip(questions, blind(questions), strict=True)]
+    shown = {"the model": questions}
+    if of_clips:
+        shown |= {"frames shuffled": shuffled(questions), "frames backwards": backwards(questions)}
+        shown |= {"one frame in place of all": frozen(questions)}
+    shown["shown another clip" if of_clips else "shown another picture"] = others
+    for label in (*shown, "most frequent answer"):
         if results.find(answers=label):
             continue
         begun = time.perf_counter()
-        if label in pictures:
-            said = generate(model, processor, Batches(processor, pictures[label], batch_size))
+        if label in shown:
+            said = generate(model, processor, Batches(processor, as_items(shown[label]), batch_size))
         else:
             said = majority(questions)
         seconds = round(time.perf_counter() - begun, 1)
@@ -53,6 +60,11 @@ def evaluate(results: Results, model: Any, processor: Any, count: int, batch_siz
         results.add(row | {"seconds": seconds})
 
 
+def sees_clips(model: Any) -> bool:
+    """Whether a picture is a frame to it."""
+    return getattr(model.config, "image_seq_length", None) == TOKENS
+
+
 def main() -> None:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +80,8 @@ def main() -> None:
     settings = {"model": str(options.model or "glimpse"), "parameters": model.num_parameters()}
     settings |= {"dtype": "float32", "device": "cpu"}
     settings |= {"threads": torch.get_num_threads(), "batch_size": options.batch_size}
-    settings |= {"data": f"glimpse {HELDOUT_VERSION}", "count": options.count}
+    data = f"glimpse clips {CLIPS_VERSION}" if sees_clips(model) else f"glimpse {HELDOUT_VERSION}"
+    settings |= {"data": data, "count": options.count}
     with Results(options.out, "glimpse", settings, keys=("answers",)) as results:
         evaluate(results, model, processor, options.count, options.batch_size)
     print(markdown([results.folder]))

@@ -4,7 +4,7 @@ Every question sees the pictures and itself but no other question, and starts at
 looks to the model exactly as it does alone in a chat.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -52,6 +52,8 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
     print, and no questions.
     """
 
+    side = world.SIZE  # pixels of a picture
+
     def __init__(self, processor: LlavaProcessor, silent: bool = False) -> None:
         self.processor, self.silent = processor, silent
 
@@ -79,17 +81,21 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
         scenes = [
             world.imagine(rng, 6, 9, more_print=0.35) if self.silent else world.imagine(rng) for _ in range(pictures)
         ]
-        pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
+        example = self.seen(scenes)
+        if not self.silent:
+            ids, labels, turn = self.talk(self._asked(scenes, rng), TEXT)
+            example |= {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "turn": torch.tensor(turn)}
+        return example
+
+    def seen(self, scenes: Sequence[world.Scene]) -> dict[str, torch.Tensor]:
+        """`pixels`, `patches` and `present` of an example."""
+        pixels = np.stack([np.asarray(render(scene, self.side)) for scene in scenes])
         present = [[name in {thing.kind for thing in scene.things} for name in self.names] for scene in scenes]
-        example = {
+        return {
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
             "patches": torch.from_numpy(np.stack([self._patches(scene) for scene in scenes])),
             "present": torch.tensor(present, dtype=torch.float32),
         }
-        if not self.silent:
-            ids, labels, turn = self._talk(self._asked(scenes, rng))
-            example |= {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "turn": torch.tensor(turn)}
-        return example
 
     def _asked(self, scenes: list[world.Scene], rng: np.random.Generator) -> Iterator[Fact]:
         """Facts in the order in which they are asked, as long as there is room."""
@@ -100,33 +106,38 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
             found += [fact for _ in range(2) for fact in pairs(found, rng)]
             yield described
         kinds = ["several" if fact.kind == "count" and fact.answer > "1" else fact.kind for fact in found]
-        ranks = [rng.random() ** (1 / APPETITE[kind]) for kind in kinds]
-        yield from (found[index] for index in np.argsort(ranks)[::-1])
+        yield from by_appetite(found, [APPETITE[kind] for kind in kinds], rng)
 
-    def _talk(self, asked: Iterator[Fact]) -> tuple[list[int], list[int], list[int]]:
+    def taught(self, fact: Fact) -> tuple[list[int], list[int]]:
+        """Ids and labels of a question and its answer, behind its earlier turns."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for question, answer in (*fact.before, (fact.question, fact.answer)):
+            head = [self.ids[USER]] if ids else []  # what is in front holds that of the first turn
+            prompt = [*head, *self.encode(question), self.ids[ASSISTANT]]
+            told = [*self.encode(answer), self.ids[EOS]]
+            ids += prompt + told
+            labels += [IGNORE] * len(prompt) + told
+        return ids, labels
+
+    def talk(self, asked: Iterator[Fact], room: int) -> tuple[list[int], list[int], list[int]]:
+        """Ids, labels and turns of as many of the questions as `room` tokens hold, padded to that length."""
         ids: list[int] = []
         labels: list[int] = []
         turn: list[int] = []
         for number, fact in enumerate(asked, start=1):
-            own: list[int] = []
-            taught: list[int] = []
-            for question, answer in (*fact.before, (fact.question, fact.answer)):
-                head = [self.ids[USER]] if own else []  # the prefix holds that of the first turn
-                prompt = [*head, *self.encode(question), self.ids[ASSISTANT]]
-                told = [*self.encode(answer), self.ids[EOS]]
-                own += prompt + told
-                taught += [IGNORE] * len(prompt) + told
-            if len(ids) + len(own) > TEXT:
+            own, taught = self.taught(fact)
+            if len(ids) + len(own) > room:
                 break
             ids += own
             labels += taught
             turn += [number] * len(own)
-        rest = TEXT - len(ids)
+        rest = room - len(ids)
         return ids + [self.ids[PAD]] * rest, labels + [IGNORE] * rest, turn + [-1] * rest
 
     def _patches(self, scene: world.Scene) -> np.ndarray:
-        owner = coverage(scene)
-        patches = np.full((4, GRID, GRID), IGNORE, np.int64)
+        owner = coverage(scene, self.side)
+        patches = np.full((4, *owner.shape), IGNORE, np.int64)
         patches[0] = self.ids["nothing"]
         for index, thing in enumerate(scene.things):
             where = owner == index
@@ -147,9 +158,15 @@ class Lessons(Dataset[dict[str, torch.Tensor]]):
         for word, begin, end in columns(text):
             pieces = self.encode(word)
             for column in range(begin, end):
-                if first + column < GRID:
+                if first + column < len(details):
                     piece = pieces[int((column - begin + 0.5) / (end - begin) * len(pieces))]
                     details[:, first + column][where[:, first + column]] = piece
+
+
+def by_appetite(found: Sequence[Fact], appetites: Sequence[float], rng: np.random.Generator) -> Iterator[Fact]:
+    """The facts in a random order, in which those of a larger appetite come earlier more often."""
+    ranks = [rng.random() ** (1 / appetite) for appetite in appetites]
+    yield from (found[index] for index in np.argsort(ranks)[::-1])
 
 
 def keys(step: int, batch: int, single: bool) -> list[Key]:

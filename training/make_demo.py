@@ -1,10 +1,12 @@
-"""Draws examples/demo.png: a picture from glimpse's world, three times as fine as the model sees it.
+"""Draws what examples/ shows of glimpse's world, finer than the models see it: demo.png, and the frames of a clip.
 
 python training/make_demo.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+from foveate.glimpse.clips import SIZE, Clip, Track
 from foveate.glimpse.drawing import render
 from foveate.glimpse.scene import PRINT, Scene, Thing
 
@@ -16,8 +18,25 @@ THINGS = (
     Thing("owl", "", 6, 0.18, 0.82, 0.29, 0, 1.0),
     Thing("bicycle", "", 8, 0.81, 0.83, 0.32, 4, 1.0),
 )
+ROCKET = Thing("rocket", "", 3, 0.18, 0.51, 0.34, 0, 1.0)
+CIRCLE = Thing("circle", "red", 2, 0.82, 0.17, 0.33, 0, 1.0)
+HOUSE = Thing("house", "", 4, 0.50, 0.48, 0.34, 0, 1.0)
+DOG = Thing("dog", "", 6, 0.18, 0.82, 0.34, 0, 1.0)
+TURNED, RISEN = replace(CIRCLE, detail="blue"), replace(ROCKET, cell=0, y=ROCKET.y - 1 / 3)
+HALFWAY, ACROSS = (replace(DOG, cell=6 + step, x=DOG.x + step / 3) for step in (1, 2))
+CLIP = Clip(
+    (
+        Track((CIRCLE, CIRCLE, CIRCLE, TURNED, TURNED, TURNED)),
+        Track((ROCKET, RISEN, RISEN, RISEN, RISEN, RISEN)),
+        Track((None, None, None, None, HOUSE, HOUSE)),
+        Track((DOG, DOG, HALFWAY, ACROSS, ACROSS, ACROSS)),
+    ),
+    background=33,
+)
 
 if __name__ == "__main__":
     folder = Path(__file__).parents[1] / "examples"
-    folder.mkdir(exist_ok=True)
+    (folder / "clip").mkdir(parents=True, exist_ok=True)
     render(Scene(THINGS, background=30), 504).save(folder / "demo.png", optimize=True)
+    for number, picture in enumerate(CLIP.pictures(2 * SIZE), start=1):
+        picture.save(folder / "clip" / f"{number}.png", optimize=True)

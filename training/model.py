@@ -20,12 +20,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from foveate.glimpse import facts, scene
+from foveate.glimpse import clips, facts, happenings, scene
 
 PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:"
 IMAGE = "<image>"
-# Of both halves; a head is 32 wide, three heads share a key head. "cross" is the one with cross-attention.
-WIDTHS = {"glimpse": 192, "small": 96, "cross": 96}
+# Of both halves; a head is 32 wide, three heads share a key head. "cross" is the one with cross-attention, "video" sees
+# the frames of clips.
+WIDTHS = {"glimpse": 192, "small": 96, "cross": 96, "video": 96}
 SYNONYMS = {
     "picture": "image|photo|scene",
     "pictures": "images|photos|scenes",
@@ -36,6 +37,7 @@ SYNONYMS = {
     "describe": "caption",
     "middle center": "(?<=the )(?:middle|center)(?! (?:left|center|right))",
 }
+SAID_OF_CLIPS = ("moves", "appears", "disappears", "turns", "nowhere")
 CHAT = (
     "<s>{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
@@ -49,17 +51,16 @@ CHAT = (
 
 
 def make_processor(size: str = "glimpse") -> LlavaProcessor | MllamaProcessor:
-    """The processor: any picture becomes 168 x 168 pixels, any question words of a closed vocabulary."""
+    """The processor: any picture becomes 168 x 168 pixels, or 112 x 112, any question words of a closed vocabulary."""
+    side = _side(size)
     if size == "cross":
         same = {"image_mean": CLIPImageProcessorPil.image_mean, "image_std": CLIPImageProcessorPil.image_std}
         tiles = MllamaImageProcessorPil(size={"height": scene.SIZE, "width": scene.SIZE}, max_image_tiles=1, **same)
         return MllamaProcessor(tiles, _tokenizer(), chat_template=CHAT)
-    image_processor = CLIPImageProcessorPil(
-        size={"height": scene.SIZE, "width": scene.SIZE}, do_center_crop=False, crop_size=None
-    )
+    image_processor = CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, crop_size=None)
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=_tokenizer(),
+        tokenizer=_tokenizer(of_clips=size == "video"),
         patch_size=scene.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLS
@@ -70,20 +71,25 @@ def make_processor(size: str = "glimpse") -> LlavaProcessor | MllamaProcessor:
 def make_model(processor: Any, size: str = "glimpse") -> LlavaForConditionalGeneration | MllamaForConditionalGeneration:
     """The untrained model in float32."""
     make = _make_cross if size == "cross" else _make_llava
-    model = make(processor.tokenizer, WIDTHS[size]).to(torch.float32)
+    model = make(processor.tokenizer, WIDTHS[size], _side(size)).to(torch.float32)
     for name, value in (("pad", PAD), ("bos", BOS), ("eos", EOS)):
         setattr(model.generation_config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(value))
     model.generation_config.max_new_tokens = 64
     return model
 
 
-def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int) -> LlavaForConditionalGeneration:
+def _side(size: str) -> int:
+    """Pixels a side of what the model sees."""
+    return clips.SIZE if size == "video" else scene.SIZE
+
+
+def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int, side: int) -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=6,
         num_attention_heads=width // 32,
-        image_size=scene.SIZE,
+        image_size=side,
         patch_size=scene.PATCH,
         projection_dim=width,
         hidden_act="gelu",
@@ -106,7 +112,7 @@ def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int) -> LlavaForCondi
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(scene.SIZE // scene.PATCH) ** 2,
+        image_seq_length=(side // scene.PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -114,14 +120,14 @@ def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int) -> LlavaForCondi
     return LlavaForConditionalGeneration(config)
 
 
-def _make_cross(tokenizer: PreTrainedTokenizerFast, width: int) -> MllamaForConditionalGeneration:
+def _make_cross(tokenizer: PreTrainedTokenizerFast, width: int, side: int) -> MllamaForConditionalGeneration:
     vision = MllamaVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=5,
         num_global_layers=1,
         attention_heads=width // 32,
-        image_size=scene.SIZE,
+        image_size=side,
         patch_size=scene.PATCH,
         max_num_tiles=1,
         supported_aspect_ratios=[[1, 1]],
@@ -156,13 +162,22 @@ def _make_cross(tokenizer: PreTrainedTokenizerFast, width: int) -> MllamaForCond
     return model
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, and numbers digit by digit; a WordPiece so that "4" and "##2" decode to "42"."""
+def _tokenizer(of_clips: bool = False) -> PreTrainedTokenizerFast:
+    """Whole words, and numbers digit by digit; a WordPiece so that "4" and "##2" decode to "42".
+
+    of_clips: with the words of clips as well.
+    """
     digits = [str(digit) for digit in range(10)]
     names = [*scene.SPRITES, *scene.SHAPES, *scene.COLOURS, *scene.WORDS, *scene.ROWS, *scene.COLUMNS]
     asked = " ".join(template for templates in facts.ASK.values() for template in templates).lower()
     said = ["a", "an", "and", "nothing", "yes", "no", "number", "word", "line", "same", "different", "none"]
     words = sorted({*re.findall(r"[a-z]+", asked), *said, *facts.ORDINALS})
+    synonyms = dict(SYNONYMS)
+    if of_clips:
+        asked = " ".join(template for templates in happenings.ASK.values() for template in templates).lower()
+        words = sorted({*words, *re.findall(r"[a-z]+", asked), *clips.DIRECTIONS, *SAID_OF_CLIPS})
+        synonyms["clip"] = "video|film|movie"
+        synonyms["picture"] += "|frame"
     special = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT]
     inside = [f"##{digit}" for digit in digits]
     pieces = dict.fromkeys([*special, "?", ".", ",", ":", *digits, *inside, *names, *words])
@@ -175,7 +190,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
-            *(normalizers.Replace(Regex(rf"\b(?:{others})\b"), word) for word, others in SYNONYMS.items()),
+            *(normalizers.Replace(Regex(rf"\b(?:{others})\b"), word) for word, others in synonyms.items()),
             normalizers.Replace("-", " "),
             normalizers.Replace("'s", " is"),
             # "dogs" is read as "dog": the world has no use for plurals of its own.

@@ -11,169 +11,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lessons import IGNORE, Lessons, keys
-from model import IMAGE, WIDTHS, make_model, make_processor
+from clip_lessons import ClipLessons, ClipPupil, clip_keys
+from lessons import Lessons, keys
+from model import WIDTHS, make_model, make_processor
+from pupils import Batch, CrossPupil, Pupil, plain_attention
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AttentionInterface,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    MllamaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-Batch = dict[str, torch.Tensor]
+from foveate.glimpse import PATH
+
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-
-
-class Pupil(nn.Module):
-    """The model with what only training needs.
-
-    Its vision half learns what lies on each patch *in the words of the language model*: the image tokens are
-    compared with the word embeddings (thing, detail, row, column), so that the language model, which shares
-    these embeddings, finds "dog", "top" and "left" in the image tokens from its first step. A throw-away head
-    makes CLS tell which things are in the picture, because pruning methods read the attention of CLS.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, lessons: Lessons) -> None:
-        super().__init__()
-        self.model = model
-        self.present = nn.Linear(model.config.text_config.hidden_size, len(lessons.names))
-        groups = (lessons.names, [], ["top", "middle", "bottom"], ["left", "center", "right"])
-        self.words = [[lessons.ids[word] for word in group] for group in groups]
-        self.words[1] = sorted(
-            set(range(model.config.text_config.vocab_size)) - {word for group in self.words for word in group}
-        )
-        self.register_buffer("prefix", torch.tensor(lessons.prefix()[:2]), persistent=False)
-
-    def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image tokens `(pictures, 144, hidden)` and the two last states of CLS `(pictures, 2, vision hidden)`.
-
-        pixels: `(batch, pictures of an example, 3, height, width)` in 0 to 255.
-        """
-        core = self.model.model
-        states = core.vision_tower(normal(pixels.flatten(0, 1)), output_hidden_states=True).hidden_states
-        return core.multi_modal_projector(states[-2][:, 1:]), torch.stack([states[-2][:, 0], states[-1][:, 0]], 1)
-
-    def vision_loss(self, tokens: torch.Tensor, cls: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """One loss each for things, details, rows, columns and CLS."""
-        embeddings = self.model.get_input_embeddings().weight
-        logits = (F.rms_norm(tokens.float(), tokens.shape[-1:]) @ embeddings.float().T).flatten(0, 1)
-        losses = {}
-        targets = batch["patches"].flatten(0, 1).unbind(1)
-        for name, words, target in zip(("thing", "detail", "row", "column"), self.words, targets, strict=True):
-            chosen = torch.full_like(logits[:1], float("-inf"))
-            chosen[:, words] = 0
-            loss = F.cross_entropy(logits + chosen, target.flatten(), ignore_index=IGNORE, reduction="sum")
-            losses[name] = loss / (target != IGNORE).sum().clamp(min=1)
-        guess = self.present(F.rms_norm(cls.float(), cls.shape[-1:]))
-        present = batch["present"].flatten(0, 1)[:, None].expand_as(guess)
-        losses["cls"] = F.binary_cross_entropy_with_logits(guess, present) * 10
-        return losses
-
-    def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of the answers and the share of answer tokens that are right."""
-        core = self.model.model
-        ids, turn = batch["ids"], batch["turn"]
-        tokens = tokens.reshape(len(ids), -1, tokens.shape[-1])
-        head = len(self.prefix) + tokens.shape[1]
-        embed = core.language_model.embed_tokens
-        start = embed(self.prefix).expand(len(ids), -1, -1)
-        inputs = torch.cat([start.to(tokens.dtype), tokens, embed(ids).to(tokens.dtype)], 1)
-
-        mask, positions = alone(turn, head)
-        hidden = core.language_model(
-            inputs_embeds=inputs, attention_mask=mask.to(tokens.dtype), position_ids=positions, use_cache=False
-        ).last_hidden_state
-        return self.score(hidden, head, batch)
-
-    def score(self, hidden: torch.Tensor, head: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `answer_loss` returns. hidden: of the whole sequence; head: tokens in front of the questions."""
-        target = batch["labels"][:, 1:]
-        asked = target != IGNORE
-        logits = self.model.lm_head(hidden[:, head:-1][asked]).float()
-        return F.cross_entropy(logits, target[asked]), (logits.argmax(-1) == target[asked]).float().mean()
-
-
-class CrossPupil(Pupil):
-    """The same for the model with cross-attention: its image tokens are keys of a few layers, and no part of a prompt.
-
-    It sees one picture at a time: nothing tells it which of several a feature belongs to.
-    """
-
-    def __init__(self, model: MllamaForConditionalGeneration, lessons: Lessons) -> None:
-        super().__init__(model, lessons)
-        self.register_buffer("prefix", torch.tensor([*lessons.prefix()[:2], lessons.ids[IMAGE]]), persistent=False)
-
-    def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        core, one = self.model.model, torch.ones(len(pixels), 1, dtype=torch.long, device=pixels.device)
-        seen = core.vision_model(normal(pixels.flatten(0, 1))[:, None, None], one, one[..., None]).last_hidden_state
-        features = core.multi_modal_projector(seen)[:, 0, 0]
-        return features, features[:, :1]
-
-    def vision_loss(self, tokens: torch.Tensor, cls: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return super().vision_loss(tokens[:, 1:], cls, batch)
-
-    def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        decoder, head = self.model.model.language_model, len(self.prefix)
-        mask, positions = alone(batch["turn"], head)
-        ids = torch.cat([self.prefix.expand(len(batch["ids"]), -1), batch["ids"]], 1)
-        looks = torch.ones(*ids.shape, 1, dtype=tokens.dtype, device=ids.device)
-        looks[:, : head - 1] = 0  # nothing is in sight in front of the picture
-        hidden = decoder(
-            inputs_embeds=decoder.embed_tokens(ids).to(tokens.dtype),
-            attention_mask=mask.to(tokens.dtype),
-            position_ids=positions,
-            cross_attention_states=tokens,
-            full_text_row_masked_out_mask=looks[:, None],
-            use_cache=False,
-        ).last_hidden_state
-        return self.score(hidden, head, batch)
-
-
-def normal(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (pictures, 3, height, width) in 0 to 255, as the image processors hand them to a model."""
-    return (pixels.float() / 255 - MEAN.to(pixels.device)) / DEVIATION.to(pixels.device)
-
-
-def alone(turn: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask and positions under which each question sees what is in front of all, and itself.
-
-    turn: (batch, n), the question that each token belongs to. head: tokens in front of all. Returns an additive mask
-    (batch, 1, head + n, head + n) and positions (batch, head + n).
-    """
-    turn = F.pad(turn, (head, 0))
-    order = torch.arange(turn.shape[1], device=turn.device)
-    visible = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
-    visible &= order[None] <= order[:, None]
-    mask = torch.zeros(visible.shape, device=turn.device).masked_fill_(~visible, -1e4)
-    begins = torch.where(turn[:, 1:] != turn[:, :-1], order[1:], 0).cummax(1).values
-    return mask[:, None], torch.where(turn == 0, order, order - F.pad(begins, (1, 0)) + head)
-
-
-def plain_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
-    """Attention in bfloat16 products, with an additive mask: on a CPU a third faster to train than sdpa."""
-    batch, heads, length, width = query.shape
-    groups, keys = key.shape[1:3]
-    rows = (query * scaling).reshape(batch * groups, -1, width).to(value.dtype)  # norms leave float32
-    key, value = (states.reshape(batch * groups, keys, width).to(value.dtype) for states in (key, value))
-    logits = torch.bmm(rows, key.transpose(1, 2)).view(batch, heads, length, keys)
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = logits.softmax(-1, dtype=logits.dtype).view(batch * groups, -1, keys)
-    mixed = torch.bmm(weights.to(value.dtype), value).view(batch, heads, length, width)
-    return mixed.transpose(1, 2).contiguous(), None
 
 
 def optimizers(pupil: Pupil, rate: float) -> list[torch.optim.Optimizer]:
@@ -192,10 +40,13 @@ def endless(processor: LlavaProcessor, options: argparse.Namespace, step: int) -
     """Batches of fresh examples, from some step on: silent ones first, then those with questions."""
     for silent, until in ((True, options.see_steps), (False, options.steps)):
         if step < until:
+            single = silent or options.size == "cross"
+            video = options.size == "video"
             yield from DataLoader(
-                Lessons(processor, silent),
+                (ClipLessons if video else Lessons)(processor, silent),
                 batch_sampler=[
-                    keys(s, options.batch, silent or options.size == "cross")[RANK::WORLD] for s in range(step, until)
+                    (clip_keys(s, options.batch) if video else keys(s, options.batch, single))[RANK::WORLD]
+                    for s in range(step, until)
                 ],
                 num_workers=options.workers,
                 prefetch_factor=4 if options.workers else None,
@@ -204,9 +55,13 @@ def endless(processor: LlavaProcessor, options: argparse.Namespace, step: int) -
 
 
 def begin_with(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Takes over the weights of an earlier model; its words keep what they mean, whatever their ids are now."""
+    """Takes over the weights of an earlier model; its words keep what they mean, whatever their ids are now.
+
+    Where it saw larger pictures, its embeddings of the places are reduced to as many as there are.
+    """
     earlier = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    known = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    own = (folder / "tokenizer.json").exists()  # the small model shares that of the other
+    known = PreTrainedTokenizerFast.from_pretrained(folder if own else PATH).get_vocab()
     shared = [(new, known[piece]) for piece, new in processor.tokenizer.get_vocab().items() if piece in known]
     new, old = torch.tensor(shared).T
     words = model.get_input_embeddings().weight.detach().clone()
@@ -215,7 +70,17 @@ def begin_with(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
     for name in weights:
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             weights[name] = words
+        if name.endswith("vision_tower.embeddings.position_embedding.weight"):
+            weights[name] = _places(weights[name], model.config.image_seq_length)
     model.load_state_dict(weights)
+
+
+def _places(embeddings: torch.Tensor, patches: int) -> torch.Tensor:
+    """Embeddings (1 + n, width) of CLS and a square of n patches, for a square of `patches` patches."""
+    cls, grid = embeddings[:1], embeddings[1:]
+    before, side = round(len(grid) ** 0.5), round(patches**0.5)
+    grid = grid.T.view(1, -1, before, before)
+    return torch.cat([cls, F.interpolate(grid, (side, side), mode="bilinear").flatten(2)[0].T])
 
 
 def share_gradients(pupil: Pupil) -> None:
@@ -240,7 +105,8 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         raise SystemExit("--begin-with takes over LLaVAs only: leave it out with --size cross")
     if options.begin_with:
         begin_with(model, processor, options.begin_with)
-    pupil = (CrossPupil if options.size == "cross" else Pupil)(model, Lessons(processor)).to(device)
+    kinds = {"cross": CrossPupil, "video": ClipPupil}
+    pupil = kinds.get(options.size, Pupil)(model, Lessons(processor)).to(device)
     AttentionInterface.register("plain", plain_attention)
     pupil.model.set_attn_implementation("plain")
     tools = optimizers(pupil, options.rate)
@@ -284,8 +150,8 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
             losses = pupil.vision_loss(tokens, cls, batch) if watched else {}
             loss = sum(losses.values(), torch.zeros((), device=device))
             if speaks:
-                losses["answer"], losses["right"] = pupil.answer_loss(tokens, batch)
-                loss = losses["answer"] + options.vision_weight * loss
+                losses |= (spoken := pupil.answer_loss(tokens, batch))
+                loss = spoken["answer"] + options.vision_weight * (loss + spoken.get("happens", 0))
         loss.backward()
         share_gradients(pupil)
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
@@ -328,7 +194,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the checkpoint, and of the model beside it")
-    add("--size", choices=WIDTHS, default="glimpse", help="which of the two models")
+    add("--size", choices=WIDTHS, default="glimpse", help="which of the models")
     add("--begin-with", type=Path, help="folder of an earlier model, whose weights are the first")
     add("--resume", action="store_true", help="go on from the checkpoint in the folder")
     add("--see-steps", type=int, default=700, help="steps of learning to see only")

@@ -24,6 +24,7 @@ from .methods.sparsevlm import SparseVLM
 from .methods.step_baselines import LastStep, Pages, PerTurn, RunningSum
 from .methods.topv import TopV
 from .methods.trimmed_llama import TrimmedLlama
+from .methods.videollm_mod import VideoLLMMoD
 from .methods.visionzip import VisionZip
 from .methods.visual_snapkv import VisualSnapKV
 from .methods.vtc_cls import VTCCLS
@@ -61,6 +62,7 @@ __all__ = [
     "TrimmedLlama",
     "Uniform",
     "UnsupportedError",
+    "VideoLLMMoD",
     "VisionZip",
     "VisualSnapKV",
     "ZipVL",

@@ -43,7 +43,9 @@ def pruned(family: str, batch: dict, method, decoding: dict, attn: str = "sdpa")
 # Elastic Cache -----------------------------------------------------------------------------------------------
 
 
-def image_spans(family: str, batch: dict, images: tuple[int, ...]) -> list[tuple[int, list[int], list[int]]]:
+def image_spans(
+    family: str, batch: dict, images: tuple[int, ...], seed: int = 0
+) -> list[tuple[int, list[int], list[int]]]:
     """Row, all tokens and choosable tokens of every image; newline tokens of tiled models are no choice."""
     tokens, model = image_tokens(batch), tiny.build(family)
     newline = getattr(model.model, "image_newline", None)
@@ -51,7 +53,7 @@ def image_spans(family: str, batch: dict, images: tuple[int, ...]) -> list[tuple
     if newline is not None:
         structure = (oracle.embedded(model, batch)[0] == newline).all(-1)
     spans = []
-    for b, counts in enumerate(tiny.image_counts(family, images)):
+    for b, counts in enumerate(tiny.image_counts(family, images, seed)):
         for span in tokens[b].nonzero().flatten().split(counts):
             spans.append((b, span.tolist(), span[~structure[b, span]].tolist()))
     return spans

@@ -83,6 +83,9 @@ def test_kept_tokens_and_bytes_are_those_of_the_shapes(measured):
             assert row["kept_tokens"] == kept
             full = {"fopru": 0, "fastv": 2}[row["method"]]  # layers in front of the drop
             assert row["kv_bytes"] == (full * 100 + (4 - full) * (64 + kept)) * entry
+            assert row["token_layers"] == (full + (4 - full) * kept / 36) / 4
+        else:
+            assert row["token_layers"] == 1
         assert row["ideal_kv_bytes"] == row["kv_bytes"]
         assert row["kv_share"] == row["kv_bytes"] / row["untouched_kv_bytes"]
         if row["keep"] == 1.0 or row["method"] == "plphp":
@@ -187,6 +190,8 @@ def watch_lengths(bench, run):
     [
         (foveate.FoPru(keep=9), [73, 73, 73, 73], [73, 73, 73, 73]),
         (foveate.FastV(keep=9, layer=2), [100, 100, 73, 73], [100, 100, 73, 73]),
+        (foveate.VideoLLMMoD(keep=9, router="uniform"), [100, 73, 100, 73], [100, 73, 100, 73]),
+        (foveate.VideoLLMMoD(keep=9, router="uniform", layers=(0, 2)), [73, 100, 73, 100], [73, 100, 73, 100]),
         (foveate.get_method("visual_snapkv", keep=9), [100, 100, 100, 100], [73, 73, 73, 73]),
     ],
 )
@@ -210,6 +215,12 @@ def test_the_ideal_has_as_many_tokens_in_every_layer_as_the_method(method, compu
     with ideal(it.family, it.base, plan):
         pass
     assert torch.equal(generate(), plain) and not it.base.language_model._forward_pre_hooks
+
+
+def test_image_tokens_pass_through_a_share_of_the_layers():
+    row = bench().measure(foveate.VideoLLMMoD(keep=9, router="uniform"))
+    assert row["token_layers"] == (2 + 2 * 9 / 36) / 4 and row["kept_tokens"] == 9
+    assert row["kv_bytes"] == row["ideal_kv_bytes"] == (2 * 100 + 2 * 73) * 2 * 2 * 16 * 4
 
 
 def test_budgets_of_their_own_in_each_layer_reach_the_ideal():

@@ -11,11 +11,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
+from clip_lessons import TEXT as CLIP_TEXT
+from clip_lessons import ClipLessons, ClipPupil, clip_keys
 from lessons import GRID, IGNORE, TEXT, Lessons, keys
-from model import WIDTHS, make_model, make_processor
-from train import CrossPupil, Pupil, begin_with, parse, train
+from model import IMAGE, WIDTHS, make_model, make_processor
+from pupils import CrossPupil, Pupil
+from train import begin_with, parse, train
 
 from foveate.evaluation import answer
+from foveate.glimpse import SMALL_PATH, clips
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +70,42 @@ def test_an_earlier_model_hands_over_what_its_words_mean(processor, tmp_path):
     assert torch.equal(model.model.vision_tower.post_layernorm.weight, earlier.model.vision_tower.post_layernorm.weight)
 
 
+def test_what_a_model_knew_of_places_is_reduced_to_the_places_of_a_frame():
+    processor = make_processor("video")
+    model = make_model(processor, "video")
+    begin_with(model, processor, SMALL_PATH)
+    earlier = AutoModelForImageTextToText.from_pretrained(SMALL_PATH, dtype=torch.float32)
+    theirs, ours = (m.model.vision_tower.embeddings.position_embedding.weight for m in (earlier, model))
+    assert torch.equal(ours[0], theirs[0])
+    # the fourth of 8 rows and columns has its middle at 3.5 / 8 = 5.25 / 12: between two of 12
+    before = theirs[1:].view(12, 12, -1)
+    near = [((4, 0.25), (5, 0.75)), ((4, 0.25), (5, 0.75))]
+    mixed = sum(a * b * before[i, j] for i, a in near[0] for j, b in near[1])
+    torch.testing.assert_close(ours[1 + 3 * 8 + 3], mixed)
+
+
+def stirred(pupil):
+    """With large random weights, so that everything matters."""
+    torch.manual_seed(0)
+    for parameter in pupil.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return pupil.eval()
+
+
 @pytest.mark.parametrize(("size", "pictures"), [("glimpse", 1), ("glimpse", 2), ("glimpse", 3), ("cross", 1)])
 def test_an_example_trains_what_a_chat_asks(size, pictures):
     """The answers' loss in a packed example is the mean loss of its talks, each as a chat of its own."""
     processor = make_processor(size)
     lessons = Lessons(processor)
     example = lessons[0, pictures]
-    pupil = (CrossPupil if size == "cross" else Pupil)(make_model(processor, size), lessons).eval()
-    torch.manual_seed(0)
-    for parameter in pupil.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+    pupil = stirred((CrossPupil if size == "cross" else Pupil)(make_model(processor, size), lessons))
     batch = {name: value[None] for name, value in example.items()}
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in example["pixels"]]
     losses, counts = [], []
     with torch.no_grad():
         tokens, _ = pupil.see(batch["pixels"])
-        packed, _ = pupil.answer_loss(tokens, batch)
+        packed = pupil.answer_loss(tokens, batch)["answer"]
         for turn in range(1, int(example["turn"].max()) + 1):
             own = example["turn"] == turn
             question = processor.tokenizer.decode(example["ids"][own])
@@ -98,6 +121,59 @@ def test_an_example_trains_what_a_chat_asks(size, pictures):
     weights = torch.stack(counts).float()
     plain = (torch.stack(losses) * weights).sum() / weights.sum()
     torch.testing.assert_close(packed, plain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("number", [1, 0])
+def test_an_example_of_a_clip_trains_what_a_chat_asks(number):
+    """The same where a clip is watched in parts: what was asked between them stands in front of all later questions."""
+    processor = make_processor("video")
+    lessons = ClipLessons(processor)
+    example = lessons[number, 4]
+    pupil = stirred(ClipPupil(make_model(processor, "video"), lessons))
+    ids, labels, turn = (example[name] for name in ("ids", "labels", "turn"))
+    pauses = int((ids[turn == 0] == processor.tokenizer.eos_token_id).sum())
+    assert pauses == (2 if number == 0 else 0)
+    batch = {name: value[None] for name, value in example.items()}
+    losses, counts = [], []
+    with torch.no_grad():
+        tokens, _ = pupil.see(batch["pixels"])
+        packed = pupil.answer_loss(tokens, batch)
+        pixels = processor.image_processor(list(example["pixels"]), return_tensors="pt")["pixel_values"]
+        for own in range(1, int(turn.max()) + 1):
+            chat = (turn == 0) | (turn == own)
+            asked = torch.where(turn == own, labels, IGNORE) if own > 1 else labels  # the shared part counts once
+            losses.append(pupil.model(input_ids=ids[chat][None], pixel_values=pixels, labels=asked[chat][None]).loss)
+            counts.append((asked[chat] != IGNORE).sum())
+    weights = torch.stack(counts).float()
+    plain = (torch.stack(losses) * weights).sum() / weights.sum()
+    torch.testing.assert_close(packed["answer"], plain, atol=1e-3, rtol=1e-3)
+    assert packed["happens"] > 0
+
+
+def test_examples_of_clips_say_what_has_happened_so_far():
+    processor = make_processor("video")
+    lessons = ClipLessons(processor)
+    seen = set()
+    for number, frames in [key for step in range(10) for key in clip_keys(step, 16)]:
+        example, again = lessons[number, frames], lessons[number, frames]
+        assert all(torch.equal(example[name], again[name]) for name in example)
+        assert example["ids"].shape == (2 + frames * clips.TOKENS + CLIP_TEXT,)
+        assert int((example["ids"] == lessons.ids[IMAGE]).sum()) == frames * clips.TOKENS
+        assert processor.tokenizer.unk_token_id not in example["ids"]
+        happens, things = example["happens"], example["patches"][:, 0]
+        assert happens.shape == (frames, clips.TOKENS) == things.shape
+        assert (happens[0] == IGNORE).all()
+        assert ((happens[1:] != IGNORE) == (things[1:] != lessons.ids["nothing"])).all(), "where a thing is"
+        seen |= set(happens.flatten().tolist())
+    named = {processor.tokenizer.convert_ids_to_tokens(word) for word in seen - {IGNORE}}
+    assert named == {*clips.DIRECTIONS, "appears", "turns", "nothing"}
+
+
+def test_steps_of_clips_have_about_as_many_frames_and_all_lengths():
+    steps = [clip_keys(step, 64) for step in range(10)]
+    assert {frames for step in steps for _, frames in step} == set(clips.LENGTHS)
+    assert all(56 < sum(frames for _, frames in step) <= 64 for step in steps)
+    assert len({number for step in steps for number, _ in step}) == sum(map(len, steps))
 
 
 def test_examples_have_one_shape_and_one_seed(processor):

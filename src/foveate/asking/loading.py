@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 GLIMPSE = "glimpse"
 GLIMPSE_CROSS = "glimpse-cross"
-BUILT_IN = (GLIMPSE, GLIMPSE_CROSS)  # models that foveate brings
+GLIMPSE_VIDEO = "glimpse-video"
+BUILT_IN = (GLIMPSE, GLIMPSE_CROSS, GLIMPSE_VIDEO)  # models that foveate brings
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -70,8 +71,8 @@ def built_in(model: str, dtype: str) -> tuple[str, str]:
     # So small a model is fastest on one thread: more of them wait for each other longer than they compute.
     torch.set_num_threads(1)
     # bf16, in which its weights are stored, is slow on many CPUs.
-    folder = glimpse.PATH if model == GLIMPSE else glimpse.CROSS_PATH
-    return str(folder), "float32" if dtype == "auto" else dtype
+    folders = {GLIMPSE: glimpse.PATH, GLIMPSE_CROSS: glimpse.CROSS_PATH, GLIMPSE_VIDEO: glimpse.VIDEO_PATH}
+    return str(folders[model]), "float32" if dtype == "auto" else dtype
 
 
 def resolve_device(name: str) -> str:

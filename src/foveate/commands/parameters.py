@@ -9,7 +9,9 @@ from foveate.asking.loading import DTYPES
 SEEDS = 2**63 - 1  # the most that torch takes
 
 Words = Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False)]
-Model = Annotated[str, typer.Option(help="glimpse or glimpse-cross (built in), a hub id, or a model folder.")]
+Model = Annotated[
+    str, typer.Option(help="glimpse, glimpse-cross or glimpse-video (built in), a hub id, or a model folder.")
+]
 Together = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="See: foveate methods. May be repeated; a+b applies two of them together."),

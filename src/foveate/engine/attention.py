@@ -67,6 +67,12 @@ class Attention:
         """What this layer shows a method of these images. slots: (groups, n) the key of each of their tokens, or -1."""
         forward, stream = self.forward, self.forward.streams["self"]
         samples = torch.arange(forward.ids.shape[0], device=forward.ids.device)
+        last = stream.rows_of(forward.last(), samples)
+        if forward.waits and bool((last < 0).any()):
+            raise UnsupportedError(
+                f"the prompt ends with an image token that skips layer {self.index}, where a method reads what the "
+                "last token looks at: end the prompt with words, or use either method alone"
+            )
         guidance = forward.guidance
         if guidance is not None:
             at = (groups.positions + forward.past).clamp(min=0)
@@ -78,7 +84,7 @@ class Attention:
             key=self.key,
             scaling=self.scaling,
             visible=forward.visible(self.layer, self.key.shape[2]),
-            last=stream.rows_of(forward.last(), samples),
+            last=last,
             text=stream.rows_of(forward.text, samples),
             layer=self.index,
             depth=len(forward.target.kinds),

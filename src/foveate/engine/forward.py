@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,18 @@ from .cache import PrunedLayer
 from .images import EncodedImage, group_images
 from .rows import Rows, Stream, compact, gather_rows
 from .target import Target
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """What waits behind a layer that not all rows go through: hidden states (batch, rows, d) in front of it, which of
+    these rows went in, (batch, width), and what was known of the pass before."""
+
+    hidden: Tensor
+    source: Tensor
+    rows: Rows | None
+    groups: ImageGroups | None
+    embeddings: tuple[Any, Any] | None
 
 
 class Forward:
@@ -54,6 +67,8 @@ class Forward:
         self.peeks = False
         self.outer: Forward | None = None
         self._pending: Tensor | None = None
+        self._through: Tensor | None = None
+        self._aside: _Aside | None = None
         self._embeddings: tuple[Any, Any] | None = None
 
     def unhook(self) -> None:
@@ -154,6 +169,15 @@ class Forward:
 
     # -- rows -------------------------------------------------------------------------------------------------
 
+    def without(self, chosen: Tensor) -> Tensor:
+        """bool (batch, q): what is still computed, but no image token where `chosen` (bool, (groups, n)) is False."""
+        groups = self.groups
+        assert groups is not None
+        gone = torch.zeros(self.ids.shape[0], self.queries + 1, dtype=torch.bool, device=chosen.device)
+        # Padding points one past the end.
+        gone[groups.row.unsqueeze(1), torch.where(groups.present, groups.positions, self.queries)] = ~chosen
+        return self.streams["self"].alive(self.valid()) & ~gone[:, :-1]
+
     def drop(self, keep: Tensor, stage: bool = False) -> None:
         """Let only the rows where `keep` (bool, (batch, q)) go on, from the next layer.
 
@@ -163,6 +187,16 @@ class Forward:
         keep = keep.scatter(1, self.last().unsqueeze(1), True) & self.valid()
         self._pending = keep
         self._narrow(keep, stage)
+
+    def step_aside(self, through: Tensor) -> None:
+        """Let only the rows where `through` (bool, (batch, q)) go through the next layer; the others wait behind it,
+        for `rejoin`."""
+        self._through = through
+
+    @property
+    def waits(self) -> bool:
+        """Whether rows wait behind the layer at hand."""
+        return self._aside is not None
 
     def _narrow(self, keep: Tensor, stage: bool = False) -> None:
         """Let methods choose among the image tokens where `keep` (bool, (batch, q)) only."""
@@ -189,6 +223,14 @@ class Forward:
             source = self.streams["self"].narrow(keep, self.valid())
             if source is not None:
                 hidden, self._embeddings = gather_rows(hidden, source), None
+        if self._through is not None:
+            through, self._through = self._through, None
+            rows, stream = self.rows, self.streams["self"]
+            source = stream.narrow(through, self.valid())
+            if source is not None:
+                self._aside = _Aside(hidden, source, rows, self.groups, self._embeddings)
+                self._narrow(through)
+                hidden, self._embeddings = gather_rows(hidden, source), None
         if self.rows is None:
             return hidden, kwargs
         if self._embeddings is None or self._embeddings[0] is not kwargs["position_embeddings"]:
@@ -198,6 +240,17 @@ class Forward:
         # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
         beside = {"position_embeddings": self._embeddings[1], "position_ids": None, "attention_mask": None}
         return hidden, {**kwargs, **beside}
+
+    def rejoin(self, hidden: Tensor) -> Tensor:
+        """Behind a layer: put what it made, (batch, rows, d), among what waited, which comes back as it was."""
+        aside, self._aside = self._aside, None
+        if aside is None:
+            return hidden
+        assert self.rows is not None
+        if self.rows.ragged:  # a filler is a copy of a row that waited
+            hidden = hidden.where(self.rows.real.unsqueeze(-1), gather_rows(aside.hidden, aside.source))
+        self.streams["self"].rows, self.groups, self._embeddings = aside.rows, aside.groups, aside.embeddings
+        return aside.hidden.scatter(1, aside.source.unsqueeze(-1).expand_as(hidden), hidden)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """What the model does to hidden states behind its last layer."""

@@ -266,7 +266,7 @@ class Pruned(NotPickled):
             cache = new_cache(self.decoder.config)
         if cache is not None:
             adopt_cache(cache, self._target.kinds)
-        elif call.brings_images and (names := [m.name for m in self.methods if m.place != "encoder"]):
+        elif call.brings_images and (names := [m.name for m in self.methods if m.place not in ("encoder", "depth")]):
             raise UnsupportedError(f"{', '.join(names)} needs the KV cache: call the model with use_cache=True")
         return cache
 
@@ -294,12 +294,11 @@ class Pruned(NotPickled):
     # -- in front of, inside and behind the decoder layers ----------------------------------------------------
 
     def _watch_layers(self, forward: Forward) -> None:
-        """Let the places act in front of the layers, in this forward only: decoding steps do without these hooks."""
-        before = functools.partial(self._before_layer, forward)
-        forward.hooks = [
-            layer.register_forward_pre_hook(functools.partial(before, index), with_kwargs=True)
-            for index, layer in enumerate(self.decoder.layers)
-        ]
+        """Let the places act around the layers, in this forward only: decoding steps do without these hooks."""
+        before, behind = (functools.partial(hook, forward) for hook in (self._before_layer, self._behind_layer))
+        for index, layer in enumerate(self.decoder.layers):
+            forward.hooks.append(layer.register_forward_pre_hook(functools.partial(before, index), with_kwargs=True))
+            forward.hooks.append(layer.register_forward_hook(functools.partial(behind, index)))
         forward.hooks.append(
             self._target.norm.register_forward_hook(  # type: ignore[union-attr]
                 functools.partial(self._after_layers, forward)
@@ -322,6 +321,13 @@ class Pruned(NotPickled):
         for action in forward.actions:
             action.entering(index, hidden)
         return (hidden, *args[1:]), kwargs
+
+    def _behind_layer(self, forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
+        if active.forward is not forward:
+            return None
+        for action in forward.actions:
+            hidden = action.behind_layer(index, hidden)
+        return hidden
 
     def _after_layers(self, forward: Forward, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
         if active.forward is not forward:

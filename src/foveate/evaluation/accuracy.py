@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from foveate.asking.mistake import Mistake
+from foveate.glimpse.happenings import CLIP_KINDS, STILL
 
 from .cost import prefill_flops
 from .results import Results, Row, write_csv
@@ -38,6 +39,8 @@ GROUPS = {
     "one_word": ("exists", "count", "total", "colour", "word", "which"),
     "more_words": ("what", "where", "number", "describe", "list", "line", "compare", "both", "again", "each"),
 }
+# Of its kinds of questions about clips: those that one frame cannot answer, and those that any frame answers.
+CLIP_GROUPS = {"time": tuple(kind for kind in CLIP_KINDS if kind not in STILL), "still": STILL}
 
 
 Answered = tuple[list[str], Row]

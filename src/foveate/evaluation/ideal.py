@@ -133,9 +133,10 @@ class _Shortened:
         if plan.kinds[index] == "cross":
             return self._cross(index) if plan.held[index] < plan.features else None
         first = self.first
-        if (plan.computed[index], plan.held[index]) == (plan.computed[first], plan.held[first]):
-            return None
-        return self._self(index)
+        before = next((plan.computed[i] for i in range(index - 1, first, -1) if plan.kinds[i] == "self"), None)
+        alike = (plan.computed[index], plan.held[index]) == (plan.computed[first], plan.held[first])
+        # What comes from a shorter layer must grow again.
+        return None if alike and before in (None, plan.computed[index]) else self._self(index)
 
     def _self(self, index: int) -> Any:
         computed, start = self.plan.computed[index], self.plan.start

@@ -15,6 +15,7 @@ from PIL import Image
 
 from foveate.asking.mistake import Mistake
 from foveate.asking.pictures import open_picture
+from foveate.glimpse.world import Question
 
 from .scores import exact_match
 
@@ -49,9 +50,13 @@ def from_glimpse(count: int, kinds: Sequence[str] | None = None, first: int = 0)
     """`count` held-out questions of glimpse from number `first` on, all kinds (or those given) in turn."""
     from foveate import glimpse
 
+    return as_items(glimpse.heldout(count, kinds=kinds or glimpse.KINDS, first=first))
+
+
+def as_items(questions: Sequence[Question]) -> list[Item]:
+    """Questions of glimpse, as a model is asked them."""
     return [
-        Item(q.images, q.question, (q.answer,), q.kind, before=tuple(asked for asked, _ in q.before))
-        for q in glimpse.heldout(count, kinds=kinds or glimpse.KINDS, first=first)
+        Item(q.images, q.question, (q.answer,), q.kind, before=tuple(asked for asked, _ in q.before)) for q in questions
     ]
 
 

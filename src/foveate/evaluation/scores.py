@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from foveate.glimpse.happenings import CLIP_KINDS
 from foveate.glimpse.world import KINDS, Question
 
 
@@ -29,7 +30,8 @@ def score(predictions: Sequence[str], questions: Sequence[Question]) -> dict[str
         hit = exact_match(prediction, question.answer)
         for group in (question.kind, "all"):
             hits.setdefault(group, []).append(hit)
-    return {kind: float(np.mean(hits[kind])) for kind in (*KINDS, "all") if kind in hits}
+    kinds = dict.fromkeys([*KINDS, *CLIP_KINDS, "all"])  # some are kinds of both worlds
+    return {kind: float(np.mean(hits[kind])) for kind in kinds if kind in hits}
 
 
 def majority(questions: Sequence[Question]) -> list[str]:

@@ -62,6 +62,20 @@ class Case:
         return {prefix + name: value for name, value in row.items()}
 
 
+def token_layers(report: Any, place: str) -> float:
+    """Through how many of the layers an image token goes in the prefill, mean over all, as a share of the layers.
+
+    report: of a run with `record=True`. place: where the method acts.
+    """
+    if place in ("cache", "logits"):  # every token goes through all layers, whatever attends
+        return 1.0
+    kind = "cross" if any(layer.kind == "cross" for layer in report.layers) else "self"
+    layers = [layer.seen[:, 0] for layer in report.layers if layer.kind == kind]
+    places = [(row, image.positions) for row, images in enumerate(report.image_tokens) for image in images]
+    passed = sum(int(seen[row, at.to(seen.device)].sum()) for seen in layers for row, at in places)
+    return passed / (len(layers) * sum(len(at) for _, at in places))
+
+
 class Bench:
     """A model and its inputs at one batch size.
 
@@ -113,6 +127,7 @@ class Bench:
             "image_tokens": images[0][0],
             "kept_tokens": sum(kept for _, kept in images) / len(images),
             "kept_share": sum(kept for _, kept in images) / sum(tokens for tokens, _ in images),
+            "token_layers": token_layers(report, method.place),
             "kv_share": pruned.kv_bytes / untouched.kv_bytes,
             "read_share": (1.0 if report.decoding is None else report.decoding.share)
             * pruned.kv_bytes

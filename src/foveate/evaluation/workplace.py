@@ -11,6 +11,7 @@ from foveate.asking.loading import (
     BUILT_IN,
     GLIMPSE,
     GLIMPSE_CROSS,
+    GLIMPSE_VIDEO,
     built_in,
     check_dtype,
     hush,
@@ -24,8 +25,8 @@ from foveate.asking.options import Variant, parse_keeps, variants
 from foveate.asking.subject import fingerprints
 from foveate.methods.places import PLACES
 
-from .accuracy import BASELINES, GROUPS, MATCHES
-from .questions import FILE, draw, from_folder, from_glimpse
+from .accuracy import BASELINES, CLIP_GROUPS, GROUPS, MATCHES
+from .questions import FILE, as_items, draw, from_folder, from_glimpse
 from .results import Row
 from .runner import Batches
 
@@ -108,7 +109,10 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
         settings["guide"] = options.guide
     settings |= fingerprints(model, options.guide)
     bad: list[tuple[int, str]] = []
-    if data in (None, GLIMPSE):
+    if data is None and model == GLIMPSE_VIDEO:
+        settings |= {"data": f"{GLIMPSE} clips {glimpse.CLIPS_VERSION}", "count": count or COUNT}
+        items, groups = as_items(glimpse.heldout_clips(count or COUNT)), CLIP_GROUPS
+    elif data in (None, GLIMPSE):
         kinds = glimpse.ONE_PICTURE if model == GLIMPSE_CROSS else glimpse.KINDS
         settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}
         items, groups = from_glimpse(count or COUNT, kinds), GROUPS

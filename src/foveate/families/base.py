@@ -25,7 +25,7 @@ class Family:
     model_type: ClassVar[str]
     summary: ClassVar[str]
     examples: ClassVar[tuple[str, ...]]
-    places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "cache", "decode", "logits"})
+    places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "depth", "cache", "decode", "logits"})
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
 

@@ -24,14 +24,17 @@ def render(scene: Scene, size: int = SIZE) -> Image.Image:
     return picture
 
 
-def coverage(scene: Scene) -> np.ndarray:
-    """Which thing lies on each patch: `(12, 12)` indices into `scene.things`, -1 where there is none."""
-    side = SIZE // PATCH
+def coverage(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """Which thing lies on each patch of a picture of `size` x `size` pixels.
+
+    Returns `(size / 14, size / 14)` indices into `scene.things`, -1 where there is none.
+    """
+    side = size // PATCH
     owner = np.full((side, side), -1, np.int64)
     for thing in _bottom_up(scene):
-        stamp = _stamp(thing, SIZE)
-        layer = Image.new("L", (SIZE, SIZE))
-        layer.paste(stamp.getchannel("A"), _corner(thing, stamp, SIZE))
+        stamp = _stamp(thing, size)
+        layer = Image.new("L", (size, size))
+        layer.paste(stamp.getchannel("A"), _corner(thing, stamp, size))
         share = np.asarray(layer.reduce(PATCH), np.float32) / 255
         owner[share > (0.02 if thing.kind in PRINTED else 0.25)] = scene.things.index(thing)
     return owner

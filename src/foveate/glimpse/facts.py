@@ -92,9 +92,9 @@ def facts(scene: Scene, rng: np.random.Generator) -> Iterator[Fact]:
     if empty := _empty(scene):
         yield _ask(rng, "what", place(int(rng.choice(empty))), "nothing")
     for kind in dict.fromkeys(countable):
-        yield _ask(rng, "exists", kind, "yes", _with_article(kind))
+        yield _ask(rng, "exists", kind, "yes", with_article(kind))
         other = _absent(kinds, rng)
-        yield _ask(rng, "exists", other, "no", _with_article(other))
+        yield _ask(rng, "exists", other, "no", with_article(other))
         yield _ask(rng, "count", kind, str(kinds.count(kind)), plural(kind))
     stranger = _absent(kinds, rng)
     yield _ask(rng, "count", stranger, "0", plural(stranger))
@@ -126,9 +126,9 @@ def across(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[Fact]:
     for index, own in enumerate(kinds):
         for kind in dict.fromkeys(own):
             if all(kind not in other for other in kinds[:index] + kinds[index + 1 :]):
-                yield _ask(rng, "which", kind, ORDINALS[index], _with_article(kind))
+                yield _ask(rng, "which", kind, ORDINALS[index], with_article(kind))
     stranger = _absent(every, rng)
-    yield _ask(rng, "which", stranger, "none", _with_article(stranger))
+    yield _ask(rng, "which", stranger, "none", with_article(stranger))
     lines = {thing.cell // 3 for scene in scenes for thing in scene.things if thing.kind == "line"}
     cells = [cell for cell in range(9) if cell // 3 not in lines]
     weights = np.array([1.0 + 4 * sum(_at(scene, cell) != "nothing" for scene in scenes) for cell in cells])
@@ -191,5 +191,6 @@ def _absent(kinds: Sequence[str], rng: np.random.Generator) -> str:
             return kind
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
+    """As in "a dog", "an owl"."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -18,7 +18,7 @@ from .budgets import check_keep, check_range, floor_budget, scaled_layers, token
 from .host import Host
 from .tokens import EncoderTokens, ImageGroups, LayerTokens
 
-Place = Literal["encoder", "layer", "cache", "decode", "cross", "logits"]
+Place = Literal["encoder", "layer", "depth", "cache", "decode", "cross", "logits"]
 CONFIG_NAME = "foveate_config.json"
 
 
@@ -187,6 +187,34 @@ class LayerMethod(Method):
     def merge(self, tokens: LayerTokens, keep: Tensor) -> Tensor | None:
         """Hidden states the tokens go on with: (groups, n, hidden), read where `keep` is True; None for their own."""
         return None
+
+
+@dataclass
+class DepthMethod(Method):
+    """Lets only some image tokens go through certain decoder layers; the others skip such a layer and come back as they
+    were. A routed layer holds keys and values of what went through it, and of the text, alone.
+
+    `keep` is what goes through a routed layer.
+    """
+
+    place: ClassVar[Place] = "depth"
+
+    @property
+    def only_drops(self) -> bool:
+        return False
+
+    @abstractmethod
+    def routed(self, depth: int) -> tuple[int, ...]:
+        """The routed layers, ascending, each in [0, depth - 1]. depth: decoder layers of the model."""
+
+    @abstractmethod
+    def select(self, states: Tensor, groups: ImageGroups, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Which tokens go through a layer, and how much of what it adds to them they take.
+
+        states: (groups, n, hidden) in front of the layer, without meaning at padding. layer: which one.
+        Returns bool (groups, n), and a weight (groups, n): a token h leaves the layer as h + weight * (layer(h) - h);
+        None for 1 everywhere.
+        """
 
 
 @dataclass

@@ -3,6 +3,7 @@
 PLACES = {
     "encoder": "before the LLM",
     "layer": "inside the LLM",
+    "depth": "around layers of the LLM",
     "cache": "in the KV cache",
     "decode": "in what a decoding step reads",
     "cross": "in cross-attention",

@@ -54,7 +54,9 @@ class Plugin:
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-            options = json.loads(header["options"])
+            # JSON knows no tuples.
+            written = json.loads(header["options"]).items()
+            options = {name: tuple(value) if isinstance(value, list) else value for name, value in written}
             return cls(path, header["method"], header["model_type"], header["fingerprint"], options)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read the weights {path}: {' '.join(str(error).split())}") from error

@@ -3,6 +3,7 @@
 from .cache import CachePlace
 from .cross import CrossPlace
 from .decode import DecodePlace
+from .depth import DepthPlace
 from .encoder import EncoderPlace
 from .guide import GuidePlace
 from .layer import LayerPlace
@@ -16,6 +17,7 @@ PLACES: tuple[type[Place], ...] = (
     LogitsPlace,
     EncoderPlace,
     LayerPlace,
+    DepthPlace,
     CachePlace,
     DecodePlace,
     CrossPlace,

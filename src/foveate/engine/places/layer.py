@@ -107,10 +107,7 @@ class LayerAction(Action):
             room = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
             room[tokens.groups.row.unsqueeze(1), at] = states.to(hidden.dtype)
             hidden = room[:, :-1]
-        gone = torch.zeros(forward.ids.shape[0], forward.queries + 1, dtype=torch.bool, device=hidden.device)
-        positions = torch.where(groups.present, groups.positions, forward.queries)
-        gone[groups.row.unsqueeze(1), positions] = ~chosen
-        forward.drop(forward.streams["self"].alive(forward.valid()) & ~gone[:, :-1], stage=True)
+        forward.drop(forward.without(chosen), stage=True)
         if index == stages[-1]:
             self.embedded = None
         return hidden

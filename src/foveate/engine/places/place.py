@@ -46,6 +46,10 @@ class Action:
     def entering(self, index: int, hidden: Tensor) -> None:
         """Behind what was dropped there: hidden states (batch, rows, d) as the layer gets them."""
 
+    def behind_layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Behind a decoder layer, in passes that bring images. hidden: (batch, rows, d), what it made; returns them."""
+        return hidden
+
     def attends(self, attention: Attention) -> bool:
         """Whether this action takes part in a layer's attention."""
         return False

@@ -1,0 +1,167 @@
+"""VisToG: learned semantic tokens read the picture beside its patches, and gather them into groups before the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from ..errors import UnsupportedError
+from . import register
+from .base import EncoderMethod
+from .host import Host
+from .tokens import EncoderTokens
+from .trained import TrainedMethod
+
+
+def affinity(query: Tensor, key: Tensor) -> Tensor:
+    """How well each patch fits each group: their scaled product.
+
+    query: (tiles, m, d), of the semantic tokens. key: (tiles, n, d), of the patches. Returns (tiles, m, n).
+    """
+    return query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+
+def members(affinities: Tensor) -> Tensor:
+    """Each patch joins the group it fits best, the first of several. affinities: (tiles, m, n). Returns bool alike."""
+    groups = torch.arange(affinities.shape[-2], device=affinities.device).unsqueeze(-1)
+    return affinities.argmax(-2, keepdim=True) == groups
+
+
+def mean_of_members(joins: Tensor, values: Tensor, eps: float = 1.0) -> Tensor:
+    """The sum of each group's values over its size plus eps, so that small groups speak softly and empty ones not.
+
+    joins: (tiles, m, n), 1 where a patch is in a group and else 0. values: (tiles, n, d). Returns (tiles, m, d).
+    """
+    return joins @ values / (joins.sum(-1, keepdim=True) + eps)
+
+
+def centroids(affinities: Tensor) -> Tensor:
+    """The patch whose place each group takes: of its members the one that fits best, the first of several.
+
+    Empty groups take the patches that are left, in order. affinities: (tiles, m, n), m <= n. Returns int64 (tiles, m),
+    no patch twice.
+    """
+    tiles, _, n = affinities.shape
+    joins = members(affinities)
+    filled = joins.any(-1)
+    best = affinities.masked_fill(~joins, -torch.inf).argmax(-1)
+    taken = torch.zeros(tiles, n + 1, dtype=torch.uint8, device=best.device).scatter(1, best.where(filled, n), 1)
+    left = taken[:, :n].argsort(dim=1, stable=True)
+    return best.where(filled, left.gather(1, ((~filled).cumsum(-1) - 1).clamp(min=0)))
+
+
+@register("vistog")
+@dataclass
+class VisToG(TrainedMethod, EncoderMethod):
+    """Learned semantic tokens read the frozen encoder's patches, and every patch joins one of them.
+
+    The semantic tokens go through the vision encoder beside the patches, which do not see them. In one grouping layer
+    behind it each patch joins the semantic token that it fits best; the mean of a group's members, projected, is added
+    to its semantic token, and goes to the LLM through a copy of the projector that was trained along. The LLM and the
+    encoder are those of the model, untouched. Tiled models: every tile has all the groups. A tile of no more tokens
+    than groups stays as it is, and what carries structure (newlines, a [CLS] that is handed on) stays beside them.
+
+    keep: how many semantic tokens there are, an int: what each tile (of a model without tiles, each image) becomes. The
+        weights fix it; 16 is this library's default, a ninth of glimpse's tokens. The paper's numbers are not known
+        here.
+    grouping: hard, every patch in one group, as the paper has it; soft, each semantic token attends to all patches
+        (cross-attention), for comparison. The weights fix it.
+    carriers: where the groups stand. centroid: at the place of the patch that fits best, so that positions still say
+        where; first: at the tile's first tokens. The weights fix it; centroid is this library's default.
+    weights: a file that training/vistog.py wrote, or its folder; None for those that come with the library, for
+        glimpse.
+
+    Source: VisToG, arXiv 2411.17773: semantic tokens with isolated attention, one grouping layer. The layer's
+    arithmetic is that of GroupViT, arXiv 2202.11094, in transformers; the MLP behind it is left to the projector here.
+    The paper trains the LLM along; these weights are trained alone.
+    """
+
+    summary = "learned semantic tokens gather the patches into groups, before the LLM"
+    source = "VisToG, arXiv 2411.17773"
+    reads = frozenset({"readers", "states", "features"})
+    fixed = ("keep", "grouping", "carriers")
+
+    keep: float | int = 16
+    grouping: Literal["hard", "soft"] = "hard"
+    carriers: Literal["centroid", "first"] = "centroid"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.keep, int):
+            raise ValueError(f"keep must be an int for vistog, as many groups as it was trained with; got {self.keep}")
+        for name, choices in (("grouping", ("hard", "soft")), ("carriers", ("centroid", "first"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+
+    def initial(self, host: Host) -> dict[str, Tensor]:
+        projector = host.projector()
+        width = next((weight.shape[1] for weight in projector.values() if weight.ndim > 1), None)
+        if width is None:
+            raise UnsupportedError(f"vistog needs a projector that works token by token, which {host.model_type} lacks")
+        device = host.device
+        weights = {f"projector.{name}": weight for name, weight in projector.items()}
+        weights["seeds"] = 0.02 * torch.randn(int(self.keep), width, device=device)
+        # As nothing was learned yet, patches join the semantic token that they resemble, and outweigh it.
+        for name, scale in (("query", 1.0), ("key", 1.0), ("value", 1.0), ("out", 3.0)):
+            weights[f"{name}.weight"] = scale * torch.eye(width, device=device)
+            weights[f"{name}.bias"] = torch.zeros(width, device=device)
+        for name in ("group_norm", "patch_norm"):
+            weights[f"{name}.weight"] = torch.ones(width, device=device)
+            weights[f"{name}.bias"] = torch.zeros(width, device=device)
+        return weights
+
+    @property
+    def seeds(self) -> Tensor | None:
+        return self.tensors["seeds"]
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        everything = torch.ones(tokens.tiles, tokens.grid[0] * tokens.grid[1], dtype=torch.bool, device=tokens.device)
+        if self._too_small(tokens):
+            return everything
+        return (~everything).scatter(1, self._carriers(self._affinity(tokens)), True)
+
+    def merge(self, tokens: EncoderTokens, keep: Tensor) -> Tensor | None:
+        if self._too_small(tokens):
+            return None
+        assert tokens.states is not None and tokens.readers is not None and tokens.features is not None
+        affinities = self._affinity(tokens)
+        values = self._linear("value", tokens.states.float())
+        soft = self.grouping == "soft"
+        mixed = affinities.softmax(-1) @ values if soft else mean_of_members(self.joins(affinities), values)
+        grouped = tokens.readers.float() + self._linear("out", mixed)
+        at = self._carriers(affinities).unsqueeze(-1).expand(-1, -1, tokens.features.shape[-1])
+        return torch.zeros_like(tokens.features, dtype=torch.float32).scatter(1, at, self._project(tokens, grouped))
+
+    def joins(self, affinities: Tensor) -> Tensor:
+        """Which patch is in which group, float32; training makes it differentiable. affinities: (tiles, m, n)."""
+        return members(affinities).float()
+
+    def _too_small(self, tokens: EncoderTokens) -> bool:
+        return tokens.grid[0] * tokens.grid[1] <= self.keep
+
+    def _affinity(self, tokens: EncoderTokens) -> Tensor:
+        assert tokens.states is not None and tokens.readers is not None
+        group, patch = self._norm("group_norm", tokens.readers), self._norm("patch_norm", tokens.states)
+        return affinity(self._linear("query", group), self._linear("key", patch))
+
+    def _carriers(self, affinities: Tensor) -> Tensor:
+        if self.carriers == "centroid":
+            return centroids(affinities)
+        return torch.arange(affinities.shape[1], device=affinities.device).expand(len(affinities), -1)
+
+    def _norm(self, name: str, states: Tensor) -> Tensor:
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        return layer_norm(states.float(), weight.shape, weight, bias)
+
+    def _linear(self, name: str, states: Tensor) -> Tensor:
+        return linear(states, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+
+    def _project(self, tokens: EncoderTokens, states: Tensor) -> Tensor:
+        """The trained copy of the projector: the model's module with weights of its own."""
+        assert isinstance(tokens.project, nn.Module)
+        weights = {name[10:]: weight for name, weight in self.tensors.items() if name.startswith("projector.")}
+        return torch.func.functional_call(tokens.project, weights, states, strict=True).float()
