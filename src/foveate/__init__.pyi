@@ -14,9 +14,11 @@ from .methods.divprune import DivPrune
 from .methods.elastic_cache import ElasticCache
 from .methods.fastv import FastV
 from .methods.fopru import FoPru
+from .methods.gsearch import GSearch
 from .methods.mint import MINT
 from .methods.plphp import PLPHP
 from .methods.pooling import Pooling
+from .methods.psigmoid import PSigmoid
 from .methods.pyramiddrop import PyramidDrop
 from .methods.sgl import SGL
 from .methods.sparsevlm import SparseVLM
@@ -40,7 +42,9 @@ __all__ = [
     "ElasticCache",
     "FastV",
     "FoPru",
+    "GSearch",
     "Method",
+    "PSigmoid",
     "Pooling",
     "PruneReport",
     "Pruned",
