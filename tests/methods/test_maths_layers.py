@@ -18,7 +18,10 @@ from foveate.methods import get_method
 from foveate.methods.base import LayerMethod, Method, floor_budget
 from foveate.methods.clustering import cluster_means, density_peaks
 from foveate.methods.dart import DART, key_norms, least_similar, pivot_quotas
+from foveate.methods.gsearch import GSearch
+from foveate.methods.psigmoid import PSigmoid
 from foveate.methods.pyramiddrop import PyramidDrop
+from foveate.methods.schedules import ScheduledMethod
 from foveate.methods.sparsevlm import SparseVLM, raters, recycled, text_relevance
 from foveate.methods.staged import StagedMethod, geometric_share
 from foveate.methods.tokens import ImageGroups, LayerTokens
@@ -37,6 +40,10 @@ METHODS = [
     DART(keep=4, image_pivots=2, text_pivots=1),
     TopV(keep=0.5),
     TopV(keep=3, recover=0.5, iterations=3),
+    GSearch(keep=0.4),
+    GSearch(keep=3),
+    PSigmoid(keep=0.6, steepness=3, floor=0.2),
+    PSigmoid(keep=4, steepness=2),
 ]
 methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}_{method.keep}")
 
@@ -79,7 +86,7 @@ class Layer(Slow):
 
 
 def budget_of(method: LayerMethod, tokens: LayerTokens) -> torch.Tensor:
-    if isinstance(method, StagedMethod):
+    if isinstance(method, (StagedMethod, ScheduledMethod)):
         return method.stage_budget(tokens)
     return floor_budget(method.share(tokens.groups), tokens.groups)
 

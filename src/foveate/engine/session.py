@@ -58,9 +58,9 @@ def prune(
     if note := release_note():
         warnings.warn(note, stacklevel=2)
     target = find_target(model)
+    check_methods(target, methods)
     for place in PLACES:
         place.check(target, methods)
-    check_methods(target, methods)
     return Pruned(target, tuple(method.for_host(target.host) for method in methods), record)
 
 

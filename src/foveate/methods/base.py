@@ -97,13 +97,32 @@ class Method(ABC):
         (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> Method:
-        """Read the method that `save_pretrained` wrote to `folder`."""
-        return Method.from_dict(json.loads((Path(folder) / CONFIG_NAME).read_text())).found_in(Path(folder))
+    def from_pretrained(path: str | Path) -> Method:
+        """Read the method that `save_pretrained` wrote to a folder, or `foveate search` to a file."""
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        return Method.from_dict(read_config(path)).found_in(folder)
 
     def found_in(self, folder: Path) -> Method:
         """The method of a configuration that lies in this folder; itself where it names no files there."""
         return self
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The configuration of a method in a folder or file, as `to_dict` gave it.
+
+    Raises:
+        OSError: where it cannot be read. ValueError: where it holds something else.
+    """
+    path = Path(path)
+    path = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no configuration of a method: it is no JSON object")
+    config.pop("search", None)  # how `foveate search` came to the options
+    return config
 
 
 @dataclass
