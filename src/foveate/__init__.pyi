@@ -14,7 +14,6 @@ from .methods.dart import DART
 from .methods.divprune import DivPrune
 from .methods.elastic_cache import ElasticCache
 from .methods.fastv import FastV
-from .methods.gsearch import GSearch
 from .methods.fopru import FoPru
 from .methods.mint import MINT
 from .methods.plphp import PLPHP

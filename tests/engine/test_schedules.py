@@ -73,9 +73,7 @@ def test_no_image_token_at_all_equals_the_dense_reference(family, rates, decodin
 def test_a_schedule_for_another_depth_is_refused(rates):
     model = tiny.build("llava")
     before = snapshot(model)
-    said = (
-        rf"{len(rates)} rates are for a model of {len(rates) + 1} layers, this one has 4: give 3 rates, or search"
-    )
+    said = rf"{len(rates)} rates are for a model of {len(rates) + 1} layers, this one has 4: give 3 rates, or search"
     with pytest.raises(ValueError, match=said):
         foveate.prune(model, "gsearch", rates=rates)
     assert changes(before, snapshot(model)) == []

@@ -1,128 +1,20 @@
-"""What every method shares: its options, and the places where image tokens can be dropped."""
+"""The bases of all methods, one for each place where image tokens can be dropped."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import numbers
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 # All of them, also those that nothing here needs: methods of other packages import them from here.
 from .budgets import check_keep, check_range, floor_budget, scaled_layers, token_budget, topk_mask  # noqa: F401
-from .host import Host
+from .method import CONFIG_NAME, Method, Place, read_config  # noqa: F401
+from .stepwise import DecodeMethod  # noqa: F401
 from .tokens import EncoderTokens, ImageGroups, LayerTokens
-
-Place = Literal["encoder", "layer", "depth", "cache", "decode", "cross", "logits"]
-CONFIG_NAME = "foveate_config.json"
-
-
-@dataclass
-class Method(ABC):
-    """Base of all methods. The fields of the dataclass are the method's whole configuration.
-
-    keep: float in (0, 1], the fraction of each image's tokens that stay, or int >= 1, tokens per image.
-
-    Raises:
-        ValueError: for a value outside the range that the message names.
-    """
-
-    name: ClassVar[str]
-    place: ClassVar[Place]
-    summary: ClassVar[str]
-    source: ClassVar[str]
-
-    keep: float | int
-
-    def __post_init__(self) -> None:
-        # numpy's numbers, too.
-        if isinstance(self.keep, numbers.Real) and not isinstance(self.keep, (bool, int, float)):
-            self.keep = int(self.keep) if isinstance(self.keep, numbers.Integral) else float(self.keep)
-        check_keep(self.keep)
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether the options say, without looking at an image, that nothing is dropped."""
-        return isinstance(self.keep, float) and self.keep == 1.0
-
-    @property
-    def only_drops(self) -> bool:
-        """Whether what stays keeps its values, and what went is gone for good or, where every step reads another part,
-        is recorded step by step: then the untouched model gives the same logits with the same tokens masked."""
-        return True
-
-    def share(self, groups: ImageGroups) -> Tensor:
-        """(groups,) fraction of each image's tokens that `keep` asks for."""
-        if isinstance(self.keep, int):
-            return (float(self.keep) / groups.total.double()).clamp(max=1.0)
-        return torch.full_like(groups.total, self.keep, dtype=torch.float64)
-
-    def for_host(self, host: Host) -> Method:
-        """The method as it acts on one model; itself where it is the same on all.
-
-        Raises:
-            UnsupportedError, ValueError: where it cannot act on this one, with the way out.
-        """
-        return self
-
-    def untrained(self) -> Method:
-        """The method with weights that nothing has trained, for measuring time; itself where it has none."""
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """The method's name and options, JSON-safe."""
-        return {"method": self.name, **dataclasses.asdict(self)}
-
-    @staticmethod
-    def from_dict(config: dict[str, Any]) -> Method:
-        """Build the method that `to_dict` described."""
-        from . import get_method
-
-        options = dict(config)
-        try:
-            name = options.pop("method")
-        except KeyError:
-            raise ValueError("the configuration names no 'method'") from None
-        return get_method(name, **options)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the options to `foveate_config.json` in `folder`, beside the model's own files."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @staticmethod
-    def from_pretrained(path: str | Path) -> Method:
-        """Read the method that `save_pretrained` wrote to a folder, or `foveate search` to a file."""
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        return Method.from_dict(read_config(path)).found_in(folder)
-
-    def found_in(self, folder: Path) -> Method:
-        """The method of a configuration that lies in this folder; itself where it names no files there."""
-        return self
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration of a method in a folder or file, as `to_dict` gave it.
-
-    Raises:
-        OSError: where it cannot be read. ValueError: where it holds something else.
-    """
-    path = Path(path)
-    path = path / CONFIG_NAME if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no configuration of a method: it is no JSON object")
-    config.pop("search", None)  # how `foveate search` came to the options
-    return config
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Method
 from .budgets import check_range, floor_budget
+from .method import Method
 from .tokens import ImageGroups, LayerTokens
 
 Memory = dict[str, Tensor]
