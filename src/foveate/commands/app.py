@@ -14,6 +14,7 @@ from foveate.commands.errors import OneLineErrors
 from foveate.commands.eval import eval_command
 from foveate.commands.families import families
 from foveate.commands.methods import methods
+from foveate.commands.search import search
 from foveate.commands.show import show
 from foveate.commands.table import table
 
@@ -44,6 +45,7 @@ def _main(
 app.command()(ask)
 app.command("eval")(eval_command)
 app.command()(bench)
+app.command()(search)
 app.command()(table)
 app.command()(check)
 app.command()(show)

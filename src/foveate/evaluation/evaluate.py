@@ -15,7 +15,7 @@ from .accuracy import BASELINES, Answers, measure
 from .jobs import Processes
 from .results import Results, Row, write
 from .tables import Table, table
-from .workplace import Options, prepare
+from .workplace import Options, prepare, some
 
 
 def evaluate(options: Options, *, out: Path | None, jobs: int, console: Console) -> tuple[Results, list[str]]:
@@ -27,7 +27,7 @@ def evaluate(options: Options, *, out: Path | None, jobs: int, console: Console)
     with console.status("loading, and preparing the questions"):
         place = prepare(options, lambda s: opened.append(Results(out, "eval", s, keys=("method", "keep"))))
     (results,), items = opened, place.batches.items
-    for line in (*(f"left out: {line}" for line in place.left_out), *_some(place.lost)):
+    for line in (*(f"left out: {line}" for line in place.left_out), *some(place.lost, ", see bad-rows.txt")):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     Answers(results.folder / "answers.csv", items)  # refuses other questions before anything is written
@@ -88,8 +88,3 @@ def overview(rows: Sequence[Row]) -> Table:
     titles = [parts[columns[i // keeps]] + " %" if i % keeps == 0 else "" for i in range(keeps * len(columns))]
     head = [f"{title}\n{long.rpartition(' ')[2]}" for title, long in zip(titles, whole.head[1:], strict=True)]
     return replace(whole, head=["right answers\nkeep", *head])
-
-
-def _some(lines: Sequence[str], most: int = 10) -> list[str]:
-    shown = [f"left out: {line}" for line in lines[:most]]
-    return [*shown, f"left out: {len(lines) - most} more rows, see bad-rows.txt"] if len(lines) > most else shown

@@ -61,14 +61,14 @@ def as_items(questions: Sequence[Question]) -> list[Item]:
 
 
 def from_folder(
-    folder: str | Path, matches: Callable[[str, str], bool] = exact_match
+    folder: str | Path, matches: Callable[[str, str], bool] = exact_match, labelled: bool = True
 ) -> tuple[list[Item], list[tuple[int, str]], str]:
     """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and a digest of all that.
 
     A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
     `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type` and `before`: a question, or a list of
     them, that the model is asked first, in turns of their own. matches: compares what is said with an
-    answer; one that silence matches cannot be used.
+    answer; one that silence matches cannot be used. labelled: whether a row without answers cannot be used, either.
 
     Raises:
         Mistake: when there is no such file, or no row can be used.
@@ -84,7 +84,7 @@ def from_folder(
         if not line.strip():
             continue
         try:
-            items.append(_item(line, path.parent, number, matches))
+            items.append(_item(line, path.parent, number, matches, labelled))
         except (Mistake, ValueError) as error:
             bad.append((number, " ".join(str(error).split())))
         except RecursionError:
@@ -102,6 +102,20 @@ def draw(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
     return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 
+def split(items: Sequence[Item], count: int, rest: int, seed: int) -> tuple[list[Item], list[Item]]:
+    """`count` of the items and `rest` others about other pictures, drawn at random; fewer where there are no more."""
+    alike: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        alike.setdefault(tuple(map(str, item.images)), []).append(item)
+    drawn = list(alike.values())
+    random.Random(seed).shuffle(drawn)
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for group in drawn:
+        part = parts[len(parts[0]) >= count]
+        part += group[: (rest if part is parts[1] else count) - len(part)]
+    return parts
+
+
 def _digest(data: bytes, items: Sequence[Item]) -> str:
     """Of what decides the questions and their answers: the file, which of its rows can be used, and their pictures."""
     paths = dict.fromkeys(path for item in items for path in item.images if isinstance(path, Path))
@@ -112,7 +126,7 @@ def _digest(data: bytes, items: Sequence[Item]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], bool]) -> Item:
+def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], bool], labelled: bool) -> Item:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -127,7 +141,7 @@ def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], 
         raise Mistake('"question" is missing, empty or no text')
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
         raise Mistake('"type" is empty or no text: leave it out or name one')
-    answers = _texts(row, "answers", "answer")
+    answers = _texts(row, "answers", "answer") if labelled or row.keys() & {"answers", "answer"} else []
     if empty := [answer for answer in answers if matches("", answer)]:
         raise Mistake(f"the answer {json.dumps(empty[0])[:60]} holds no word to compare: an empty one would be right")
     before = _texts(row, "before") if row.get("before") else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,12 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for group in self._groups:
             yield self._batch(group)
+
+    def mixed(self) -> Iterator[Batch]:
+        """The same in an order that mixes kinds of questions, so that the first ones speak for all."""
+        groups = list(self._groups)
+        random.Random(0).shuffle(groups)
+        return map(self._batch, groups)
 
     @property
     def middle(self) -> Batch:

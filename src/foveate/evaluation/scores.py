@@ -53,8 +53,8 @@ def blind(questions: Sequence[Question]) -> list[tuple[Image.Image, ...]]:
     return [questions[successor[index]].images for index in range(len(questions))]
 
 
-def interval(hits: Sequence[bool], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval, over questions, of the share of hits."""
+def interval(hits: Sequence[int], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval, over questions, of the mean: the share of hits, or a difference of two."""
     values = np.asarray(hits, np.float64)
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])

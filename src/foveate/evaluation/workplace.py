@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from foveate.asking.subject import fingerprints
 from foveate.methods.places import PLACES
 
 from .accuracy import BASELINES, CLIP_GROUPS, GROUPS, MATCHES
-from .questions import FILE, as_items, draw, from_folder, from_glimpse
+from .questions import FILE, Item, as_items, draw, from_folder, from_glimpse
 from .results import Row
 from .runner import Batches
 
@@ -84,7 +84,6 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
         raise Mistake(f"--data is missing: a folder with a data.jsonl, or {GLIMPSE} for the drawn pictures of glimpse")
     keeps = parse_keeps(options.keep)
     hush()
-    import foveate
     from foveate import glimpse
 
     named = options.guide or (GLIMPSE if model == GLIMPSE else None)
@@ -92,11 +91,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
         variants(options.methods, keeps, tuple(PLACES), "", seed=seed, guide=named)
     source, dtype = built_in(model, options.dtype)
     device = resolve_device(options.device)
-    config = read_config(source)
-    family = foveate.get_family(config.model_type)
-    if family is None:
-        known = ", ".join(foveate.families())
-        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
+    config, family = known_family(source)
     chosen, left_out = variants(
         options.methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed, guide=named
     )
@@ -125,15 +120,33 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     loaded, processor = load(source, config, device=device, dtype=dtype, attn=options.attn)
     chosen = list(fitting(loaded, chosen, left_out))
 
-    batches = Batches(processor, items, options.batch_size)
+    batches = usable(processor, items, options.batch_size, bad)
+    lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
+    return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, groups)
+
+
+def known_family(source: str) -> tuple[Any, Any]:
+    """The configuration of a model folder or hub id, and the family it belongs to."""
+    import foveate
+
+    config = read_config(source)
+    family = foveate.get_family(config.model_type)
+    if family is None:
+        known = ", ".join(foveate.families())
+        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
+    return config, family
+
+
+def usable(processor: Any, items: Sequence[Item], batch_size: int, bad: list[tuple[int, str]]) -> Batches:
+    """The batches of the questions that the processor takes. bad: gets line and cause of each other one."""
+    batches = Batches(processor, items, batch_size)
     bad += [(items[index].line or 0, f"the model's processor says: {why}") for index, why in batches.refused.items()]
     if batches.refused:
         items = [item for index, item in enumerate(items) if index not in batches.refused]
-        batches = Batches(processor, items, options.batch_size)
+        batches = Batches(processor, items, batch_size)
     if not items:
         raise Mistake(f"no question is left: {bad[-1][1]}")
-    lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
-    return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, groups)
+    return batches
 
 
 def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:
@@ -154,6 +167,12 @@ def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Itera
             left_out.append(line)
         else:
             yield variant
+
+
+def some(lines: Iterable[str], where: str = "", most: int = 10) -> list[str]:
+    """Lines about what is left out, the first of many. where: the rest can be read."""
+    lines = [f"left out: {line}" for line in lines]
+    return lines if len(lines) <= most else [*lines[:most], f"left out: {len(lines) - most} more rows{where}"]
 
 
 def dtype_name(dtype: str, config: Any) -> str:
