@@ -5,7 +5,7 @@ python benchmarks/schedules.py
 Cost is token-layers, the mean over all layers of the fraction of image tokens they see; every method gets the `keep`
 that comes to the same. The found schedules are those of `foveate search` in benchmarks/results/search, drawn to that
 cost: G-Search's rates all by one fraction, P-Sigmoid's curve with its steepness and its ratio of floor to `keep`. The
-questions are the first of glimpse, which no search has seen. Runs offline, on one idle CPU core in about fifteen minutes.
+questions are the first of glimpse, which no search has seen. Runs offline, on an idle CPU core in a quarter of an hour.
 """
 
 import argparse

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 import foveate
 from foveate import glimpse
 from foveate.asking.mistake import Mistake
+from foveate.asking.subject import option_files
 from foveate.commands.app import app
 from foveate.evaluation import search as searching
-from foveate.evaluation import search_questions
+from foveate.evaluation import search_questions, workplace
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.questions import from_glimpse, split
 from foveate.evaluation.rankings import agreement, kendall
@@ -321,3 +322,27 @@ def test_a_schedule_of_one_model_is_refused_by_another(tmp_path):
         foveate.prune(tiny.build("llava"), foveate.Method.from_pretrained(path))
     words = ["ask", "examples/demo.png", "Where?", "-m", "psigmoid", "-o", f"schedule={path}"]
     assert "one of gsearch, not of psigmoid" in told(CliRunner().invoke(app, words))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_results_of_a_schedule_that_changed_do_not_mix(tmp_path):
+    """The name of its file stays the same, and stands in the rows."""
+    path, seen = tmp_path / "schedule.json", []
+    options = workplace.Options(
+        model="glimpse", methods=f"gsearch:schedule={path},rows=text", keep="0.5", data=None, count=1, batch_size=1,
+        max_new_tokens=1, match="exact", seed=0, device="cpu", dtype="auto", attn=None, guide=None,
+    )  # fmt: skip
+
+    def check(settings):
+        seen.append(settings)
+        raise Stop
+
+    for rate in (0.5, 0.5, 0.25):
+        path.write_text(json.dumps({"method": "gsearch", "rates": [rate] * 5}))
+        with pytest.raises(Stop):
+            workplace.prepare(options, check)
+    assert seen[0] == seen[1] != seen[2] and list(seen[0]["option_files"]) == [str(path)]
+    assert option_files([{"rows": "text", "keep": 0.5}, {"schedule": None}]) == {}

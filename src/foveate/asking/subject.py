@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Subject:
             **self.settings,
             "pictures": pictures,
             **fingerprints(self.settings["model"], self.settings.get("guide")),
+            **option_files(own for variant in self.variants for own in variant.options),
         }
 
 
@@ -65,3 +66,10 @@ def fingerprints(model: str, guide: str | None = None) -> dict[str, str]:
             facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
             found[name] = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return found
+
+
+def option_files(options: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """A setting that changes with the files that options of methods name, such as a schedule's; none without any."""
+    files = {str(value) for own in options for value in own.values() if isinstance(value, (str, Path))}
+    found = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] for name in files if Path(name).is_file()}
+    return {"option_files": dict(sorted(found.items()))} if found else {}

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from foveate.asking.loading import built_in, check_dtype, hush, load, read_config, resolve_device
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import parse_keeps, variants
+from foveate.asking.options import parse_keeps, parse_methods, variants
+from foveate.asking.subject import option_files
 from foveate.methods.places import PLACES
 
 from . import geometries
@@ -99,6 +100,7 @@ def bench(
         settings |= {"device": device_name(device), "dtype": dtype_name(dtype, config), "attn": attn}
         settings |= {"threads": torch.get_num_threads()}
         settings |= {"new_tokens": new_tokens, "repeat": repeat, "seed": seed}
+        settings |= option_files(own for _, own in parse_methods(methods))
         results = Results(out, "bench", settings, keys=KEYS)
     for line in left_out:
         console.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from foveate.asking.loading import BUILT_IN, GLIMPSE, GLIMPSE_CROSS, built_in, check_dtype, hush, load, resolve_device
+from foveate.asking.loading import (
+    BUILT_IN,
+    GLIMPSE,
+    GLIMPSE_CROSS,
+    GLIMPSE_VIDEO,
+    built_in,
+    check_dtype,
+    hush,
+    load,
+    resolve_device,
+)
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import variants
 from foveate.asking.subject import fingerprints
@@ -24,7 +34,7 @@ from foveate.methods.psigmoid import PSigmoid
 from foveate.methods.schedules import ScheduledMethod
 
 from .accuracy import MATCHES
-from .questions import FILE, Item, from_folder, from_glimpse, split
+from .questions import FILE, Item, as_items, from_folder, from_glimpse, split
 from .rankings import agreement
 from .results import Row, write
 from .runner import Batches
@@ -152,6 +162,12 @@ def _questions(options: Options, settings: Row) -> tuple[tuple[list[Item], list[
     """The questions of both parts, and the rows that cannot be used."""
     from foveate import glimpse
 
+    if options.data is None and options.model == GLIMPSE_VIDEO:
+        settings["data"] = f"{GLIMPSE} clips {glimpse.CLIPS_VERSION}"
+        return (
+            as_items(glimpse.heldout_clips(options.count, first=FIRST)),
+            as_items(glimpse.heldout_clips(options.test)),
+        ), []
     if options.data in (None, GLIMPSE):
         kinds = glimpse.ONE_PICTURE if options.model == GLIMPSE_CROSS else glimpse.KINDS
         settings["data"] = f"{GLIMPSE} {glimpse.HELDOUT_VERSION}"

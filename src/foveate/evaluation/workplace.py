@@ -21,8 +21,8 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant, parse_keeps, variants
-from foveate.asking.subject import fingerprints
+from foveate.asking.options import Variant, parse_keeps, parse_methods, variants
+from foveate.asking.subject import fingerprints, option_files
 from foveate.methods.places import PLACES
 
 from .accuracy import BASELINES, CLIP_GROUPS, GROUPS, MATCHES
@@ -103,6 +103,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     if options.guide is not None:
         settings["guide"] = options.guide
     settings |= fingerprints(model, options.guide)
+    settings |= option_files(own for _, own in parse_methods(options.methods))
     bad: list[tuple[int, str]] = []
     if data is None and model == GLIMPSE_VIDEO:
         settings |= {"data": f"{GLIMPSE} clips {glimpse.CLIPS_VERSION}", "count": count or COUNT}
