@@ -47,6 +47,7 @@ measure: $(VENV)/.dev
 	$(BIN)/python training/evaluate.py --out $(RESULTS)/glimpse
 	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/small --out $(RESULTS)/glimpse-small
 	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/cross --out $(RESULTS)/glimpse-cross
+	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/video --count 600 --out $(RESULTS)/glimpse-video
 	$(BIN)/foveate eval --model glimpse-cross --methods all --jobs 2 --out $(RESULTS)/eval-cross
 	$(BIN)/foveate eval --methods all --jobs 2 --out $(RESULTS)/eval
 	$(BIN)/python benchmarks/guided.py --out $(RESULTS)/guided

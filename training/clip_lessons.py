@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lessons import FIRST_SEED, IGNORE, Key, Lessons, by_appetite
 from model import BOS, IMAGE, USER
-from pupils import Batch, Pupil, alone
+from pupils import Batch, Pupil, alone, near
 from transformers import LlavaForConditionalGeneration
 
 from foveate.glimpse import clips
+from foveate.glimpse import scene as world
 from foveate.glimpse.drawing import coverage
 from foveate.glimpse.facts import Fact
 from foveate.glimpse.happenings import happenings
@@ -39,8 +39,9 @@ PARTS = (0.6, 0.25, 0.15)  # how often a clip is watched at once, in two parts, 
 class ClipLessons(Lessons):
     """Examples by number and how many frames they have, as `Lessons`; ids, labels and turn hold the frames, too.
 
-    `happens` (frames, 64) are vocabulary ids of what has happened so far to the thing on each patch: a direction, the
-    first word of any other happening, or the names of nothing; -100 where there is no thing, and in the first frame.
+    `happens` (2, frames, 64) are vocabulary ids of what has happened so far to the thing on each patch ("left",
+    "appears", "disappears" where it was, "turns", "nothing"), and of the thing; -100 where no thing was, and in the
+    first frame.
     """
 
     side = clips.SIZE
@@ -80,24 +81,31 @@ class ClipLessons(Lessons):
         yield from by_appetite(found, [APPETITE[fact.kind] for fact in found], rng)
 
     def _happens(self, clip: clips.Clip) -> np.ndarray:
-        found = []
-        for frame, scene in enumerate(clip.scenes()):
-            owner = coverage(scene, self.side)
-            words = np.full(owner.shape, IGNORE, np.int64)
-            for track in clip.until(frame + 1).tracks if frame else ():
-                if thing := track.frames[-1]:
-                    word = track.happening.removeprefix("moves ").split()[0]
-                    words[owner == scene.things.index(thing)] = self.ids[word]
-            found.append(words.flatten())
-        return np.stack(found)
+        side = self.side // world.PATCH
+        found = np.full((2, len(clip), side, side), IGNORE, np.int64)
+        for frame in range(1, len(clip)):
+            tracks = sorted(clip.until(frame + 1).tracks, key=lambda track: track.frames[-1] is not None)
+            everything = world.Scene(tuple(track.seen[-1] for track in tracks), clip.background)
+            owner = coverage(everything, self.side)  # what is gone lies below what is there
+            for index, track in enumerate(tracks):
+                word = track.happening.removeprefix("moves ").split()[0]
+                found[0, frame][owner == index] = self.ids[word]
+                found[1, frame][owner == index] = self.ids[track.kind]
+        return found.reshape(2, len(clip), -1)
 
 
 class ClipPupil(Pupil):
-    """The same for clips. Each image token also learns to say what has happened to the thing that lies on it."""
+    """The same for clips. Half way up the language model, image tokens learn to be near the words of what has happened.
+
+    So the layers behind find "appears" and "left" in the tokens, as they find "dog" and "top".
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, lessons: Lessons) -> None:
         super().__init__(model, lessons)
         self.image = lessons.ids[IMAGE]
+        said = [*clips.DIRECTIONS, "appears", "disappears", "turns", "nothing"]
+        self.told = [[lessons.ids[word] for word in group] for group in (said, lessons.names)]
+        self.half = model.config.text_config.num_hidden_layers // 2
 
     def answer_loss(self, tokens: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         core, ids = self.model.model, batch["ids"]
@@ -105,13 +113,17 @@ class ClipPupil(Pupil):
         frames = ids == self.image
         inputs = inputs.masked_scatter(frames[..., None], tokens)
         mask, positions = alone(batch["turn"], 0)
-        hidden = core.language_model(
-            inputs_embeds=inputs, attention_mask=mask.to(tokens.dtype), position_ids=positions, use_cache=False
-        ).last_hidden_state
-        happens = batch["happens"].flatten()
-        known = happens != IGNORE
-        logits = self.model.lm_head(hidden[frames][known]).float()
-        return self.score(hidden, 0, batch) | {"happens": F.cross_entropy(logits, happens[known])}
+        out = core.language_model(
+            inputs_embeds=inputs,
+            attention_mask=mask.to(tokens.dtype),
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        return self.score(out.last_hidden_state, 0, batch) | {
+            name: near(out.hidden_states[self.half][frames], core.language_model.embed_tokens.weight, words, targets)
+            for name, words, targets in zip(("happens", "to"), self.told, batch["happens"].unbind(1), strict=True)
+        }
 
 
 def clip_keys(step: int, batch: int) -> list[Key]:

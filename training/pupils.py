@@ -44,14 +44,11 @@ class Pupil(nn.Module):
     def vision_loss(self, tokens: torch.Tensor, cls: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """One loss each for things, details, rows, columns and CLS."""
         embeddings = self.model.get_input_embeddings().weight
-        logits = (F.rms_norm(tokens.float(), tokens.shape[-1:]) @ embeddings.float().T).flatten(0, 1)
-        losses = {}
         targets = batch["patches"].flatten(0, 1).unbind(1)
-        for name, words, target in zip(("thing", "detail", "row", "column"), self.words, targets, strict=True):
-            chosen = torch.full_like(logits[:1], float("-inf"))
-            chosen[:, words] = 0
-            loss = F.cross_entropy(logits + chosen, target.flatten(), ignore_index=IGNORE, reduction="sum")
-            losses[name] = loss / (target != IGNORE).sum().clamp(min=1)
+        losses = {
+            name: near(tokens.flatten(0, 1), embeddings, words, target)
+            for name, words, target in zip(("thing", "detail", "row", "column"), self.words, targets, strict=True)
+        }
         guess = self.present(F.rms_norm(cls.float(), cls.shape[-1:]))
         present = batch["present"].flatten(0, 1)[:, None].expand_as(guess)
         losses["cls"] = F.binary_cross_entropy_with_logits(guess, present) * 10
@@ -116,6 +113,19 @@ class CrossPupil(Pupil):
             use_cache=False,
         ).last_hidden_state
         return self.score(hidden, head, batch)
+
+
+def near(tokens: torch.Tensor, embeddings: torch.Tensor, words: list[int], target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of tokens (n, hidden), each to be nearer to the embedding of its word than to those of other words.
+
+    words: ids to choose from. target: n of them, in any shape; -100 where a token is free.
+    """
+    known = target.flatten() != IGNORE
+    logits = F.rms_norm(tokens[known].float(), tokens.shape[-1:]) @ embeddings.float().T
+    chosen = torch.full_like(embeddings[:, 0], float("-inf"), dtype=torch.float32)
+    chosen[words] = 0
+    loss = F.cross_entropy(logits + chosen, target.flatten()[known], reduction="sum")
+    return loss / known.sum().clamp(min=1)
 
 
 def normal(pixels: torch.Tensor) -> torch.Tensor:

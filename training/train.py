@@ -150,8 +150,10 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
             losses = pupil.vision_loss(tokens, cls, batch) if watched else {}
             loss = sum(losses.values(), torch.zeros((), device=device))
             if speaks:
-                losses |= (spoken := pupil.answer_loss(tokens, batch))
-                loss = spoken["answer"] + options.vision_weight * (loss + spoken.get("happens", 0))
+                answers = pupil.answer_loss(tokens, batch)
+                losses |= answers
+                hints = sum(value for name, value in answers.items() if name not in ("answer", "right"))
+                loss = answers["answer"] + options.vision_weight * (loss + hints)
         loss.backward()
         share_gradients(pupil)
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)

@@ -91,7 +91,7 @@ def test_the_one_with_cross_attention_is_a_plain_mllama(cross):
 
 
 def test_other_sizes_are_refused_by_name():
-    with pytest.raises(ValueError, match="'large': there are glimpse, small, cross"):
+    with pytest.raises(ValueError, match="'large': there are glimpse, small, cross, video"):
         glimpse.load("large")
 
 

@@ -160,13 +160,16 @@ def test_examples_of_clips_say_what_has_happened_so_far():
         assert example["ids"].shape == (2 + frames * clips.TOKENS + CLIP_TEXT,)
         assert int((example["ids"] == lessons.ids[IMAGE]).sum()) == frames * clips.TOKENS
         assert processor.tokenizer.unk_token_id not in example["ids"]
-        happens, things = example["happens"], example["patches"][:, 0]
-        assert happens.shape == (frames, clips.TOKENS) == things.shape
-        assert (happens[0] == IGNORE).all()
-        assert ((happens[1:] != IGNORE) == (things[1:] != lessons.ids["nothing"])).all(), "where a thing is"
+        (happens, to), things = example["happens"], example["patches"][:, 0]
+        assert happens.shape == to.shape == things.shape == (frames, clips.TOKENS)
+        assert (happens[0] == IGNORE).all() and ((happens == IGNORE) == (to == IGNORE)).all()
+        there = things[1:] != lessons.ids["nothing"]
+        assert (to[1:] == things[1:])[there].all()
+        assert set(happens[1:][~there].tolist()) <= {IGNORE, lessons.ids["disappears"]}, "where a thing was"
+        assert (happens[1:][there] != lessons.ids["disappears"]).all()
         seen |= set(happens.flatten().tolist())
     named = {processor.tokenizer.convert_ids_to_tokens(word) for word in seen - {IGNORE}}
-    assert named == {*clips.DIRECTIONS, "appears", "turns", "nothing"}
+    assert named == {*clips.DIRECTIONS, "appears", "disappears", "turns", "nothing"}
 
 
 def test_steps_of_clips_have_about_as_many_frames_and_all_lengths():

@@ -41,7 +41,7 @@ def test_wheel_holds_all_code_and_glimpse(wheel):
         "foveate/glimpse/NOTICE.md",
     } <= held
     for part in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "processor_config.json"):
-        assert f"foveate/glimpse/model/{part}" in held
+        assert {f"foveate/glimpse/model/{part}", f"foveate/glimpse/video/{part}"} <= held
     assert {"foveate/glimpse/small/config.json", "foveate/glimpse/small/model.safetensors"} <= held
     assert not any("__pycache__" in name for name in held)
     assert not any(name.split("/")[0] in ("tests", "training", "benchmarks") for name in wheel.namelist())
