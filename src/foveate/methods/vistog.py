@@ -91,20 +91,20 @@ class VisToG(TrainedMethod, EncoderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.keep, int):
-            raise ValueError(f"keep must be an int for vistog, as many groups as it was trained with; got {self.keep}")
         for name, choices in (("grouping", ("hard", "soft")), ("carriers", ("centroid", "first"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
 
     def initial(self, host: Host) -> dict[str, Tensor]:
+        if not isinstance(self.keep, int):
+            raise ValueError(f"keep must be an int for vistog, the number of its groups; got {self.keep}")
         projector = host.projector()
         width = next((weight.shape[1] for weight in projector.values() if weight.ndim > 1), None)
         if width is None:
             raise UnsupportedError(f"vistog needs a projector that works token by token, which {host.model_type} lacks")
         device = host.device
         weights = {f"projector.{name}": weight for name, weight in projector.items()}
-        weights["seeds"] = 0.02 * torch.randn(int(self.keep), width, device=device)
+        weights["seeds"] = 0.02 * torch.randn(self.keep, width, device=device)
         # As nothing was learned yet, patches join the semantic token that they resemble, and outweigh it.
         for name, scale in (("query", 1.0), ("key", 1.0), ("value", 1.0), ("out", 3.0)):
             weights[f"{name}.weight"] = scale * torch.eye(width, device=device)
