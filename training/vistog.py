@@ -13,8 +13,9 @@ import plugin
 import torch
 import torch.nn.functional as F
 from lessons import Lessons
+from pupils import Pupil, alone, normal, plain_attention
 from torch import Tensor
-from train import Pupil, alone, endless, normal, plain_attention
+from train import endless
 from transformers import AttentionInterface
 
 from foveate.evaluation.results import run_script
