@@ -5,7 +5,7 @@ python benchmarks/vistog.py
 The arms: `vistog` as shipped (each patch in one group), `vistog:grouping=soft` (each semantic token attends to all
 patches, as in a Q-Former), both trained alike by training/vistog.py; `pooling` (the mean of each cell of a fixed grid)
 and `k-means` (groups of like patches, drawn anew for every picture), which need no training; and methods that keep
-patches as they are. Goes on where it stopped.
+patches as they are. `--joint FOLDER` adds a model whose LLM was trained along. Goes on where it stopped.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from rich.progress import track
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 import foveate
 from foveate import glimpse
@@ -28,7 +29,7 @@ from foveate.evaluation.tables import markdown
 from foveate.methods.base import EncoderMethod, Method
 from foveate.methods.pooling import cells
 from foveate.methods.tokens import EncoderTokens
-from foveate.methods.trained import shipped
+from foveate.methods.trained import WEIGHTS_NAME, Plugin, shipped
 from foveate.methods.vistog import centroids, mean_of_members, members
 
 MAX_NEW_TOKENS = 64
@@ -85,14 +86,14 @@ def arms() -> Iterator[tuple[str, Method, str]]:
             yield name, foveate.get_method(name, keep=keep), "nothing"
 
 
-def measure(results: Results, count: int, batch_size: int) -> None:
+def measure(results: Results, count: int, batch_size: int, joint: Path | None) -> None:
     """Adds the rows that are missing."""
     torch.set_num_threads(1)  # more of them wait for each other longer than they compute
     model, processor = glimpse.load()
     questions, items = glimpse.heldout(count), from_glimpse(count)
     batches = Batches(processor, items, batch_size)
 
-    def note(name: str, method: Method | None, trained: str) -> None:
+    def note(name: str, method: Method | None, trained: str, model: Any = model) -> None:
         keep: Any = None if method is None else method.keep
         if results.find(method=name, keep=keep):
             return
@@ -111,6 +112,11 @@ def measure(results: Results, count: int, batch_size: int) -> None:
     note("untouched", None, "nothing")
     for name, method, trained in track(list(arms()), description="arms"):
         note(name, method, trained)
+    if joint is not None:
+        options = Plugin.read(joint / WEIGHTS_NAME).options
+        along = AutoModelForImageTextToText.from_pretrained(joint, dtype=torch.float32).eval()
+        numbers = sum(weight.numel() for weight in along.model.language_model.parameters())
+        note("vistog, joint", foveate.get_method("vistog", weights=joint, **options), f"{numbers:,} more", along)
 
 
 def main() -> None:
@@ -119,11 +125,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=800, help="how many held-out questions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the folder of results")
+    parser.add_argument("--joint", type=Path, help="the folder `model` that training/vistog.py --joint wrote")
     options = parser.parse_args()
     settings = {"model": "glimpse", "data": f"glimpse {glimpse.HELDOUT_VERSION}", "count": options.count}
     settings |= {"dtype": "float32", "batch_size": options.batch_size}
     with Results(options.out, "vistog", settings, keys=("method", "keep")) as results:
-        measure(results, options.count, options.batch_size)
+        measure(results, options.count, options.batch_size, options.joint)
     print(markdown([results.folder]))
 
 
