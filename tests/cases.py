@@ -53,6 +53,7 @@ OWN_FILES = {
     "mint": "test_contrast.py",
     "visionzip": "test_merging_encoder.py",
     "pooling": "test_merging_encoder.py",
+    "vistog": "test_vistog.py",
     "zipvl": "test_merging_cache.py",
     "elastic_cache": "test_merging_cache.py",
     **dict.fromkeys(("attention_predictor", "last_step", "running_sum", "pages", "per_turn"), "test_decode.py"),

@@ -4,6 +4,7 @@ The method runs in the engine as it will run afterwards, holding tensors that ar
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import time
@@ -26,6 +27,7 @@ from foveate.methods.trained import WEIGHTS_NAME, TrainedMethod, write_plugin
 
 Batch = dict[str, Tensor]
 CHECKPOINT = "checkpoint.pt"
+ALONG = 0.2  # how fast an LLM learns that is trained along, beside the method's own weights
 
 
 def parser(description: str, *, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
@@ -169,11 +171,13 @@ def train(
     batches: Callable[[int], Iterator[Batch]],
     loss: Callable[[TrainedMethod, Batch, int], Mapping[str, Tensor]],
     begin: Callable[[dict[str, Tensor]], None] = lambda weights: None,
+    joint: Any = None,
 ) -> list[dict[str, float]]:
     """Run the steps that are left, and write the weights; returns the log.
 
     batches: from some step on. loss: of a batch at a step, under the pruned model: "loss", and what else the log
-    should say. begin: changes the first weights in place.
+    should say. begin: changes the first weights in place. joint: the model's processor, where its LLM is trained along:
+    then all three are written, as a model of its own.
 
     Raises:
         Mistake: where the folder holds another training.
@@ -183,9 +187,13 @@ def train(
     target = find_target(model)
     first = method.initial(target.host)
     begin(first)
-    weights = {name: nn.Parameter(tensor) for name, tensor in first.items()}
+    own = {name: nn.Parameter(tensor) for name, tensor in first.items()}
+    tools = optimizers(own, options.rate)
+    along = {} if joint is None else _language(model)
+    if along:
+        tools.append(torch.optim.AdamW([{"params": list(along.values()), "share": ALONG}], betas=(0.9, 0.98)))
+    weights = {**own, **along}
     average = {name: tensor.detach().clone() for name, tensor in weights.items()}
-    tools = optimizers(weights, options.rate)
     step, log = _resume(options, method, weights, average, tools)
 
     def save() -> None:
@@ -194,16 +202,23 @@ def train(
         state |= {"optimizers": [tool.state_dict() for tool in tools], "method": method.to_dict()}
         torch.save(state, options.out / "checkpoint.tmp")
         (options.out / "checkpoint.tmp").replace(options.out / CHECKPOINT)
-        write_plugin(options.out / WEIGHTS_NAME, method, target.host.model_type, target.host.fingerprint(), average)
+        with _holding(along, average):
+            folder = options.out
+            if along:
+                folder = options.out / "model"
+                model.save_pretrained(folder)
+                joint.save_pretrained(folder)
+            ours = {name: average[name] for name in own}
+            write_plugin(folder / WEIGHTS_NAME, method, target.host.model_type, target.host.fingerprint(), ours)
 
     begun = time.perf_counter() - (log[-1]["seconds"] if log else 0)
-    held = method.holding(weights)  # type: ignore[arg-type]
+    held = method.holding(own)  # type: ignore[arg-type]
     try:
         with foveate.prune(model, held):
             for batch in batches(step) if step < options.steps else ():
                 rate = options.rate * min(1.0, (step + 1) / options.warmup, (options.steps - step) / options.decay)
                 for group in (group for tool in tools for group in tool.param_groups):
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("share", 1.0)
                 torch.manual_seed(options.seed + step)  # the same after an interruption
                 losses = loss(held, batch, step)
                 losses["loss"].backward()
@@ -241,11 +256,35 @@ def optimizers(weights: Mapping[str, nn.Parameter], rate: float) -> list[torch.o
     return tools
 
 
+def _language(model: Any) -> dict[str, nn.Parameter]:
+    """The weights of the LLM by their names in the model, which are trained from now on."""
+    parts = [find_target(model).decoder, model.get_output_embeddings()]
+    inside = {id(weight) for part in parts for weight in part.requires_grad_(True).parameters()}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
+
+
+@contextlib.contextmanager
+def _holding(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let weights be other values for a while."""
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        _copy(values, weights)
+        yield
+    finally:
+        _copy(before, weights)
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
 def _resume(
     options: argparse.Namespace,
     method: TrainedMethod,
-    weights: dict[str, nn.Parameter],
-    average: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
     tools: Sequence[torch.optim.Optimizer],
 ) -> tuple[int, list[dict[str, float]]]:
     """Take over the checkpoint in the folder, if that is wanted: the steps done so far, and their log."""
@@ -257,10 +296,10 @@ def _resume(
     saved = torch.load(path, map_location=next(iter(weights.values())).device)
     if saved["method"] != method.to_dict():
         raise Mistake(f"{path} is of {saved['method']}, not of {method.to_dict()}: name another --out")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(saved["weights"][name])
-            average[name].copy_(saved["average"][name])
+    if saved["weights"].keys() != weights.keys():
+        raise Mistake(f"{path} trained other weights (with or without --joint): name another --out")
+    _copy(saved["weights"], weights)
+    _copy(saved["average"], average)
     for tool, state in zip(tools, saved["optimizers"], strict=True):
         tool.load_state_dict(state)
     return saved["step"], saved["log"]

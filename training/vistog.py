@@ -7,16 +7,19 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import plugin
 import torch
 import torch.nn.functional as F
 from lessons import Lessons
+from pupils import Pupil, alone, normal, plain_attention
 from torch import Tensor
-from train import Pupil, alone, endless, normal, plain_attention
+from train import endless
 from transformers import AttentionInterface
 
+from foveate.engine.support import find_target
 from foveate.evaluation.results import run_script
 from foveate.families import get_family
 from foveate.methods.trained import TrainedMethod
@@ -70,8 +73,8 @@ class Packed:
         hidden = core.language_model(
             inputs_embeds=inputs, attention_mask=mask.to(inputs.dtype), position_ids=positions, use_cache=False
         ).last_hidden_state
-        loss, right = self.pupil.score(hidden, head, batch)
-        return {"loss": loss, "right": right}
+        scored = self.pupil.score(hidden, head, batch)
+        return {"loss": scored["answer"], "right": scored["right"]}
 
 
 @torch.no_grad()
@@ -115,7 +118,15 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         batches = plugin.Talks(processor, options.data, options.batch, options.seed)
     first = next(batches(0))
     pixels = first["pixel_values"] if packed is None else normal(first["pixels"].flatten(0, 1))
-    return plugin.train(options, model, method, batches, loss, partial(spread, model, pixels))
+
+    def begin(weights: dict[str, Tensor]) -> None:
+        if options.begin_with:
+            earlier = VisToG(options.keep, options.begin_with, options.grouping, options.carriers)
+            weights.update(earlier.for_host(find_target(model).host).tensors)
+        else:
+            spread(model, pixels, weights)
+
+    return plugin.train(options, model, method, batches, loss, begin, processor if options.joint else None)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -125,6 +136,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=int, default=VisToG.keep, help="semantic tokens")
     add("--grouping", choices=("hard", "soft"), default=VisToG.grouping)
     add("--carriers", choices=("centroid", "first"), default=VisToG.carriers, help="where the groups stand")
+    add("--begin-with", type=Path, help="weights of an earlier training, or their folder, which are the first")
+    add("--joint", action="store_true", help="train the LLM along, and write a model of its own in place of a plug-in")
     return parser.parse_args(arguments)
 
 

@@ -15,9 +15,11 @@ from .methods.divprune import DivPrune
 from .methods.elastic_cache import ElasticCache
 from .methods.fastv import FastV
 from .methods.fopru import FoPru
+from .methods.gsearch import GSearch
 from .methods.mint import MINT
 from .methods.plphp import PLPHP
 from .methods.pooling import Pooling
+from .methods.psigmoid import PSigmoid
 from .methods.pyramiddrop import PyramidDrop
 from .methods.sgl import SGL
 from .methods.sparsevlm import SparseVLM
@@ -26,6 +28,7 @@ from .methods.topv import TopV
 from .methods.trimmed_llama import TrimmedLlama
 from .methods.videollm_mod import VideoLLMMoD
 from .methods.visionzip import VisionZip
+from .methods.vistog import VisToG
 from .methods.visual_snapkv import VisualSnapKV
 from .methods.vtc_cls import VTCCLS
 from .methods.zipvl import ZipVL
@@ -44,8 +47,10 @@ __all__ = [
     "ElasticCache",
     "FastV",
     "FoPru",
+    "GSearch",
     "LastStep",
     "Method",
+    "PSigmoid",
     "Pages",
     "PerTurn",
     "Pooling",
@@ -63,6 +68,7 @@ __all__ = [
     "Uniform",
     "UnsupportedError",
     "VideoLLMMoD",
+    "VisToG",
     "VisionZip",
     "VisualSnapKV",
     "ZipVL",

@@ -36,13 +36,17 @@ names = pytest.mark.parametrize("name", METHODS)
 
 @dataclass
 class Picture:
-    """What an encoder says of a tile: (n,) scores, (n, d) keys, (n, width) states; and which tokens of its image."""
+    """What an encoder says of a tile: (n,) scores, (n, d) keys, (n, width) states; and which tokens of its image.
+
+    number: which of the pictures that the encoder saw.
+    """
 
     grid: tuple[int, int]
     index: list[int]
     scores: Tensor
     keys: Tensor
     states: Tensor
+    number: int = 0
 
 
 def tower_parts(base, pixels: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +69,8 @@ def read_llava(base, batch: dict) -> list[list[Picture]]:
     prefix = base.config.vision_config.model_type.startswith("clip")
     handed_on = int(prefix and base.config.vision_feature_select_strategy == "full")
     parts = tower_parts(base, batch["pixel_values"], int(prefix))
-    return [[Picture((6, 6), list(range(handed_on, handed_on + 36)), *part)] for part in zip(*parts, strict=True)]
+    index = list(range(handed_on, handed_on + 36))
+    return [[Picture((6, 6), index, *part, number)] for number, part in enumerate(zip(*parts, strict=True))]
 
 
 def read_llava_next(base, batch: dict) -> list[list[Picture]]:
@@ -82,10 +87,10 @@ def read_llava_next(base, batch: dict) -> list[list[Picture]]:
             if number >= 0:
                 tiles.setdefault(number // 16, []).append((at, number))
         pictures = []
-        for _, members in sorted(tiles.items()):
+        for picture, members in sorted(tiles.items()):
             at, patches = (list(part) for part in zip(*members, strict=True))
             rows = len({patch % 16 // 4 for patch in patches})
-            pictures.append(Picture((rows, len(at) // rows), at, *(part[patches] for part in parts)))
+            pictures.append(Picture((rows, len(at) // rows), at, *(part[patches] for part in parts), picture))
         images.append(pictures)
     return images
 
@@ -161,7 +166,12 @@ def reference(family: str, name: str, batch: dict, images, sequences: Tensor, ro
                     kept[b, span[tile.index[i]]] = True
                     if merge:
                         embeds[b, span[tile.index[i]]] = value
-    prompt = batch["input_ids"].shape[1]
+    return logits_of(model, embeds, positions, kept, sequences, rows), kept
+
+
+def logits_of(model, embeds: Tensor, positions: Tensor, kept: Tensor, sequences: Tensor, rows: Tensor) -> Tensor:
+    """Logits of every step of `sequences` behind prompts of these embeddings, of which only what is kept is seen."""
+    prompt = embeds.shape[1]
     told = model.get_input_embeddings()(sequences[:, prompt:-1])
     steps = torch.arange(1, told.shape[1] + 1)
     later = positions[..., rows, -1:] + steps
@@ -174,7 +184,7 @@ def reference(family: str, name: str, batch: dict, images, sequences: Tensor, ro
         attention_mask=torch.where(mask, 0.0, torch.finfo(torch.float32).min),
         use_cache=False,
     )
-    return model.lm_head(out.last_hidden_state[:, prompt - 1 :]), kept
+    return model.lm_head(out.last_hidden_state[:, prompt - 1 :])
 
 
 def pruned(family: str, name: str, batch: dict, attn: str, decoding: dict):

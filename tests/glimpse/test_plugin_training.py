@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
@@ -77,6 +78,25 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypa
     assert [entry["step"] for entry in log] == [1, 2, 3, 4] and len(steps) == 5
     whole, stopped = weights_in(tmp_path / "whole"), weights_in(tmp_path / "stopped")
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_the_llm_may_be_trained_along_as_a_model_of_its_own(tmp_path):
+    vistog.train(options(tmp_path / "alone"))
+    start = ("--begin-with", str(tmp_path / "alone"), "--steps", "2")
+    vistog.train(options(tmp_path / "both", "--joint", *start))
+    folder = tmp_path / "both" / "model"
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    (question,) = glimpse.heldout(1)
+    inputs = model_inputs(AutoProcessor.from_pretrained(folder), [question.images], [question.question])
+    with foveate.prune(model, foveate.VisToG(weights=folder)):
+        model.generate(**inputs, max_new_tokens=1)
+    with pytest.raises(foveate.UnsupportedError, match="another model"):
+        foveate.prune(glimpse.load()[0], foveate.VisToG(weights=folder))
+    new, old = model.state_dict(), glimpse.load()[0].state_dict()
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    assert changed and not [name for name in changed if "vision_tower" in name or "projector" in name]
+    with pytest.raises(Mistake, match="with or without --joint"):
+        vistog.train(options(tmp_path / "both", "--resume", *start))
 
 
 def test_a_checkpoint_is_neither_overwritten_nor_mistaken(tmp_path):

@@ -99,6 +99,7 @@ def test_weights_of_another_method_are_refused(tmp_path):
 def test_a_model_without_weights_is_refused():
     with pytest.raises(foveate.UnsupportedError, match=r"none for it come with the library: train them"):
         foveate.prune(tiny.build("llava"), Scored())
+    foveate.prune(tiny.build("llava"), Scored(keep=1.0)).remove()  # which needs none to change nothing
 
 
 def test_weights_that_come_with_the_library_are_found_by_the_model(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ class TrainedMethod(Method):
             UnsupportedError: where the weights are another model's, or there are none for this one.
             ValueError: where they cannot be read, or were trained with other options.
         """
-        if "_tensors" in self.__dict__:
+        if "_tensors" in self.__dict__ or self.keeps_all:
             return self
         if "_untrained" in self.__dict__:
             return self.holding(self.initial(host))

@@ -91,27 +91,24 @@ class VisToG(TrainedMethod, EncoderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.keep, int):
-            raise ValueError(f"keep must be an int for vistog, as many groups as it was trained with; got {self.keep}")
         for name, choices in (("grouping", ("hard", "soft")), ("carriers", ("centroid", "first"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
 
     def initial(self, host: Host) -> dict[str, Tensor]:
+        if not isinstance(self.keep, int):
+            raise ValueError(f"keep must be an int for vistog, the number of its groups; got {self.keep}")
         projector = host.projector()
         width = next((weight.shape[1] for weight in projector.values() if weight.ndim > 1), None)
         if width is None:
             raise UnsupportedError(f"vistog needs a projector that works token by token, which {host.model_type} lacks")
-        device = host.device
+        eye, ones = torch.eye(width, device=host.device), torch.ones(width, device=host.device)
         weights = {f"projector.{name}": weight for name, weight in projector.items()}
-        weights["seeds"] = 0.02 * torch.randn(int(self.keep), width, device=device)
+        weights["seeds"] = 0.02 * torch.randn(self.keep, width, device=host.device)
         # As nothing was learned yet, patches join the semantic token that they resemble, and outweigh it.
-        for name, scale in (("query", 1.0), ("key", 1.0), ("value", 1.0), ("out", 3.0)):
-            weights[f"{name}.weight"] = scale * torch.eye(width, device=device)
-            weights[f"{name}.bias"] = torch.zeros(width, device=device)
-        for name in ("group_norm", "patch_norm"):
-            weights[f"{name}.weight"] = torch.ones(width, device=device)
-            weights[f"{name}.bias"] = torch.zeros(width, device=device)
+        layer = {"query": eye, "key": eye, "value": eye, "out": 3 * eye, "group_norm": ones, "patch_norm": ones}
+        for name, weight in layer.items():
+            weights |= {f"{name}.weight": weight.clone(), f"{name}.bias": torch.zeros_like(ones)}
         return weights
 
     @property
@@ -119,29 +116,26 @@ class VisToG(TrainedMethod, EncoderMethod):
         return self.tensors["seeds"]
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        everything = torch.ones(tokens.tiles, tokens.grid[0] * tokens.grid[1], dtype=torch.bool, device=tokens.device)
-        if self._too_small(tokens):
-            return everything
-        return (~everything).scatter(1, self._carriers(self._affinity(tokens)), True)
+        n = tokens.grid[0] * tokens.grid[1]
+        if n <= self.keep:
+            return torch.ones(tokens.tiles, n, dtype=torch.bool, device=tokens.device)
+        none = torch.zeros(tokens.tiles, n, dtype=torch.bool, device=tokens.device)
+        return none.scatter(1, self._carriers(self._affinity(tokens)), True)
 
     def merge(self, tokens: EncoderTokens, keep: Tensor) -> Tensor | None:
-        if self._too_small(tokens):
+        if keep.shape[1] <= self.keep:
             return None
         assert tokens.states is not None and tokens.readers is not None and tokens.features is not None
         affinities = self._affinity(tokens)
-        values = self._linear("value", tokens.states.float())
-        soft = self.grouping == "soft"
+        values, soft = self._linear("value", tokens.states.float()), self.grouping == "soft"
         mixed = affinities.softmax(-1) @ values if soft else mean_of_members(self.joins(affinities), values)
-        grouped = tokens.readers.float() + self._linear("out", mixed)
-        at = self._carriers(affinities).unsqueeze(-1).expand(-1, -1, tokens.features.shape[-1])
-        return torch.zeros_like(tokens.features, dtype=torch.float32).scatter(1, at, self._project(tokens, grouped))
+        grouped = self._project(tokens, tokens.readers.float() + self._linear("out", mixed))
+        at = self._carriers(affinities).unsqueeze(-1).expand_as(grouped)
+        return torch.zeros_like(tokens.features, dtype=torch.float32).scatter(1, at, grouped)
 
     def joins(self, affinities: Tensor) -> Tensor:
         """Which patch is in which group, float32; training makes it differentiable. affinities: (tiles, m, n)."""
         return members(affinities).float()
-
-    def _too_small(self, tokens: EncoderTokens) -> bool:
-        return tokens.grid[0] * tokens.grid[1] <= self.keep
 
     def _affinity(self, tokens: EncoderTokens) -> Tensor:
         assert tokens.states is not None and tokens.readers is not None
