@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 from ..families.base import Family
 from ..methods.base import Method
 from .ahead import Peeked
-from .attention import Attention, unrouted
+from .attention import Attention
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
@@ -32,6 +32,7 @@ from .steps import UNSAID, Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods
 from .target import Target
 from .upstream import PreTrainedModel, cache_in, release_note, without_cache
+from .watching import watch_layers
 
 
 def prune(
@@ -255,7 +256,7 @@ class Pruned(NotPickled):
         if encoded.get("image") is not None:
             forward.features = encoded["image"].pooler_output
         if brings_images:
-            self._watch_layers(forward)
+            watch_layers(forward, routed=bool(self._acting))
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.
         return kwargs, _Pass(forward, prompt, step.verifies or (step.beside and not brings_images))
 
@@ -290,56 +291,6 @@ class Pruned(NotPickled):
         if entered.prompt is not None:
             output.last_hidden_state = torch.cat([entered.prompt, output.last_hidden_state], dim=1)
         return output
-
-    # -- in front of, inside and behind the decoder layers ----------------------------------------------------
-
-    def _watch_layers(self, forward: Forward) -> None:
-        """Let the places act around the layers, in this forward only: decoding steps do without these hooks."""
-        before, behind = (functools.partial(hook, forward) for hook in (self._before_layer, self._behind_layer))
-        for index, layer in enumerate(self.decoder.layers):
-            forward.hooks.append(layer.register_forward_pre_hook(functools.partial(before, index), with_kwargs=True))
-            forward.hooks.append(layer.register_forward_hook(functools.partial(behind, index)))
-        forward.hooks.append(
-            self._target.norm.register_forward_hook(  # type: ignore[union-attr]
-                functools.partial(self._after_layers, forward)
-            )
-        )
-
-    def _before_layer(self, forward: Forward, index: int, module: Any, args: Any, kwargs: Any = None) -> Any:
-        # Another thread's; torch passes no kwargs where that thread takes its hook off at this very moment.
-        if active.forward is not forward:
-            return None
-        if index and self._acting:
-            self._check_routed(forward, index - 1)
-        if index == 0 and forward.find_images():
-            for action in forward.actions:
-                action.begin()
-        hidden = args[0]
-        for action in forward.actions:
-            hidden, kwargs = action.before_layer(index, hidden, kwargs)
-        hidden, kwargs = forward.enter(hidden, kwargs)
-        for action in forward.actions:
-            action.entering(index, hidden)
-        return (hidden, *args[1:]), kwargs
-
-    def _behind_layer(self, forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
-        if active.forward is not forward:
-            return None
-        for action in forward.actions:
-            hidden = action.behind_layer(index, hidden)
-        return hidden
-
-    def _after_layers(self, forward: Forward, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
-        if active.forward is not forward:
-            return None
-        if self._acting:
-            self._check_routed(forward, len(self._target.kinds) - 1)
-        return forward.leave(hidden)
-
-    def _check_routed(self, forward: Forward, index: int) -> None:
-        """Refuse a layer that attended without asking transformers for its kernel: nothing could act there."""
-        if index not in forward.entered:
-            raise unrouted(index)
 
     def _attend(
         self, index: int, kernel: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
