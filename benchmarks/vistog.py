@@ -3,16 +3,17 @@
 python benchmarks/vistog.py
 
 The arms: `vistog` as shipped (each patch in one group), `vistog:grouping=soft` (each semantic token attends to all
-patches, as in a Q-Former), both trained alike by training/vistog.py; `pooling` (the mean of each cell of a fixed grid)
-and `k-means` (groups of like patches, drawn anew for every picture), which need no training; and methods that keep
-patches as they are. `--joint FOLDER` adds a model whose LLM was trained along. Goes on where it stopped.
+patches, as in a Q-Former), `pooling` (the mean of each cell of a fixed grid) and `k-means` (groups of like patches,
+found anew in every picture), which need no training, and methods that keep patches as they are. `--weights FOLDER`
+adds what training/vistog.py wrote there, a row named after the folder. Goes on where it stopped.
 """
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from rich.progress import track
@@ -22,6 +23,7 @@ from transformers import AutoModelForImageTextToText
 import foveate
 from foveate import glimpse
 from foveate.evaluation import exact_match, generate, interval, score
+from foveate.evaluation.cost import prefill_flops
 from foveate.evaluation.questions import from_glimpse
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.runner import Batches
@@ -73,50 +75,67 @@ class KMeans(EncoderMethod):
         return -torch.cdist(means, states), means
 
 
-def arms() -> Iterator[tuple[str, Method, str]]:
-    """Name, method, and what was trained of it."""
-    for plugin in sorted(shipped("vistog"), key=lambda plugin: (plugin.options["keep"], plugin.options["grouping"])):
-        options = plugin.options
+@dataclass(frozen=True)
+class Arm:
+    """A row.
+
+    method: None for the untouched model. trained: numbers that training changed. model: a folder; None for glimpse.
+    """
+
+    name: str
+    method: Method | None
+    trained: int = 0
+    model: Path | None = None
+
+
+def learned(folder: Path | None) -> Iterator[Arm]:
+    """The weights that come with the library, or those of a folder."""
+    inner = None if folder is None else folder / "model"  # where the LLM was trained along
+    joint = inner is not None and inner.is_dir()
+    place = inner if joint else folder
+    for plugin in shipped("vistog") if place is None else [Plugin.read(place / WEIGHTS_NAME)]:
+        options = {"weights": place, **plugin.options}
+        soft = options["grouping"] == "soft"
+        name = folder.name if folder is not None else "vistog" + ":grouping=soft" * soft
         numbers = sum(tensor.numel() for tensor in plugin.tensors(torch.device("cpu")).values())
-        name = "vistog" if options["grouping"] == "hard" else f"vistog:grouping={options['grouping']}"
-        yield name, foveate.get_method("vistog", **options), f"{numbers:,} numbers"
-    for keep in sorted({plugin.options["keep"] for plugin in shipped("vistog")}):
-        yield "k-means", KMeans(keep=keep), "nothing"
+        if joint:
+            numbers += glimpse.load()[0].model.language_model.num_parameters()
+        yield Arm(name, foveate.get_method("vistog", **options), numbers, place if joint else None)
+
+
+def arms(folders: list[Path]) -> Iterator[Arm]:
+    """All rows."""
+    yield Arm("untouched", None)
+    trained = [arm for folder in (None, *folders) for arm in learned(folder)]
+    yield from trained
+    for keep in sorted({arm.method.keep for arm in trained if arm.method is not None}):
+        yield Arm("k-means", KMeans(keep))
         for name in ("pooling", "visionzip", "divprune", "random"):
-            yield name, foveate.get_method(name, keep=keep), "nothing"
+            yield Arm(name, foveate.get_method(name, keep=keep))
 
 
-def measure(results: Results, count: int, batch_size: int, joint: Path | None) -> None:
+def measure(results: Results, arms: list[Arm], count: int, batch_size: int) -> None:
     """Adds the rows that are missing."""
     torch.set_num_threads(1)  # more of them wait for each other longer than they compute
     model, processor = glimpse.load()
-    questions, items = glimpse.heldout(count), from_glimpse(count)
-    batches = Batches(processor, items, batch_size)
-
-    def note(name: str, method: Method | None, trained: str, model: Any = model) -> None:
-        keep: Any = None if method is None else method.keep
-        if results.find(method=name, keep=keep):
-            return
-        if method is None:
-            said = generate(model, processor, batches, MAX_NEW_TOKENS)
-        else:
-            with foveate.prune(model, method):
-                said = generate(model, processor, batches, MAX_NEW_TOKENS)
-        hits = [exact_match(text, question.answer) for text, question in zip(said, questions, strict=True)]
-        low, high = interval(hits)
+    questions = glimpse.heldout(count)
+    batches = Batches(processor, from_glimpse(count), batch_size)
+    whole = prefill_flops(model, batches.middle.inputs)
+    for arm in track(arms, description="arms"):
+        keep = None if arm.method is None else arm.method.keep
+        if results.find(method=arm.name, keep=keep):
+            continue
+        own = model
+        if arm.model is not None:
+            own = AutoModelForImageTextToText.from_pretrained(arm.model, dtype=torch.float32)
+        with contextlib.nullcontext() if arm.method is None else foveate.prune(own, arm.method):
+            said = generate(own, processor, batches, MAX_NEW_TOKENS)
+            share = prefill_flops(own, batches.middle.inputs) / whole
+        low, high = interval([exact_match(text, q.answer) for text, q in zip(said, questions, strict=True)])
         kinds = score(said, questions)
-        row = {"method": name, "keep": keep, "trained": trained, "accuracy": kinds.pop("all")}
-        row |= {"accuracy_low": low, "accuracy_high": high}
-        results.add(row | {f"accuracy:{kind}": share for kind, share in kinds.items()})
-
-    note("untouched", None, "nothing")
-    for name, method, trained in track(list(arms()), description="arms"):
-        note(name, method, trained)
-    if joint is not None:
-        options = Plugin.read(joint / WEIGHTS_NAME).options
-        along = AutoModelForImageTextToText.from_pretrained(joint, dtype=torch.float32).eval()
-        numbers = sum(weight.numel() for weight in along.model.language_model.parameters())
-        note("vistog, joint", foveate.get_method("vistog", weights=joint, **options), f"{numbers:,} more", along)
+        row = {"method": arm.name, "keep": keep, "trained": arm.trained, "prefill_share": share}
+        row |= {"accuracy": kinds.pop("all"), "accuracy_low": low, "accuracy_high": high}
+        results.add(row | {f"accuracy:{kind}": right for kind, right in kinds.items()})
 
 
 def main() -> None:
@@ -125,12 +144,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=800, help="how many held-out questions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the folder of results")
-    parser.add_argument("--joint", type=Path, help="the folder `model` that training/vistog.py --joint wrote")
+    parser.add_argument("--weights", type=Path, nargs="*", default=[], help="folders that training/vistog.py wrote")
     options = parser.parse_args()
     settings = {"model": "glimpse", "data": f"glimpse {glimpse.HELDOUT_VERSION}", "count": options.count}
     settings |= {"dtype": "float32", "batch_size": options.batch_size}
     with Results(options.out, "vistog", settings, keys=("method", "keep")) as results:
-        measure(results, options.count, options.batch_size, options.joint)
+        measure(results, list(arms(options.weights)), options.count, options.batch_size)
     print(markdown([results.folder]))
 
 

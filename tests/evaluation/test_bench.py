@@ -153,6 +153,16 @@ def test_without_out_the_same_command_goes_on_after_a_failure_and_after_ctrl_c_w
     assert about["finished"] and [each["rows"] for each in about["runs"]] == [0, 1]
 
 
+def test_a_method_that_nobody_trained_for_random_weights_is_timed_without(tmp_path):
+    """The model was not trained either."""
+    result = run(*FAST, "--methods", "vistog", "--keep", "9", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    (row,) = rows_of(tmp_path / "out")
+    assert row["kept_tokens"] == 9 and 0 < row["kv_share"] < 1
+    result = run("--model", "glimpse", "--methods", "vistog", "--keep", "7", "--out", tmp_path / "other")
+    assert result.exit_code != 0 and "vistog" in result.stderr and "train" in result.stderr
+
+
 def test_every_method_that_fits_is_measured(tmp_path):
     result = run(*FAST, "--methods", "all", "--repeat", "1", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

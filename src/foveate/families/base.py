@@ -57,13 +57,20 @@ class Family:
         """The vision encoder's layers up to the one whose output the features are made of."""
         raise NotImplementedError  # asked only of families with the place "encoder"
 
-    def carry(self, layer: nn.Module, readers: Tensor, states: Tensor) -> Tensor | None:
-        """Further tokens behind an encoder layer, which read the layer's input and each other.
+    def keys_and_values(self, layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """The modules that make an encoder layer's keys and values; None where it has no room for further tokens.
 
-        layer: one of `encoder_layers`. readers: (pictures, m, width). states: (pictures, tokens, width), the input of
-        the layer. Returns (pictures, m, width); None where the encoder has no room for further tokens.
+        layer: one of `encoder_layers`.
         """
         return None
+
+    def carry(self, layer: nn.Module, readers: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Further tokens behind an encoder layer, which read the tokens in it and each other.
+
+        readers: (pictures, m, width). key, value: (pictures, tokens, width), what `keys_and_values` made of the tokens.
+        Returns (pictures, m, width).
+        """
+        raise NotImplementedError  # asked only of families with `keys_and_values`
 
     def prefix_tokens(self, config: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""

@@ -50,13 +50,18 @@ class Llava(Family):
         deepest = max(at % (len(layers) + 1) for at in ([feature] if isinstance(feature, int) else feature))
         return list(layers[:deepest])
 
-    def carry(self, layer: Any, readers: Tensor, states: Tensor) -> Tensor:
+    def keys_and_values(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return layer.self_attn.k_proj, layer.self_attn.v_proj
+
+    def carry(self, layer: Any, readers: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own, attention = layer.layer_norm1(readers), layer.self_attn
-        read = torch.cat([layer.layer_norm1(states), own], 1)
-        heads = (-1, attention.head_dim)
         query, key, value = (
-            project(part).unflatten(-1, heads).transpose(1, 2)
-            for project, part in ((attention.q_proj, own), (attention.k_proj, read), (attention.v_proj, read))
+            part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for part in (
+                attention.q_proj(own),
+                torch.cat([key, attention.k_proj(own)], 1),
+                torch.cat([value, attention.v_proj(own)], 1),
+            )
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
         readers = readers + attention.out_proj(mixed.transpose(1, 2).flatten(2))

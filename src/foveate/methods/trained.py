@@ -172,7 +172,8 @@ class TrainedMethod(Method):
 
     def _shipped(self, host: Host) -> Plugin:
         plugins = shipped(self.name)
-        own = [plugin for plugin in plugins if plugin.fingerprint == host.fingerprint()] if plugins else []
+        mark = host.fingerprint() if plugins else ""
+        own = [plugin for plugin in plugins if plugin.fingerprint == mark]
         if not own:
             raise UnsupportedError(
                 f"{self.name} needs weights that were trained on this very model, and none for it come with the "

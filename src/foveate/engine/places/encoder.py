@@ -33,7 +33,7 @@ class _Reading:
     """What one run of the encoder showed: per watched layer its named parts, one a call; and the projector's input.
 
     levels: patches behind encoder layers, by layer. readers: the method's own tokens, as far as they got; shape: of
-    what they went beside, pictures and tokens.
+    what they went beside, pictures and tokens; read: keys and values of the layer at hand.
     """
 
     layers: list[dict[str, list[Tensor]]] = field(default_factory=list)
@@ -41,6 +41,7 @@ class _Reading:
     levels: dict[int, list[Tensor]] = field(default_factory=dict)
     readers: Tensor | None = None
     shape: tuple[int, int] = (0, 0)
+    read: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Current(threading.local):
@@ -63,7 +64,7 @@ class EncoderPlace(Place):
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
         for method in methods:
-            carries = type(target.family).carry is not Family.carry
+            carries = type(target.family).keys_and_values is not Family.keys_and_values
             if isinstance(method, EncoderMethod) and "readers" in method.reads and not carries:
                 raise UnsupportedError(
                     f"{method.name} sends tokens of its own through the vision encoder beside the patches, and that of "
@@ -90,7 +91,9 @@ class EncoderPlace(Place):
                 note = functools.partial(self._note_level, number)
                 fixtures.hook(layers[number - 1].register_forward_hook(note))
             for layer in layers if "readers" in self.reads else ():
-                fixtures.hook(layer.register_forward_pre_hook(self._carry))
+                for which, module in enumerate(self.family.keys_and_values(layer) or ()):
+                    fixtures.hook(module.register_forward_hook(functools.partial(self._note_read, which)))
+                fixtures.hook(layer.register_forward_hook(self._carry))
 
     @property
     def reads_prompt(self) -> bool:
@@ -172,16 +175,21 @@ class EncoderPlace(Place):
             states = states[:, prefix:] if states.ndim == 3 else states.unsqueeze(0)  # a packed encoder has no prefix
             self._current.reading.levels.setdefault(number, []).append(states)
 
-    def _carry(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """In front of an encoder layer: the method's own tokens go through it beside the patches."""
+    def _note_read(self, which: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._current.reading is not None:
+            self._current.reading.read.setdefault(which, output)
+
+    def _carry(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind an encoder layer: the method's own tokens go through it beside the patches."""
         reading = self._current.reading
         if reading is not None:
-            readers, states = reading.readers, args[0]
+            readers, key, value = reading.readers, reading.read[0], reading.read[1]
             if readers is None:
                 assert self.method is not None and self.method.seeds is not None
-                readers = self.method.seeds.to(states).expand(len(states), -1, -1)
-                reading.shape = (states.shape[0], states.shape[1])
-            reading.readers = self.family.carry(layer, readers, states)
+                readers = self.method.seeds.to(key).expand(len(key), -1, -1)
+                reading.shape = (key.shape[0], key.shape[1])
+            reading.readers = self.family.carry(layer, readers, key, value)
+            reading.read.clear()
 
     def _note_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._current.reading is not None:
