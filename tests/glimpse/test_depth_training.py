@@ -118,9 +118,8 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(own, tmp_path, mon
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_joint_training_writes_a_model_and_what_belongs_to_it(own, tmp_path, router):
-    train(
-        few(tmp_path, "--joint", "--router", router, "--rate", "10")
-    )  # steps are too few for a lower one to change much
+    # So few steps change little at a lower rate.
+    train(few(tmp_path, "--joint", "--router", router, "--rate", "10"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     before, _ = untaught("video")
     changed = {
