@@ -53,13 +53,13 @@ def parser(description: str, *, steps: int, batch: int, rate: float) -> argparse
     return parser
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The frozen model and its processor.
+def load(options: argparse.Namespace, lessons: Sequence[str] = (GLIMPSE,)) -> tuple[Any, Any]:
+    """The frozen model and its processor. lessons: the models that need no data of the user's.
 
     Raises:
         Mistake: where there is no such model, or nothing to learn from.
     """
-    if options.model != GLIMPSE and options.data is None:
+    if options.model not in lessons and options.data is None:
         raise Mistake(f"--model {options.model} needs --data: a folder of questions about pictures, with answers")
     hush()
     device = resolve_device(options.device)
@@ -188,7 +188,7 @@ def train(
     first = method.initial(target.host)
     begin(first)
     own = {name: nn.Parameter(tensor) for name, tensor in first.items()}
-    tools = optimizers(own, options.rate)
+    tools = optimizers(own, options.rate) if own else []
     along = {} if joint is None else _language(model)
     if along:
         tools.append(torch.optim.AdamW([{"params": list(along.values()), "share": ALONG}], betas=(0.9, 0.98)))
@@ -208,8 +208,8 @@ def train(
                 folder = options.out / "model"
                 model.save_pretrained(folder)
                 joint.save_pretrained(folder)
-            ours = {name: average[name] for name in own}
-            write_plugin(folder / WEIGHTS_NAME, method, target.host.model_type, target.host.fingerprint(), ours)
+            if ours := {name: average[name] for name in own}:
+                write_plugin(folder / WEIGHTS_NAME, method, target.host.model_type, target.host.fingerprint(), ours)
 
     begun = time.perf_counter() - (log[-1]["seconds"] if log else 0)
     held = method.holding(own)  # type: ignore[arg-type]

@@ -12,7 +12,9 @@ from cases import TOLERANCE
 from oracle import seen_and_kept
 from test_decode import read_steps
 from test_depth import Dense, backends, batches, families, routed, trained
+from test_flash import Flash, flash_model
 from test_merging_cache import image_spans
+from transformers.modeling_utils import AttentionInterface
 
 import foveate
 from foveate.methods.videollm_mod import VideoLLMMoD
@@ -228,6 +230,19 @@ def test_an_image_at_the_prompts_end(family):
     if family != "llava_next":  # whose pictures end with a newline token, which goes through
         with pytest.raises(foveate.UnsupportedError, match="ends with an image token that skips layer 1"):
             routed(tiny.build(family), [method, foveate.VisualSnapKV()], batch, **oracle.GREEDY)
+
+
+@families
+@batches
+def test_flash_attention_runs_on_what_goes_through(family, batch, monkeypatch):
+    kernel, spec, method = Flash(), tiny.BATCHES[batch], trained(family)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", kernel)
+    batch = tiny.inputs(family, **spec)
+    run, report = routed(flash_model(family), method, batch, **oracle.GREEDY)
+    logits, _ = Dense(family, method).logits(batch, image_spans(family, batch, spec["images"]), run.sequences)
+    assert (logits - run.logits).abs().max() < TOLERANCE
+    prompts = [queries for queries, _ in kernel.lengths if queries > 1]
+    assert prompts == [layer.kept_length for layer in report.layers] and prompts[1] < prompts[0]
 
 
 def test_half_precision_runs():

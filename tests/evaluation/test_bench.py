@@ -229,9 +229,15 @@ def test_the_ideal_has_as_many_tokens_in_every_layer_as_the_method(method, compu
 
 
 def test_image_tokens_pass_through_a_share_of_the_layers():
-    row = bench().measure(foveate.VideoLLMMoD(keep=9, router="uniform"))
-    assert row["token_layers"] == (2 + 2 * 9 / 36) / 4 and row["kept_tokens"] == 9
-    assert row["kv_bytes"] == row["ideal_kv_bytes"] == (2 * 100 + 2 * 73) * 2 * 2 * 16 * 4
+    """With a fifth of them in every second layer, through six tenths."""
+    config = geometries.get_config("tiny", 25)
+    config.text_config.num_hidden_layers = 6
+    model = geometries.build(config, device="cpu", dtype="float32", attn="sdpa")
+    it = Bench(model, geometries.synthetic(config, 1, tokens=25), new_tokens=2, repeat=1)
+    for router in ("learned", "uniform"):
+        row = it.measure(foveate.VideoLLMMoD(router=router).untrained())
+        assert row["token_layers"] == 0.6 and row["kept_tokens"] == 5 and row["image_tokens"] == 25
+        assert row["kv_bytes"] == row["ideal_kv_bytes"] == (3 * 89 + 3 * 69) * 2 * 2 * 16 * 4
 
 
 def test_budgets_of_their_own_in_each_layer_reach_the_ideal():

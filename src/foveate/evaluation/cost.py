@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Operations of the matrix products and attention kernels that run in a call, forward and backward."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    # The kernels that torch's counter does not know.
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def prefill_flops(model: Any, inputs: Mapping[str, Any]) -> int:
@@ -13,13 +34,6 @@ def prefill_flops(model: Any, inputs: Mapping[str, Any]) -> int:
     whole answer, a second run beside the model. inputs: of `generate()`, on the model's device.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
-
-    # The one kernel that torch's counter does not know.
-    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=kernels) as counter:
-        model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
-    return int(counter.get_total_flops())
+    with torch.inference_mode():
+        return counted(lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1))

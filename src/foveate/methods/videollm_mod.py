@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import register
 from .base import DepthMethod
-from .baselines import drawn
+from .baselines import drawn, seeded
 from .budgets import check_range, floor_budget, topk_mask
 from .host import Host
 from .tokens import ImageGroups
@@ -95,10 +95,11 @@ class VideoLLMMoD(TrainedMethod, DepthMethod):
         return self.layers if isinstance(self.layers, tuple) else routed_layers(self.layers, depth)
 
     def initial(self, host: Host) -> dict[str, Tensor]:
-        tensors = {}
-        for layer in self.routed(host.depth):
-            tensors[f"{layer}.weight"] = torch.zeros(host.hidden, device=host.device)
-            tensors[f"{layer}.bias"] = torch.zeros((), device=host.device)
+        tensors: dict[str, Tensor] = {}
+        for layer in self.routed(host.depth) if self.router == "learned" else ():
+            # Nearly nothing, but not zeros: equal scores would send the first tokens of every frame through.
+            start = 1e-3 * (seeded((self.seed * 1009 + layer) % 2**63, host.hidden) - 0.5)
+            tensors |= {f"{layer}.weight": start.to(host.device), f"{layer}.bias": torch.zeros((), device=host.device)}
         return tensors
 
     def for_host(self, host: Host) -> TrainedMethod:
