@@ -53,6 +53,9 @@ measure: $(VENV)/.dev
 	$(BIN)/python benchmarks/guided.py --out $(RESULTS)/guided
 	$(BIN)/python benchmarks/existence.py --out $(RESULTS)/existence
 	$(BIN)/python benchmarks/cross_maps.py --out $(RESULTS)/cross_maps
+	for method in gsearch psigmoid; do [ -e $(RESULTS)/search/$$method.json ] || \
+	    $(BIN)/foveate search --method $$method --out $(RESULTS)/search/$$method.json || exit; done
+	$(BIN)/python benchmarks/schedules.py --out $(RESULTS)/search
 	$(BIN)/python docs/generate.py
 
 clean:

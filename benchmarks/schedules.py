@@ -19,7 +19,6 @@ from rich.console import Console
 
 import foveate
 from foveate import glimpse
-from foveate.asking.mistake import Mistake
 from foveate.asking.options import Variant
 from foveate.evaluation.accuracy import GROUPS, measure
 from foveate.evaluation.questions import from_glimpse
@@ -40,28 +39,30 @@ def token_layers(method: LayerMethod) -> float:
     if isinstance(method, ScheduledMethod):
         return fmean([1.0, *method.rates_at(DEPTH)])
     stages = method.stages(DEPTH)
-    each = [
-        method.keep ** ((i + 1) / len(stages)) if isinstance(method, StagedMethod) else method.keep
-        for i in range(len(stages))
-    ]
-    return fmean([1.0] * stages[0] + [each[sum(layer >= s for s in stages) - 1] for layer in range(stages[0], DEPTH)])
+    staged = isinstance(method, StagedMethod)
+    left = [1.0, *(method.keep ** ((i + 1) / len(stages)) if staged else method.keep for i in range(len(stages)))]
+    return fmean(left[sum(layer >= stage for stage in stages)] for layer in range(DEPTH))
 
 
 def at_cost(method: LayerMethod, share: float) -> LayerMethod:
-    """The same method with the `keep` that comes to these token-layers."""
+    """The same method with the `keep` that comes to these token-layers, to six digits."""
     floor = method.floor / method.keep if isinstance(method, foveate.PSigmoid) else 0.0
+
+    def drawn(keep: float) -> LayerMethod:
+        return dataclasses.replace(method, keep=keep, **({"floor": floor * keep} if floor else {}))
+
     low, high = 0.0, 1.0
-    for _ in range(50):
-        keep = (low + high) / 2
-        drawn = dataclasses.replace(method, keep=keep, **({"floor": floor * keep} if floor else {}))
-        low, high = (keep, high) if token_layers(drawn) < share else (low, keep)
-    return drawn
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if token_layers(drawn(middle)) < share else (low, middle)
+    return drawn(round(high, 6))
 
 
 def methods(folder: Path) -> Iterator[tuple[str, LayerMethod]]:
     """Names and methods; those of a search where it has been made."""
     yield "random_layer", foveate.get_method("random_layer", keep=0.5)
     yield "fastv", foveate.get_method("fastv", keep=0.5)
+    yield "fastv:layer=1", foveate.get_method("fastv", keep=0.5, layer=1)
     yield "pyramiddrop", foveate.get_method("pyramiddrop", keep=0.5)
     for name in FOUND:
         if (folder / f"{name}.json").exists():
@@ -79,29 +80,21 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="the folder of results")
     options = parser.parse_args()
+    console = Console(stderr=True)
     torch.set_num_threads(1)  # more of them wait for each other longer than they compute
     chosen = dict(methods(options.found))
     if missing := [name for name in FOUND if f"{name}, searched" not in chosen]:
-        Console(stderr=True).print(f"left out: {', '.join(missing)} is not in {options.found} (foveate search)")
+        console.print(f"left out: {', '.join(missing)} is not in {options.found} (foveate search)")
     settings = {"data": f"glimpse {glimpse.HELDOUT_VERSION}", "count": options.count, "batch_size": options.batch_size}
     settings |= {"device": "cpu", "dtype": "float32"}
     model, processor = glimpse.load()
     batches = Batches(processor, from_glimpse(options.count), options.batch_size)
     with Results(options.out, "schedules", settings, keys=("method", "keep")) as results:
-        for share in SHARES:
-            variants = []
-            for name, method in chosen.items():
-                try:
-                    drawn = at_cost(method, share)
-                except ValueError as error:
-                    raise Mistake(f"{name} at {share}: {error}") from error
-                variants.append(
-                    Variant(name, round(drawn.keep, 6), dataclasses.replace(drawn, keep=round(drawn.keep, 6)))
-                )
+        for share in (1.0, *SHARES):
+            drawn = {name: at_cost(method, share) for name, method in chosen.items() if share < 1}
+            variants = [Variant(name, method.keep, method) for name, method in drawn.items()]
             more = {"token_layers": share}
-            measure(
-                model, processor, batches, variants, results, groups=GROUPS, more=more, console=Console(stderr=True)
-            )
+            measure(model, processor, batches, variants, results, groups=GROUPS, more=more, console=console)
     print(markdown([results.folder], "method,accuracy", across="token_layers"))
 
 

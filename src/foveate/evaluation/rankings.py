@@ -24,8 +24,8 @@ def kendall(scores: Tensor, chunk_elements: int = 1 << 24) -> Tensor:
     gram = torch.zeros(rankings, rankings, dtype=torch.float64)
     step = max(1, chunk_elements // (rankings * n))
     for start in range(0, n, step):
-        order = (scores[:, start : start + step, None] - scores[:, None, :]).sign().flatten(1).double()
-        gram += (order @ order.T).cpu()
+        order = (scores[:, start : start + step, None] - scores[:, None, :]).sign().flatten(1).float()
+        gram += (order @ order.T).cpu().double()  # whole numbers, small enough to be exact
     scale = gram.diagonal().sqrt()
     return gram / scale.unsqueeze(0) / scale.unsqueeze(1)
 
