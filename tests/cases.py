@@ -57,6 +57,7 @@ OWN_FILES = {
     "zipvl": "test_merging_cache.py",
     "elastic_cache": "test_merging_cache.py",
     **dict.fromkeys(("attention_predictor", "last_step", "running_sum", "pages", "per_turn"), "test_decode.py"),
+    "quecc": "test_quecc.py",
 }
 TOLERANCE = 1e-4
 

@@ -24,9 +24,9 @@ from foveate.glimpse import clips, facts, happenings, scene
 
 PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:"
 IMAGE = "<image>"
-# Of both halves; a head is 32 wide, three heads share a key head. "cross" is the one with cross-attention, "video" sees
-# the frames of clips.
-WIDTHS = {"glimpse": 192, "small": 96, "cross": 96, "video": 96}
+# Of both halves; three heads share a key head and are 32 wide, in "tiny" 16. "cross" is the one with cross-attention,
+# "video" sees the frames of clips.
+WIDTHS = {"glimpse": 192, "small": 96, "tiny": 48, "cross": 96, "video": 96}
 SYNONYMS = {
     "picture": "image|photo|scene",
     "pictures": "images|photos|scenes",
@@ -88,7 +88,7 @@ def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int, side: int) -> Ll
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=6,
-        num_attention_heads=width // 32,
+        num_attention_heads=max(3, width // 32),
         image_size=side,
         patch_size=scene.PATCH,
         projection_dim=width,
@@ -100,8 +100,8 @@ def _make_llava(tokenizer: PreTrainedTokenizerFast, width: int, side: int) -> Ll
         hidden_size=width,
         intermediate_size=8 * width // 3,
         num_hidden_layers=6,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 96,
+        num_attention_heads=max(3, width // 32),
+        num_key_value_heads=max(1, width // 96),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -178,6 +178,22 @@ def test_an_answer_that_is_scored_is_no_part_of_the_question():
     assert (method.seen[0].question[0] - alone(model, question_of(batch, 0))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_labels_say_where_the_question_ends(use_cache):
+    """With a gradient, too, for which no caller keeps a cache."""
+    model, batch = tiny.build("llava"), tiny.inputs("llava", images=(1, 2), text=(4, 6))
+    labels = batch["input_ids"].clone()
+    labels[:, :-3] = -100
+    method = Reader()
+    with foveate.prune(model, method):
+        scored = model(**batch, labels=labels, use_cache=use_cache).logits
+        kept = model(**batch, labels=labels).logits
+    prompts = {name: value[:, :-3] for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+    expected = torch.stack([alone(model, question_of(prompts, row)) for row in (0, 1, 1)])
+    assert (method.seen[0].question - expected).abs().max() < 1e-5
+    assert (scored - kept).abs().max() < 1e-5
+
+
 def test_a_later_turn_s_pictures_get_that_turn_s_question():
     model, batch = tiny.build("llava"), tiny.inputs("llava")
     method = Reader()

@@ -223,11 +223,11 @@ class Pruned(NotPickled):
         check_inputs(self._target, kwargs, call.brings_images)
         for place in self._places:
             place.refuse(call)
-        cache = self._adopt(cache, call)
+        splits = step.assisted or any(place.reads_prompt for place in self._places)
+        cache = self._adopt(cache, call, in_parts=call.brings_images and splits and step.behind > 0)
         if cache is not None:
             kwargs = {**without_cache(kwargs), self._target.cache_name: cache}
         prompt, brings_images = None, call.brings_images
-        splits = step.assisted or any(place.reads_prompt for place in self._places)
         if brings_images and splits and step.uneven:
             raise UnsupportedError(
                 "the labels of this batch begin at different places, and methods choose at the end of the prompt: pad "
@@ -260,10 +260,13 @@ class Pruned(NotPickled):
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.
         return kwargs, _Pass(forward, prompt, step.verifies or (step.beside and not brings_images))
 
-    def _adopt(self, cache: Any, call: Call) -> Any:
-        """The cache that the pass will use, its layers swapped for pruned ones; None without a cache."""
+    def _adopt(self, cache: Any, call: Call, *, in_parts: bool) -> Any:
+        """The cache that the pass will use, its layers swapped for pruned ones; None without a cache.
+
+        in_parts: the prompt runs first, and what stands behind it reads its keys and values.
+        """
         use_cache = call.arguments.get("use_cache")
-        if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
+        if cache is None and (in_parts or (self.decoder.config.use_cache if use_cache is None else use_cache)):
             cache = new_cache(self.decoder.config)
         if cache is not None:
             adopt_cache(cache, self._target.kinds)

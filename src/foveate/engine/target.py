@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..families.base import Family
-from ..methods.host import Host
+from ..methods.host import Encoder, Host
 from .upstream import cache_name
 
 Kind = Literal["self", "cross"]
@@ -77,8 +77,21 @@ class Target:
         hidden = self.base.get_input_embeddings().weight.shape[-1]
         device = self.base.get_input_embeddings().weight.device
         return Host(
-            self.family.model_type, len(self.kinds), hidden, device, lambda: fingerprint(self.base), self._projector
+            self.family.model_type,
+            len(self.kinds),
+            hidden,
+            device,
+            lambda: fingerprint(self.base),
+            self._projector,
+            self._encoder(),
         )
+
+    def _encoder(self) -> Encoder | None:
+        if "encoder" not in self.family.places:
+            return None
+        vision = self.base.config.vision_config
+        side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
+        return Encoder(len(self.family.encoder_layers(self.base)), vision.hidden_size, side)
 
     def _projector(self) -> dict[str, torch.Tensor]:
         module = self.family.projector(self.base)

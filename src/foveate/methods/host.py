@@ -10,12 +10,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """A vision encoder.
+
+    depth: its layers up to the one whose output the features are made of. width: of the states between them. side:
+    patches along one side of a tile; None where pictures keep their shapes.
+    """
+
+    depth: int
+    width: int
+    side: int | None
+
+
+@dataclass(frozen=True)
 class Host:
     """One model.
 
     model_type: of its configuration. depth: decoder layers. hidden: width of the LLM's hidden states. fingerprint: of
     its weights, worked out when it is called. device: where it lies. projector: a copy of the weights from the vision
-    encoder's states to the LLM's, by name; empty where the model has no such module.
+    encoder's states to the LLM's, by name; empty where the model has no such module. encoder: its size.
     """
 
     model_type: str
@@ -24,3 +37,4 @@ class Host:
     device: torch.device
     fingerprint: Callable[[], str]
     projector: Callable[[], dict[str, Tensor]] = dict
+    encoder: Encoder | None = None
