@@ -57,7 +57,7 @@ SUBSTITUTIONS = (
     (r"--new-tokens 16 --repeat 3\b", "--new-tokens 2 --repeat 1", "26 min"),
     (r"\btorchrun --nproc-per-node 2 ", "python ", "processes of its own"),
     (
-        r"--batch 16 --see-steps \d+ --steps \d+ --decay \d+",
+        r"--batch \d+ --see-steps \d+ --steps \d+ --decay \d+",
         "--batch 1 --see-steps 0 --steps 1 --warmup 1 --decay 1 --workers 0",
         "an hour",
     ),
