@@ -141,7 +141,7 @@ def measure(results: Results, arms: list[Arm], count: int, batch_size: int) -> N
 def main() -> None:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=800, help="how many held-out questions")
+    parser.add_argument("--count", type=int, default=512, help="how many held-out questions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the folder of results")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="folders that training/vistog.py wrote")
