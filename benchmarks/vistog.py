@@ -105,13 +105,13 @@ def learned(folder: Path | None) -> Iterator[Arm]:
 
 def arms(folders: list[Path]) -> Iterator[Arm]:
     """All rows."""
+    trained = [arm for folder in (*folders, None) for arm in learned(folder)]
     yield Arm("untouched", None)
-    trained = [arm for folder in (None, *folders) for arm in learned(folder)]
-    yield from trained
     for keep in sorted({arm.method.keep for arm in trained if arm.method is not None}):
-        yield Arm("k-means", KMeans(keep))
-        for name in ("pooling", "visionzip", "divprune", "random"):
+        for name in ("random", "visionzip", "divprune", "pooling"):
             yield Arm(name, foveate.get_method(name, keep=keep))
+        yield Arm("k-means", KMeans(keep))
+    yield from trained
 
 
 def measure(results: Results, arms: list[Arm], count: int, batch_size: int) -> None:
@@ -141,7 +141,7 @@ def measure(results: Results, arms: list[Arm], count: int, batch_size: int) -> N
 def main() -> None:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=800, help="how many held-out questions")
+    parser.add_argument("--count", type=int, default=512, help="how many held-out questions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the folder of results")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="folders that training/vistog.py wrote")
