@@ -139,9 +139,7 @@ class Packed:
 
     def batches(self, options: argparse.Namespace, step: int) -> Iterator[plugin.Batch]:
         steps = range(step, options.steps)
-        chosen = [
-            clip_keys(s, options.batch) if self.clips else keys(4 * s + 3, options.batch, single=False) for s in steps
-        ]
+        chosen = [clip_keys(s, options.batch) if self.clips else keys(s, options.batch, single=False) for s in steps]
         return iter(DataLoader(self.lessons, batch_sampler=chosen, num_workers=options.workers))
 
     def whole(self, batch: plugin.Batch) -> plugin.Batch:
@@ -189,8 +187,12 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
     if options.data is not None and options.router in ("none", "exit"):
         raise Mistake(f"--router {options.router} is an arm on glimpse's own lessons: leave --data out")
     model, processor = plugin.load(options, lessons=(GLIMPSE, GLIMPSE_VIDEO))
-    drawn = {"none": "uniform", "exit": "random"}.get(options.router, options.router)
-    method = Learner(keep=options.keep, layers=options.layers, router=drawn)
+    if options.router == "none":
+        method = Learner(keep=1.0, router="uniform")
+    elif options.router == "exit":
+        method = Learner(keep=options.keep, layers=(1,), router="random")
+    else:
+        method = Learner(keep=options.keep, layers=options.layers, router=options.router)
     packed = Packed(model, processor, options.router) if options.data is None else None
 
     def loss(held: TrainedMethod, batch: plugin.Batch, step: int) -> dict[str, Tensor]:
