@@ -17,9 +17,13 @@ from test_merging_encoder import FAR, READ, backends, batches, decodings, logits
 from torch import Tensor
 
 import foveate
+from foveate import glimpse
 from foveate.engine.support import find_target
 from foveate.engine.target import fingerprint
+from foveate.evaluation import answer
+from foveate.methods import vistog
 from foveate.methods.trained import write_plugin
+from foveate.methods.vistog import members
 
 TOLERANCE = 1e-5
 CHOICES = [("hard", "centroid"), ("hard", "first"), ("soft", "centroid")]
@@ -170,3 +174,15 @@ def test_other_models_than_it_was_trained_for_are_refused():
         foveate.prune(tiny.build("llava"), "vistog")
     with pytest.raises(foveate.UnsupportedError, match="has no place for them"):
         foveate.prune(tiny.build("qwen2_5_vl"), "vistog")
+
+
+def test_the_weights_of_glimpse_gather_every_patch_once_and_answer(monkeypatch):
+    model, processor = glimpse.load()
+    seen: list[Tensor] = []
+    monkeypatch.setattr(vistog, "members", lambda affinities: seen.append(members(affinities)) or seen[-1])
+    questions = glimpse.heldout(8, kinds=["where"])
+    images, asked = [question.images for question in questions], [question.question for question in questions]
+    with foveate.prune(model, "vistog"):
+        said = answer(model, processor, images, asked, max_new_tokens=4)
+    assert sum(text == question.answer for text, question in zip(said, questions, strict=True)) >= 6
+    assert seen and all((joins.sum(1) == 1).all() and (joins.sum((1, 2)) == 144).all() for joins in seen)
