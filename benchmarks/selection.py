@@ -35,6 +35,7 @@ from foveate.evaluation.workplace import device_name
 from foveate.methods.attention import attention_marginals, prefix_attention, received_by_features
 from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
 from foveate.methods.tokens import EncoderTokens, ImageGroups, LayerTokens
+from foveate.methods.trained import TrainedMethod
 
 BEFORE, AFTER = 32, 32  # text tokens
 SIZES = (576, 2880, 10_000)
@@ -253,9 +254,14 @@ def prefill(model: Any, length: int, layers: int) -> Work:
 def wanted(names: list[str], keep: float, console: Console) -> Iterator[Method]:
     for name in names:
         try:
-            yield foveate.get_method(name, keep=keep)
+            method = foveate.get_method(name, keep=keep)
         except ValueError as error:
             console.print(f"left out: {error}")
+            continue
+        if isinstance(method, TrainedMethod):
+            console.print(f"left out: {name} has weights of its own: foveate bench times it")
+        else:
+            yield method
 
 
 @torch.inference_mode()

@@ -1,11 +1,11 @@
 """Is it the one-hot grouping that makes VisToG? Its arms on glimpse, beside what is not trained, at as many tokens.
 
-python benchmarks/vistog.py
+python benchmarks/vistog.py --weights training/runs/vistog-16 training/runs/vistog-16-soft
 
-The arms: `vistog` as shipped (each patch in one group), `vistog:grouping=soft` (each semantic token attends to all
-patches, as in a Q-Former), `pooling` (the mean of each cell of a fixed grid) and `k-means` (groups of like patches,
-found anew in every picture), which need no training, and methods that keep patches as they are. `--weights FOLDER`
-adds what training/vistog.py wrote there, a row named after the folder. Goes on where it stopped.
+The arms: `vistog` as shipped (each patch in one group); what training/vistog.py wrote into the folders of `--weights`,
+such as one with `--grouping soft` (each semantic token attends to all patches, as in a Q-Former), in rows named after
+the folders; `pooling` (the mean of each cell of a fixed grid) and `k-means` (groups of like patches, found anew in
+every picture), which need no training; and methods that keep patches as they are. Goes on where it stopped.
 """
 
 import argparse
