@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import plugin
@@ -28,30 +29,63 @@ from transformers import AttentionInterface
 from foveate.asking.loading import GLIMPSE, GLIMPSE_VIDEO
 from foveate.asking.mistake import Mistake
 from foveate.engine.rows import gather_rows
+from foveate.engine.support import find_target
 from foveate.evaluation.results import run_script
 from foveate.glimpse.clips import TOKENS
-from foveate.methods.budgets import floor_budget, topk_mask
+from foveate.methods.budgets import floor_budget
 from foveate.methods.tokens import ImageGroups
 from foveate.methods.trained import TrainedMethod
 from foveate.methods.videollm_mod import VideoLLMMoD, router_logits, router_weight
 
+TAUS = (1.0, 0.05)  # at the first step and at the last
 SEEN = 5.0  # so that a router's score counts as one in the attention's
 ROUTERS = ("learned", "random", "uniform", "none", "exit")
 
 
 @dataclass
-class Learner(VideoLLMMoD):
-    """VideoLLM-MoD that tries out what it would not choose: noise on its scores, none at the end of training."""
+class Relaxed(VideoLLMMoD):
+    """VideoLLM-MoD whose choice has a gradient: all tokens go through, but the further a score lies below those of the
+    best, the less a token takes of what the layer makes of it, and the less the others look at it. tau: how far is far;
+    near zero it is the choice itself.
+    """
 
-    noise = 0.0
+    tau = 1.0
 
     def select(self, states: Tensor, groups: ImageGroups, layer: int) -> tuple[Tensor, Tensor | None]:
-        if self.router != "learned" or not self.noise:
-            return super().select(states, groups, layer)
         logits = router_logits(states, self.tensors[f"{layer}.weight"], self.tensors[f"{layer}.bias"])
-        drawn = logits - self.noise * torch.empty_like(logits).exponential_().log()  # Gumbel: a draw by softmax
-        budget = floor_budget(self.share(groups), groups)
-        return topk_mask(drawn.masked_fill(~groups.present, -torch.inf), budget), router_weight(logits)
+        budget = floor_budget(self.share(groups), groups).unsqueeze(1)
+        ranked = logits.masked_fill(~groups.present, -torch.inf).sort(dim=1, descending=True).values
+        ranked = F.pad(ranked, (0, 1), value=-torch.inf)
+        border = (ranked.gather(1, budget - 1) + ranked.gather(1, budget)) / 2
+        share = F.logsigmoid((logits - border) / self.tau)
+        self.shown = groups, share.clamp(min=-10)
+        return groups.present, share.exp() * router_weight(logits)
+
+    def look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """In front of a routed layer's attention: let it see less of what should not be there."""
+        (groups, share), hidden = self.shown, kwargs["hidden_states"]
+        batch, length = hidden.shape[:2]
+        seen = torch.zeros(batch, length + 1, dtype=share.dtype, device=hidden.device)
+        # Padding points one past the end.
+        at = torch.where(groups.present, groups.positions, length)
+        seen = seen.index_put((groups.row.unsqueeze(1).expand_as(at), at), share)[:, None, None, :-1]
+        mask = kwargs["attention_mask"]
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=hidden.device).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        return args, {**kwargs, "attention_mask": (mask + seen).to(hidden.dtype)}
+
+    @contextmanager
+    def looking(self, layers: nn.ModuleList) -> Iterator[None]:
+        """The hooks for that, inside the block."""
+        routed = self.routed(len(layers))
+        handles = [layers[i].self_attn.register_forward_pre_hook(self.look, with_kwargs=True) for i in routed]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class Routed:
@@ -188,27 +222,40 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         raise Mistake(f"--router {options.router} is an arm on glimpse's own lessons: leave --data out")
     model, processor = plugin.load(options, lessons=(GLIMPSE, GLIMPSE_VIDEO))
     if options.router == "none":
-        method = Learner(keep=1.0, router="uniform")
+        method = VideoLLMMoD(keep=1.0, router="uniform")
     elif options.router == "exit":
-        method = Learner(keep=options.keep, layers=(1,), router="random")
+        method = VideoLLMMoD(keep=options.keep, layers=(1,), router="random")
     else:
-        method = Learner(keep=options.keep, layers=options.layers, router=options.router)
+        kind = VideoLLMMoD if options.joint else Relaxed
+        method = kind(keep=options.keep, layers=options.layers, router=options.router)
+    target = find_target(model)
+    decoder = target.decoder
     packed = Packed(model, processor, options.router) if options.data is None else None
 
     def loss(held: TrainedMethod, batch: plugin.Batch, step: int) -> dict[str, Tensor]:
-        assert isinstance(held, Learner)
-        held.noise = options.noise * max(0.0, 1 - step / max(1, options.steps - options.decay))
-        if packed is None:
-            return plugin.answer_loss(model, batch)
-        drawing = dataclasses.replace(held, seed=step) if held.router == "random" else held
-        with torch.autocast(model.device.type, torch.bfloat16):
-            return packed.loss(drawing, {name: value.to(model.device) for name, value in batch.items()})
+        assert isinstance(held, VideoLLMMoD)
+        looking: AbstractContextManager[None] = nullcontext()
+        if isinstance(held, Relaxed):
+            held.tau = TAUS[0] * (TAUS[1] / TAUS[0]) ** (step / options.steps)
+            looking = held.looking(decoder.layers)
+        with looking:
+            if packed is None:
+                return plugin.answer_loss(model, batch)
+            drawing = dataclasses.replace(held, seed=step) if held.router == "random" else held
+            with torch.autocast(model.device.type, torch.bfloat16):
+                return packed.loss(drawing, {name: value.to(model.device) for name, value in batch.items()})
 
     if packed is not None:
         batches: Callable[[int], Iterator[plugin.Batch]] = partial(packed.batches, options)
     else:
         batches = plugin.Talks(processor, options.data, options.batch, options.seed)
-    return plugin.train(options, model, method, batches, loss, joint=processor if options.joint else None)
+
+    def begin(weights: dict[str, Tensor]) -> None:
+        if options.begin_with and weights:
+            earlier = dataclasses.replace(method, weights=options.begin_with)
+            weights.update(earlier.for_host(target.host).tensors)
+
+    return plugin.train(options, model, method, batches, loss, begin, processor if options.joint else None)
 
 
 def layers(text: str) -> Any:
@@ -225,7 +272,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=float, default=VideoLLMMoD.keep, help="share of each frame that goes through a routed layer")
     add("--layers", type=layers, default=VideoLLMMoD.layers, help="interleaved, all, ..., or numbers: 1,3,5")
     add("--router", choices=ROUTERS, default="learned", help="with --joint, also the arms it has to beat")
-    add("--noise", type=float, default=1.0, help="on the scores of the routers at first, none when the rate falls")
+    add("--begin-with", type=Path, help="routers of an earlier training, or their folder, which are the first")
     return parser.parse_args(arguments)
 
 

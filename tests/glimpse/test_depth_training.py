@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from lessons import IGNORE
 from model import make_model, make_processor
 from pupils import normal
 from transformers import AutoModelForImageTextToText
-from videollm_mod import ROUTERS, Packed, parse, train
+from videollm_mod import ROUTERS, Packed, Relaxed, parse, train
 
 import foveate
 from foveate.asking.mistake import Mistake
 from foveate.engine.support import find_target
+from foveate.evaluation.questions import Item
 from foveate.methods.trained import WEIGHTS_NAME, Plugin
 from foveate.methods.videollm_mod import VideoLLMMoD
 
@@ -85,6 +87,32 @@ def test_the_loss_of_a_lesson_is_that_of_its_chats_in_the_engine(size, router):
     weights = torch.stack(counts).float()
     plain = (torch.stack(losses) * weights).sum() / weights.sum()
     torch.testing.assert_close(found, plain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", ["glimpse", "video"])
+@torch.no_grad()
+def test_what_is_learned_from_becomes_the_choice_itself(size):
+    """In lessons, and in the engine, where shorter prompts are padded."""
+    model, processor = untaught(size)
+    packed, target = Packed(model, processor, "learned"), find_target(model)
+    first = VideoLLMMoD().initial(target.host)
+    tensors = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in first.items()}
+    relaxed, method = Relaxed().holding(tensors), VideoLLMMoD().holding(tensors)
+    batch = lesson(packed, 4 if size == "video" else 2)
+    pictures = [Image.new("RGB", (40, 40), (90 * n, 90, 90)) for n in range(3)]
+    items = [Item(tuple(pictures), "What is in the pictures?", ("no",)), Item((pictures[0],), "What?", ("no",))]
+    talks = videollm_mod.plugin.encode(processor, items)
+    losses = []
+    for tau, held in ((1.0, relaxed), (1e-6, relaxed), (0.0, method)):
+        relaxed.tau = tau
+        with relaxed.looking(target.decoder.layers) if held is relaxed else nullcontext():
+            own = packed.loss(held, batch)["loss"]
+            model.set_attn_implementation("sdpa")
+            with foveate.prune(model, held):
+                losses.append((own, videollm_mod.plugin.answer_loss(model, talks)["loss"]))
+    soft, hard, itself = torch.tensor(losses)
+    torch.testing.assert_close(hard, itself, atol=1e-2, rtol=1e-2)
+    assert ((soft - itself).abs() > (hard - itself).abs()).all()
 
 
 def test_few_steps_write_routers_that_the_model_takes(own, tmp_path):
