@@ -37,7 +37,7 @@ from foveate.methods.tokens import ImageGroups
 from foveate.methods.trained import TrainedMethod
 from foveate.methods.videollm_mod import VideoLLMMoD, router_logits, router_weight
 
-TAUS = (1.0, 0.05)  # at the first step and at the last
+TAUS = (1.0, 0.005)  # at the first step and at the last
 SEEN = 5.0  # so that a router's score counts as one in the attention's
 ROUTERS = ("learned", "random", "uniform", "none", "exit")
 
