@@ -82,7 +82,7 @@ def main() -> None:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="folder of trained models")
-    parser.add_argument("--count", type=int, default=660, help="how many held-out questions, all kinds in turn")
+    parser.add_argument("--count", type=int, default=440, help="how many held-out questions, all kinds in turn")
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the folder of results")

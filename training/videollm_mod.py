@@ -265,7 +265,7 @@ def layers(text: str) -> Any:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
-    parser = plugin.parser(__doc__ or "", steps=600, batch=32, rate=3e-3)
+    parser = plugin.parser(__doc__ or "", steps=200, batch=24, rate=5e-3)
     parser.set_defaults(model=GLIMPSE_VIDEO)
     add = parser.add_argument
     add("--joint", action="store_true", help="train the language model with the routers, and write it, too")
