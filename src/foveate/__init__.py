@@ -1,4 +1,4 @@
-"""Keep only the image tokens a vision-language model needs, training-free, through its own `generate()`.
+"""Keep only the image tokens a vision-language model needs, through its own `generate()`.
 
 Type checkers read `__init__.pyi`, which `python docs/generate.py` writes.
 """
