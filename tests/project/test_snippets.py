@@ -61,7 +61,7 @@ SUBSTITUTIONS = (
         "--batch 1 --see-steps 0 --steps 1 --warmup 1 --decay 1 --workers 0",
         "an hour",
     ),
-    (r"--batch 8 --steps \d+ --decay \d+", "--batch 1 --steps 1 --decay 1", "20 min"),
+    (r"--batch (8|24)( --rate \S+ --warmup \d+)? --steps \d+ --decay \d+", "--batch 1 --steps 1 --decay 1", "20 min"),
     (r"\bpython training/evaluate\.py\b", "python training/evaluate.py --count 1", "2 min"),
 )
 MAY_CHANGE_FILES = {"training/README.md"}  # it says how the shipped weights and their results are replaced
