@@ -178,7 +178,8 @@ def test_half_precision_of_huge_states_does_not_overflow(method):
 def test_nothing_waits_for_the_device(method):
     """Meta tensors hold no numbers, so that whatever asks for one fails."""
     tokens = Layer(LAYOUTS[1]).tokens()
-    groups = ImageGroups(*(getattr(tokens.groups, name).to("meta") for name in ImageGroups.__dataclass_fields__))
+    parts = (getattr(tokens.groups, name) for name in ImageGroups.__dataclass_fields__)
+    groups = ImageGroups(*(None if part is None else part.to("meta") for part in parts))
     names = ("slots", "query", "key", "visible", "last", "text", "entered", "left", "embedded")
     tokens = replace(tokens, groups=groups, **{name: getattr(tokens, name).to("meta") for name in names})
     chosen = method.select(tokens)
