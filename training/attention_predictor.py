@@ -14,7 +14,8 @@ import torch
 from lessons import FIRST_SEED
 from torch import Tensor
 
-from foveate.evaluation.questions import Item
+from foveate.evaluation.questions import as_items
+from foveate.evaluation.results import run_script
 from foveate.glimpse import world
 from foveate.methods.attention_predictor import AttentionPredictor, Memory, pooled, predicted, pushed
 from foveate.methods.tokens import LayerTokens
@@ -98,10 +99,8 @@ def lesson(model: Any) -> Callable[[Taught, plugin.Batch, int], dict[str, Tensor
 
     def loss(method: Taught, batch: plugin.Batch, step: int) -> dict[str, Tensor]:
         method.answers = []
-        device = next(model.parameters())
-        inputs = {n: t.to(device if t.is_floating_point() else device.device) for n, t in batch.items()}
         with torch.no_grad():
-            model(**inputs)
+            model(**plugin.on_device(model, batch))
             history, row, real = windows(together(method.answers), method.tensors, method.refresh)
         some = torch.randperm(len(row), device=row.device)[:WINDOWS]
         history, row, real = history[some], row[some], real[some]
@@ -122,7 +121,7 @@ def glimpse_batches(processor: Any, size: int) -> Callable[[int], Iterator[plugi
         while True:
             kind = KINDS[step % len(KINDS)]
             asked = [world.question(FIRST_SEED + step * size + number, kind) for number in range(size)]
-            yield plugin.encode(processor, [Item(q.images, q.question, (q.answer,), q.kind) for q in asked])
+            yield plugin.encode(processor, as_items(asked))
             step += 1
 
     return batches
@@ -136,8 +135,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Train as the options say."""
+def train(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Runs the steps that are left, and returns the log."""
     model, processor = plugin.load(options)
     block = tuple(options.block) if len(options.block) > 1 else options.block[0]
     method = Taught(history=options.history, block=block, dense_layers=0)
@@ -148,4 +147,4 @@ def main(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(parse())
+    run_script(lambda: train(parse()))

@@ -150,10 +150,15 @@ class Talks:
         return self.items[int(order[place])]
 
 
+def on_device(model: Any, batch: Batch) -> Batch:
+    """The batch where the model is, and in its dtype."""
+    like = next(model.parameters())
+    return {name: value.to(like if value.is_floating_point() else like.device) for name, value in batch.items()}
+
+
 def answer_loss(model: Any, batch: Batch) -> dict[str, Tensor]:
     """Cross-entropy of the answers under the pruned model, and the share of answer tokens that are right."""
-    device = next(model.parameters())
-    inputs = {n: t.to(device if t.is_floating_point() else device.device) for n, t in batch.items()}
+    inputs = on_device(model, batch)
     labels = inputs.pop("labels")
     front = int((labels != IGNORE).any(0).int().argmax())
     # The engine reads from the labels where the prompt ends.

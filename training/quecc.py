@@ -19,6 +19,7 @@ from torch import Tensor
 from train import endless
 
 import foveate
+from foveate.evaluation.results import run_script
 from foveate.methods.pooling import cells
 from foveate.methods.quecc import QueCC, attend, cut, keys_and_values, mlp, queries
 from foveate.methods.tokens import EncoderTokens
@@ -232,4 +233,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    train(parse())
+    run_script(lambda: train(parse()))

@@ -250,11 +250,18 @@ def test_a_cache_can_be_copied_and_cropped(name, method_for):
         turn = tiny.next_turn(model, batch, first.sequences, False)
         runs = [oracle.run(model, turn | {tiny.CACHE: copy.deepcopy(first.cache)}, max_new_tokens=5) for _ in range(2)]
         assert torch.equal(runs[0].logits, runs[1].logits)
-        cropped = copy.deepcopy(first.cache)
+        cropped, prompt = copy.deepcopy(first.cache), batch["input_ids"].shape[1]
         cropped.crop(-2)
+        assert cropped.layers[2].memory.end == prompt, "the prompt is still there"
         again = {**turn, "input_ids": turn["input_ids"][:, :-4], "attention_mask": turn["attention_mask"][:, :-4]}
         oracle.run(model, again | {tiny.CACHE: cropped}, max_new_tokens=3)
-        assert cropped.layers[2].memory.end <= cropped.layers[2].physical
+        into, length = copy.deepcopy(first.cache), 20
+        into.crop(length - into.get_seq_length())
+        memory = into.layers[2].memory
+        assert memory.end == into.layers[2].physical == length
+        image = image_tokens(batch)[0, :length]
+        assert sorted(memory.slots[memory.slots >= 0].tolist()) == image.nonzero().flatten().tolist()
+        assert sorted(memory.others[memory.others >= 0].tolist()) == (~image).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -34,7 +34,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_few_steps_write_a_network_that_decodes(tmp_path):
-    log = training.main(options(tmp_path))
+    log = training.train(options(tmp_path))
     assert [entry["step"] for entry in log] == [1, 2, 3]
     for entry in log:
         assert 0 < entry["recall"] <= entry["best"] <= 1 and 0 < entry["last_step"] <= entry["best"]
@@ -47,11 +47,11 @@ def test_few_steps_write_a_network_that_decodes(tmp_path):
 
 
 def test_a_training_that_was_stopped_goes_on(tmp_path):
-    training.main(options(tmp_path / "whole"))
-    training.main(options(tmp_path / "parts", "--steps", "3", "--save-every", "1"))
+    training.train(options(tmp_path / "whole"))
+    training.train(options(tmp_path / "parts", "--steps", "3", "--save-every", "1"))
     whole, again = weights_in(tmp_path / "whole"), weights_in(tmp_path / "parts")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    log = training.main(options(tmp_path / "parts", "--steps", "5", "--resume"))
+    log = training.train(options(tmp_path / "parts", "--steps", "5", "--resume"))
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5]
 
 
@@ -61,7 +61,7 @@ def test_another_model_learns_from_a_folder(tmp_path):
     make_model(processor, "small").save_pretrained(folder)
     processor.save_pretrained(folder)
     out = tmp_path / "out"
-    training.main(options(out, "--model", str(folder), "--data", str(DEMO), "--block", "4", "--history", "5"))
+    training.train(options(out, "--model", str(folder), "--data", str(DEMO), "--block", "4", "--history", "5"))
     model, _ = plugin.load(options(out, "--model", str(folder), "--data", str(DEMO)))
     foveate.prune(model, "attention_predictor", weights=out, block=4, history=5).remove()
     with pytest.raises(foveate.UnsupportedError, match="trained on another model"):

@@ -10,7 +10,19 @@ from rich.console import Console
 from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
-from foveate.commands.parameters import SEEDS, Attention, Device, Dtype, Guide, Keeps, MaxNewTokens, Model
+from foveate.commands.parameters import (
+    SEEDS,
+    Attention,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Guide,
+    Keeps,
+    Match,
+    MaxNewTokens,
+    Model,
+)
 
 
 def eval_command(
@@ -19,18 +31,13 @@ def eval_command(
         str, typer.Option(metavar="all|A,B:OPTION=VALUE,...", help="Methods; the baselines are always among them.")
     ] = "all",
     keep: Keeps = "0.5,0.25,0.1",
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Your own questions: FOLDER/data.jsonl.", show_default="glimpse's"),
-    ] = None,
+    data: Data = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="How many questions.", show_default="1008 of glimpse's, all of yours")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    batch_size: BatchSize = 32,
     max_new_tokens: MaxNewTokens = 64,
-    match: Annotated[
-        str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")
-    ] = "exact",
+    match: Match = "exact",
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of random tokens, drawn questions and intervals.")] = 0,
     out: Annotated[
         Path | None,

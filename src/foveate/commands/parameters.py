@@ -30,5 +30,11 @@ Dtype = Annotated[str, typer.Option(help=f"auto, {', '.join(DTYPES)}.")]
 Attention = Annotated[
     str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="the model's own")
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Your own questions: FOLDER/data.jsonl.", show_default="glimpse's"),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
+Match = Annotated[str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

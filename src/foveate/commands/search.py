@@ -11,7 +11,18 @@ from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
 from foveate.asking.mistake import Mistake
-from foveate.commands.parameters import SEEDS, Attention, Device, Dtype, MaxNewTokens, Model, Options
+from foveate.commands.parameters import (
+    SEEDS,
+    Attention,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Match,
+    MaxNewTokens,
+    Model,
+    Options,
+)
 from foveate.commands.prepare import parse_options
 
 if TYPE_CHECKING:
@@ -22,10 +33,7 @@ def search(
     out: Annotated[Path, typer.Option(metavar="OUT.json", help="Where the schedule goes.", show_default=False)],
     method: Annotated[str, typer.Option("--method", "-m", help="gsearch or psigmoid.")] = "gsearch",
     model: Model = GLIMPSE,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Your own questions: FOLDER/data.jsonl.", show_default="glimpse's"),
-    ] = None,
+    data: Data = None,
     tolerance: Annotated[float, typer.Option(help="What may be lost: a part of all answers.")] = 0.01,
     score: Annotated[
         str, typer.Option(help="accuracy: right answers; agreement: the untouched model's, for data without answers.")
@@ -41,11 +49,9 @@ def search(
     count: Annotated[int, typer.Option(help="How many questions to search with.")] = 304,
     test: Annotated[int, typer.Option(help="How many others to test the schedule with.")] = 512,
     option: Options = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    batch_size: BatchSize = 32,
     max_new_tokens: MaxNewTokens = 64,
-    match: Annotated[
-        str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")
-    ] = "exact",
+    match: Match = "exact",
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of drawn questions, curves and intervals.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

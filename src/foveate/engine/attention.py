@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -90,6 +91,27 @@ class Attention:
             depth=len(forward.target.kinds),
             guidance=guidance,
         )
+
+    def over(self, key: Tensor, value: Tensor, filled: Tensor | None, query: Tensor | None = None) -> Attention:
+        """The same attention over other entries, and of other rows: all in order, and the last of each aligned.
+
+        key, value: (batch, kv_heads, slots, d). filled: bool (batch, slots), None where all hold a token.
+        query: (batch, heads, rows, d), None for all rows.
+        """
+        query = self.query if query is None else query
+        mask = physical_mask(self.implementation, query.shape[2], key.shape[2], filled, query.dtype, query)
+        # Flash attention would read the gaps in the position ids as packed sequences.
+        options = {**self.options, "position_ids": None} if "position_ids" in self.options else self.options
+        return dataclasses.replace(self, query=query, key=key, value=value, mask=mask, options=options)
+
+    def check_heads(self, method: str) -> None:
+        """Refuse a cache that does not hold each head's own keys. method: which chooses by head."""
+        assert self.layer is not None and self.layer.keys is not None
+        if self.layer.keys.shape[1] != self.key.shape[1]:
+            raise UnsupportedError(
+                f"this decoder caches one compressed entry for all heads of a layer, and {method} chooses by head: use "
+                "a method before or inside the LLM"
+            )
 
     def through(self, actions: Sequence[Any]) -> Output:
         """Run the kernel with the actions (of `places`) that take part wrapped around it, the first outermost."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import UnsupportedError
+from .fixtures import Fixtures
 from .upstream import cache_in
 
 
@@ -74,6 +75,17 @@ class GenerateCall:
     def past(self) -> int:
         """Tokens in the cache that came with the call."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
+
+
+def refuse_assisted(fixtures: Fixtures, model: Any, why: str) -> None:
+    """Let the model's `generate()` raise UnsupportedError(why) where guesses are run several at once."""
+
+    def generate(generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if GenerateCall.read(model, generate, args, kwargs).asks(("prompt_lookup_num_tokens", "assistant_model")):
+            raise UnsupportedError(why)
+        return generate(*args, **kwargs)
+
+    fixtures.wrap(model, "generate", generate)
 
 
 # What a forward over later tokens of the same prompt must not bring again.

@@ -35,6 +35,21 @@ class Memory:
     steps: int = 0
 
     @cached_property
+    def missing(self) -> Tensor:
+        """bool (batch * images, 1, n): where an image has no token."""
+        return (self.slots < 0).flatten(0, 1).unsqueeze(1)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """bool (batch * images, most): False beyond an image's budget."""
+        return torch.arange(self.most, device=self.budget.device) < self.budget.flatten().unsqueeze(1)
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """bool (batch, m + images * most): of the others and then of so many tokens of each image, those there are."""
+        return torch.cat([self.others >= 0, self.real.unflatten(0, (len(self.slots), -1)).flatten(1)], 1)
+
+    @cached_property
     def before(self) -> Tensor:
         """How many entries stood here at the end of the turn, over all samples; a number on the device."""
         return (self.others >= 0).sum() + (self.slots >= 0).sum()

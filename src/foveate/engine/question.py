@@ -61,13 +61,14 @@ class Questions:
         rows, of = row.unique(return_inverse=True)
         ids, text = ids[rows], text[rows]
         length = text.sum(1)
-        if not bool(length.all()):
+        shortest, longest = torch.stack([length.min(), length.max()]).tolist()
+        if not shortest:
             raise UnsupportedError(
                 f"{self.method} chooses by the question, and a sample has none beside its picture: ask one, or use a "
                 "method that looks at the picture alone"
             )
         # Behind the text stands what no token of it can see.
-        order = text.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(length.max())]
+        order = text.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
         embeds = self.target.base.get_input_embeddings()(ids.gather(1, order))
         outer, active.forward = active.forward, None
         try:

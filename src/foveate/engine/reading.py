@@ -11,7 +11,6 @@ from torch import Tensor
 from ..methods.tokens import ImageGroups
 from .attention import Attention
 from .memory import Memory
-from .routes import physical_mask
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,11 @@ class Part:
         """Those entries, of `held`, that the picked tokens and everything that is always read come to."""
         batch, device, heads = len(memory.slots), picked.device, picked.shape[1]
         slots = memory.slots.flatten(0, 1).unsqueeze(1)
-        real = torch.arange(memory.most, device=device) < memory.budget.flatten().unsqueeze(1)
+        real = memory.real
         chosen = slots.expand(-1, heads, -1).gather(2, picked).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
         newer = torch.arange(memory.end, held, device=device).expand(batch, heads, -1)
         index = torch.cat([memory.others.unsqueeze(1).expand(-1, heads, -1), chosen, newer], 2).clamp(min=0)
-        filled = torch.cat(
-            [memory.others >= 0, real.unflatten(0, (batch, -1)).flatten(1), torch.ones_like(newer[:, 0]).bool()], 1
-        )
+        filled = torch.cat([memory.filled, torch.ones_like(newer[:, 0], dtype=torch.bool)], 1)
         return cls(picked, real, index, filled, memory)
 
     def of(self, attention: Attention) -> Attention:
@@ -49,17 +46,15 @@ class Part:
             tensor.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
             for tensor in (attention.key, attention.value)
         )
-        filled = self.filled if self.memory.ragged else None
-        mask = physical_mask(attention.implementation, 1, key.shape[2], filled, key.dtype, key)
-        options = attention.options
-        options = {**options, "position_ids": None} if "position_ids" in options else options
-        return dataclasses.replace(attention, key=key, value=value, mask=mask, options=options)
+        return attention.over(key, value, self.filled if self.memory.ragged else None)
 
     def received(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """What each image token got in this step, and which were attended to: (batch * images, kv_heads, n)."""
-        key = attention.key.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, attention.key.shape[-1]))
-        query = attention.query[:, :, 0].unflatten(1, (key.shape[1], -1))
-        logits = ((query * attention.scaling) @ key.transpose(-1, -2)).float()
+        """What each image token got in this step, and which were attended to: (batch * images, kv_heads, n).
+
+        attention: over these entries, what `of` returned.
+        """
+        query = attention.query[:, :, 0].unflatten(1, (attention.key.shape[1], -1))
+        logits = ((query * attention.scaling) @ attention.key.transpose(-1, -2)).float()
         weights = logits.masked_fill(~self.filled[:, None, None], -torch.inf).softmax(-1).amax(2)
         first, images = self.memory.others.shape[1], self.memory.slots.shape[1]
         own = weights[..., first : first + images * self.memory.most].unflatten(2, (images, -1)).transpose(1, 2)

@@ -84,6 +84,10 @@ class Decoding:
         """Entries that were there."""
         return int(self._held)
 
+    def to_dict(self) -> dict[str, int]:
+        """Everything but the masks."""
+        return {"steps": self.steps, "read": self.read, "held": self.held}
+
     @property
     def share(self) -> float:
         """Read over held; 1 where there was no step."""
@@ -198,7 +202,7 @@ class PruneReport:
             "images": [[{"tokens": tokens, "kept": kept} for tokens, kept in sample] for sample in self.images],
             "kv_bytes": self.kv_bytes,
             "kv_bytes_unpruned": self.kv_bytes_unpruned,
-            **({} if self.decoding is None else {"decoding": self._decoding()}),
+            **({} if self.decoding is None else {"decoding": self.decoding.to_dict()}),
             "layers": [
                 {name: getattr(layer, name) for name in ("index", "kind", "length", "kept_length", "since")}
                 for layer in self.layers
@@ -219,10 +223,6 @@ class PruneReport:
         if self.decoding is not None and self.decoding.steps:
             line += f", {self.decoding.share:.0%} of it read in a step"
         return line
-
-    def _decoding(self) -> dict[str, Any]:
-        assert self.decoding is not None
-        return {name: getattr(self.decoding, name) for name in ("steps", "read", "held")}
 
     __repr__ = __str__
 

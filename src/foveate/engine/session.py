@@ -62,7 +62,8 @@ def prune(
     check_methods(target, methods)
     for place in PLACES:
         place.check(target, methods)
-    return Pruned(target, tuple(method.for_host(target.host) for method in methods), record)
+    host = target.host
+    return Pruned(target, tuple(method.for_host(host) for method in methods), record)
 
 
 class _Entered(threading.local):

@@ -16,8 +16,6 @@ from rich.console import Console
 from foveate.asking.loading import (
     BUILT_IN,
     GLIMPSE,
-    GLIMPSE_CROSS,
-    GLIMPSE_VIDEO,
     built_in,
     check_dtype,
     hush,
@@ -34,14 +32,14 @@ from foveate.methods.psigmoid import PSigmoid
 from foveate.methods.schedules import ScheduledMethod
 
 from .accuracy import MATCHES
-from .questions import FILE, Item, as_items, from_folder, from_glimpse, split
+from .questions import FILE, Item, from_folder, split
 from .rankings import agreement
 from .results import Row, write
 from .runner import Batches
 from .schedules import BUDGETS, Rates, Trial, Trials, greedy, least_curve, settle
 from .search_questions import Notes, Part, Questions, mean
 from .search_report import Found, percent
-from .workplace import device_name, dtype_name, fitting, known_family, some, usable
+from .workplace import device_name, dtype_name, fitting, known_family, own_questions, some, usable
 
 FIRST = 500_000  # of glimpse's questions: tables are made of the first ones
 FEWEST = 20  # questions of either part
@@ -160,26 +158,18 @@ def _prepare(options: Options, out: Path) -> tuple[Any, Notes, tuple[Questions, 
 
 def _questions(options: Options, settings: Row) -> tuple[tuple[list[Item], list[Item]], list[tuple[int, str]]]:
     """The questions of both parts, and the rows that cannot be used."""
-    from foveate import glimpse
-
-    if options.data is None and options.model == GLIMPSE_VIDEO:
-        settings["data"] = f"{GLIMPSE} clips {glimpse.CLIPS_VERSION}"
-        return (
-            as_items(glimpse.heldout_clips(options.count, first=FIRST)),
-            as_items(glimpse.heldout_clips(options.test)),
-        ), []
     if options.data in (None, GLIMPSE):
-        kinds = glimpse.ONE_PICTURE if options.model == GLIMPSE_CROSS else glimpse.KINDS
-        settings["data"] = f"{GLIMPSE} {glimpse.HELDOUT_VERSION}"
-        return (from_glimpse(options.count, kinds, FIRST), from_glimpse(options.test, kinds)), []
+        settings["data"], ask, _ = own_questions(options.model, options.data)
+        return (ask(options.count, FIRST), ask(options.test, 0)), []
     assert options.data is not None
     labelled = options.score == "accuracy"
     try:
         items, bad, settings["digest"] = from_folder(options.data, MATCHES[options.match], labelled)
     except Mistake as mistake:
-        if labelled and 'no "answers"' in str(mistake):
-            raise Mistake(f"{mistake}; --score agreement needs no answers") from mistake
-        raise
+        if not labelled:
+            raise
+        from_folder(options.data, MATCHES[options.match], labelled=False)  # or why not: answers are not what lacks
+        raise Mistake(f"{mistake}; --score agreement needs no answers") from mistake
     settings["data"] = Path(options.data).resolve().name
     return split(items, options.count, options.test, options.seed), bad
 

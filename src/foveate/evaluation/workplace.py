@@ -84,8 +84,6 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
         raise Mistake(f"--data is missing: a folder with a data.jsonl, or {GLIMPSE} for the drawn pictures of glimpse")
     keeps = parse_keeps(options.keep)
     hush()
-    from foveate import glimpse
-
     named = options.guide or (GLIMPSE if model == GLIMPSE else None)
     if options.methods != "all":  # a wrong name should not wait for the model
         variants(options.methods, keeps, tuple(PLACES), "", seed=seed, guide=named)
@@ -105,13 +103,10 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     settings |= fingerprints(model, options.guide)
     settings |= option_files(own for _, own in parse_methods(options.methods))
     bad: list[tuple[int, str]] = []
-    if data is None and model == GLIMPSE_VIDEO:
-        settings |= {"data": f"{GLIMPSE} clips {glimpse.CLIPS_VERSION}", "count": count or COUNT}
-        items, groups = as_items(glimpse.heldout_clips(count or COUNT)), CLIP_GROUPS
-    elif data in (None, GLIMPSE):
-        kinds = glimpse.ONE_PICTURE if model == GLIMPSE_CROSS else glimpse.KINDS
-        settings |= {"data": f"{GLIMPSE} {glimpse.HELDOUT_VERSION}", "count": count or COUNT}
-        items, groups = from_glimpse(count or COUNT, kinds), GROUPS
+    if data in (None, GLIMPSE):
+        name, ask, groups = own_questions(model, data)
+        settings |= {"data": name, "count": count or COUNT}
+        items = ask(count or COUNT, 0)
     else:
         assert data is not None
         items, bad, digest = from_folder(data, MATCHES[options.match])
@@ -124,6 +119,23 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     batches = usable(processor, items, options.batch_size, bad)
     lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
     return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, groups)
+
+
+def own_questions(
+    model: str, data: str | None
+) -> tuple[str, Callable[[int, int], list[Item]], dict[str, tuple[str, ...]]]:
+    """The held-out questions for a model: their name, so many of them from some number on, and types scored together.
+
+    data: glimpse for those about pictures, None for those that a built-in model learned to answer.
+    """
+    from foveate import glimpse
+
+    if data is None and model == GLIMPSE_VIDEO:
+        name = f"{GLIMPSE} clips {glimpse.CLIPS_VERSION}"
+        return name, lambda count, first: as_items(glimpse.heldout_clips(count, first=first)), CLIP_GROUPS
+    kinds = glimpse.ONE_PICTURE if model == GLIMPSE_CROSS else glimpse.KINDS
+    name = f"{GLIMPSE} {glimpse.HELDOUT_VERSION}"
+    return name, lambda count, first: from_glimpse(count, kinds, first), GROUPS
 
 
 def known_family(source: str) -> tuple[Any, Any]:

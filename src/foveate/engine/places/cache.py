@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
 from ..fixtures import Fixtures
 from ..forward import Forward
-from ..generation import GenerateCall
+from ..generation import refuse_assisted
 from ..report import Outcome
-from ..routes import physical_mask
 from ..rows import compact
 from ..target import Target
 from .place import Action, Place
@@ -45,17 +43,13 @@ class CachePlace(Place):
 
     def install(self, fixtures: Fixtures) -> None:
         if self.method.decode_distance is not None:
-            fixtures.wrap(self.target.model, "generate", self._generate)
-
-    def _generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Refuse assisted decoding: what a step evicted cannot come back when its guesses are taken back."""
-        call = GenerateCall.read(self.target.model, generate, args, kwargs)
-        if call.asks(("prompt_lookup_num_tokens", "assistant_model")):
-            raise UnsupportedError(
+            # What a step evicted cannot come back when its guesses are taken back.
+            refuse_assisted(
+                fixtures,
+                self.target.model,
                 f"{self.method.name} evicts at every decoding step, and assisted decoding takes several at once: "
-                "generate without prompt_lookup_num_tokens or an assistant model, or with decode_distance=None"
+                "generate without prompt_lookup_num_tokens or an assistant model, or with decode_distance=None",
             )
-        return generate(*args, **kwargs)
 
     @property
     def reads_prompt(self) -> bool:
@@ -96,12 +90,7 @@ class CacheAction(Action):
         return held and attention.index >= self.method.first_layer()
 
     def attend(self, attention: Attention, run: Run) -> Output:
-        assert attention.layer is not None and attention.layer.keys is not None
-        if attention.layer.keys.shape[1] != attention.key.shape[1]:
-            raise UnsupportedError(
-                f"this decoder caches one compressed entry for all heads of a layer, and {self.method.name} chooses by "
-                "head: use a method before or inside the LLM"
-            )
+        attention.check_heads(self.method.name)
         # Stages of a method inside the LLM are none of this one's business.
         groups = dataclasses.replace(attention.tokens.groups, dropped=0)
         tokens = dataclasses.replace(attention.tokens, groups=groups)
@@ -176,13 +165,7 @@ class CacheAction(Action):
         rows = source[:, None, :, None]
         picked = query.gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
         assert layer.keys is not None and layer.values is not None
-        filled = forward.visible(layer, layer.physical)
-        mask = physical_mask(attention.implementation, rows.shape[2], layer.physical, filled, query.dtype, query)
-        options = attention.options
-        options = {**options, "position_ids": None} if "position_ids" in options else options
-        out, weights = run(
-            dataclasses.replace(attention, query=picked, key=layer.keys, value=layer.values, mask=mask, options=options)
-        )
+        out, weights = run(attention.over(layer.keys, layer.values, forward.visible(layer, layer.physical), picked))
         logical = source if forward.rows is None else forward.rows.source.gather(1, source)
         forward.entered[attention.index] = torch.where(real, logical, -1)
         out = out.masked_fill(~real[..., None, None], 0)

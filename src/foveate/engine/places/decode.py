@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
 from ..fixtures import Fixtures
 from ..forward import Forward
-from ..generation import GenerateCall
+from ..generation import refuse_assisted
 from ..memory import Memory
 from ..reading import Part, groups_of, received_by_all
 from ..report import Decoding, Outcome, PruneReport
@@ -54,17 +54,12 @@ class DecodePlace(Place):
                     )
 
     def install(self, fixtures: Fixtures) -> None:
-        fixtures.wrap(self.target.model, "generate", self._generate)
-
-    def _generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Refuse assisted decoding: its guesses run several at once, and no step of theirs would choose."""
-        call = GenerateCall.read(self.target.model, generate, args, kwargs)
-        if call.asks(("prompt_lookup_num_tokens", "assistant_model")):
-            raise UnsupportedError(
-                f"{self.method.name} chooses for one decoding step at a time, and assisted decoding takes several at "
-                "once: generate without prompt_lookup_num_tokens or an assistant model"
-            )
-        return generate(*args, **kwargs)
+        refuse_assisted(
+            fixtures,
+            self.target.model,
+            f"{self.method.name} chooses for one decoding step at a time, and assisted decoding takes several at once: "
+            "generate without prompt_lookup_num_tokens or an assistant model",
+        )
 
     @property
     def reads_prompt(self) -> bool:
@@ -82,7 +77,7 @@ class DecodeAction(Action):
 
     def __init__(self, place: DecodePlace, forward: Forward) -> None:
         self.place, self.method, self.forward = place, place.method, forward
-        self.steps = forward.queries == 1 and bool(forward.past) and not forward.brings_images
+        self.decodes = forward.queries == 1 and bool(forward.past) and not forward.brings_images
         self.acted = False
         self.read: Tensor | int = 0
         self.held: Tensor | int = 0
@@ -96,13 +91,9 @@ class DecodeAction(Action):
 
     def attend(self, attention: Attention, run: Run) -> Output:
         layer = attention.layer
-        assert layer is not None and layer.keys is not None
-        if layer.keys.shape[1] != attention.key.shape[1]:
-            raise UnsupportedError(
-                f"this decoder caches one compressed entry for all heads of a layer, and {self.method.name} chooses by "
-                "head: use a method before or inside the LLM"
-            )
-        if self.steps:
+        assert layer is not None
+        attention.check_heads(self.method.name)
+        if self.decodes:
             return self._step(attention, layer, run)
         out = run(attention)
         layer.memory = self._observed(attention, layer)
@@ -110,7 +101,7 @@ class DecodeAction(Action):
 
     def finish(self) -> None:
         report = self.place.outcome.report
-        if self.steps and report is not None and report.decoding is not None and self.acted:
+        if self.acted and report is not None and report.decoding is not None:
             report.decoding.add(self.read, self.held)
             if report.records:
                 report.decoding.chosen.append(self.chosen)
@@ -153,15 +144,20 @@ class DecodeAction(Action):
         # Stages of a method inside the LLM are none of this one's business.
         groups = dataclasses.replace(tokens.groups, dropped=0)
         assert groups.cells is not None
-        rows = torch.nn.functional.one_hot(groups.row, len(self.forward.ids))
-        number = (rows.cumsum(0) * rows).sum(1) - 1  # of the sample's images
-        shape = len(self.forward.ids), int(rows.sum(0).max())
+        number, most = self._numbers
 
         def by_sample(values: Tensor, fill: int) -> Tensor:
-            out = values.new_full((*shape, *values.shape[1:]), fill)
+            out = values.new_full((len(self.forward.ids), most, *values.shape[1:]), fill)
             return out.index_put((groups.row, number), values)
 
         return by_sample(tokens.slots, -1), by_sample(self.method.budget(groups), 0), by_sample(groups.cells, 0)
+
+    @cached_property
+    def _numbers(self) -> tuple[Tensor, int]:
+        """(groups,) which of its sample's images each image of this pass is, and how many the sample with most has."""
+        assert self.forward.groups is not None
+        rows = torch.nn.functional.one_hot(self.forward.groups.row, len(self.forward.ids))
+        return (rows.cumsum(0) * rows).sum(1) - 1, int(rows.sum(0).max())
 
     # -- a step -----------------------------------------------------------------------------------------------
 
@@ -175,19 +171,21 @@ class DecodeAction(Action):
         else:
             query = attention.query[:, :, 0].repeat_interleave(memory.slots.shape[1], 0)
             scores = self.method.score(notes, query, attention.scaling)
-            scores = scores.masked_fill((memory.slots < 0).flatten(0, 1).unsqueeze(1), -torch.inf)
+            scores = scores.masked_fill(memory.missing, -torch.inf)
             part = Part.made(self.method.select(scores, memory.most), memory, attention.key.shape[2])
-            out = run(part.of(attention))
+            attention = part.of(attention)
+            out = run(attention)
         if self.method.remembers:
             received = received_by_all(attention, memory) if part is None else part.received(attention)
             notes = self.method.remember(notes, *received)
             memory.notes = {name: note.unflatten(0, (batch, -1)) for name, note in notes.items()}
-        self._count(attention, layer, memory, part)
+        self._count(attention.index, layer, memory, part)
         return out
 
-    def _count(self, attention: Attention, layer: PrunedLayer, memory: Memory, part: Part | None) -> None:
-        """Note for the report what was read."""
-        batch, heads, held = attention.key.shape[:3]
+    def _count(self, index: int, layer: PrunedLayer, memory: Memory, part: Part | None) -> None:
+        """Note for the report what was read of the layer of this index."""
+        assert layer.keys is not None
+        batch, heads, held = layer.keys.shape[:3]
         later, self.acted = batch * (held - memory.end), True
         self.held = self.held + heads * (memory.before + later)
         self.read = self.read + heads * ((memory.before if part is None else memory.chosen) + later)
@@ -195,11 +193,10 @@ class DecodeAction(Action):
         if report is None or not report.records:
             return
         if part is None:
-            newer = torch.arange(memory.end, held, device=attention.key.device).expand(batch, -1)
-            index = torch.cat([memory.others, memory.slots.flatten(1), newer], 1).unsqueeze(1)
+            slots = torch.arange(held, device=layer.keys.device).where(memory.visible(held), -1).unsqueeze(1)
         else:
-            index = torch.where(part.filled.unsqueeze(1), part.index, -1)
-        logical = layer.full_index(batch, index.device)[:, :1].expand(-1, index.shape[1], -1)
-        at = torch.where(index < 0, layer.length, logical.gather(2, index.clamp(min=0)))
-        mask = torch.zeros(*index.shape[:2], layer.length + 1, dtype=torch.bool, device=index.device)
-        self.chosen[attention.index] = mask.scatter(2, at, True)[..., :-1]
+            slots = torch.where(part.filled.unsqueeze(1), part.index, -1)
+        logical = layer.full_index(batch, slots.device)[:, :1].expand(-1, slots.shape[1], -1)
+        at = torch.where(slots < 0, layer.length, logical.gather(2, slots.clamp(min=0)))
+        mask = torch.zeros(*slots.shape[:2], layer.length + 1, dtype=torch.bool, device=slots.device)
+        self.chosen[index] = mask.scatter(2, at, True)[..., :-1]
