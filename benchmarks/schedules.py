@@ -26,7 +26,7 @@ from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.runner import Batches
 from foveate.evaluation.tables import markdown
 from foveate.methods.base import LayerMethod
-from foveate.methods.schedules import ScheduledMethod
+from foveate.methods.schedules import ScheduledMethod, token_layers
 from foveate.methods.staged import StagedMethod
 
 SHARES = (0.8, 0.65, 0.5)
@@ -34,10 +34,10 @@ FOUND = ("gsearch", "psigmoid")
 DEPTH = 6
 
 
-def token_layers(method: LayerMethod) -> float:
+def cost(method: LayerMethod) -> float:
     """Mean over all layers of the fraction of image tokens they see under a method whose `keep` is a fraction."""
     if isinstance(method, ScheduledMethod):
-        return fmean([1.0, *method.rates_at(DEPTH)])
+        return token_layers(method.rates_at(DEPTH))
     stages = method.stages(DEPTH)
     staged = isinstance(method, StagedMethod)
     left = [1.0, *(method.keep ** ((i + 1) / len(stages)) if staged else method.keep for i in range(len(stages)))]
@@ -54,7 +54,7 @@ def at_cost(method: LayerMethod, share: float) -> LayerMethod:
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        low, high = (middle, high) if token_layers(drawn(middle)) < share else (low, middle)
+        low, high = (middle, high) if cost(drawn(middle)) < share else (low, middle)
     return drawn(round(high, 6))
 
 

@@ -13,11 +13,20 @@ from .budgets import check_range, floor_budget, topk_mask
 from .tokens import EncoderTokens, LayerTokens
 
 
+def evenly(present: Tensor, budget: Tensor) -> Tensor:
+    """`budget` of the present tokens of each group at an even stride, the first at half a stride.
+
+    present: bool (groups, n). budget: (groups,). Returns bool (groups, n).
+    """
+    count, share = present.sum(-1, keepdim=True), budget.unsqueeze(-1)
+    # In units of 1/budget token the strides end at multiples of count; half a stride of offset centres the choice.
+    ends, whole = present.long().cumsum(-1) * share + count // 2, count.clamp(min=1)
+    return present & (ends // whole > (ends - share) // whole)
+
+
 def strided(budget: Tensor, n: int) -> Tensor:
-    """`budget` of `n` tokens at an even stride, the first at half a stride. budget: (tiles,); bool (tiles, n)."""
-    # In units of 1/k token the strides end at multiples of n; half a stride of offset centres the choice.
-    offset = torch.arange(n + 1, device=budget.device) * budget.unsqueeze(-1) + n // 2
-    return (offset // n).diff(dim=-1) > 0
+    """`evenly` where all `n` tokens are present. budget: (tiles,); bool (tiles, n)."""
+    return evenly(torch.ones(len(budget), n, dtype=torch.bool, device=budget.device), budget)
 
 
 def seeded(seed: int, *shape: int) -> Tensor:

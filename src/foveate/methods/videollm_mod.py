@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import register
 from .base import DepthMethod
-from .baselines import drawn, seeded
+from .baselines import drawn, evenly, seeded
 from .budgets import check_range, floor_budget, topk_mask
 from .host import Host
 from .tokens import ImageGroups
@@ -34,14 +34,6 @@ def router_logits(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def router_weight(logits: Tensor) -> Tensor:
     """What a token takes of the layer's update: between 0.8 and 1.2, so that the choice is learned with the answers."""
     return 0.2 * logits.tanh() + 1
-
-
-def evenly(present: Tensor, budget: Tensor) -> Tensor:
-    """`budget` of the present tokens of each group at an even stride. present: bool (groups, n); budget: (groups,)."""
-    count, share = present.sum(-1, keepdim=True), budget.unsqueeze(-1)
-    # In units of 1/budget token the strides end at multiples of count; half a stride of offset centres the choice.
-    ends, whole = present.long().cumsum(-1) * share + count // 2, count.clamp(min=1)
-    return present & (ends // whole > (ends - share) // whole)
 
 
 @register("videollm_mod")
