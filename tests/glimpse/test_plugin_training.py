@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -154,3 +155,13 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path, random_model):
     with pytest.raises(Mistake, match="no question that stands alone"):
         vistog.train(options(tmp_path, "--data", str(tmp_path)))
     assert not (tmp_path / WEIGHTS_NAME).exists()
+
+
+@pytest.mark.parametrize("script", ["attention_predictor", "quecc", "videollm_mod", "vistog"])
+def test_a_mistake_of_the_user_is_one_line(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path / "out"), "--model", "some/model"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(Path(plugin.__file__).with_name(f"{script}.py")), run_name="__main__")
+    told = capsys.readouterr().err or str(stopped.value)
+    assert "some/model needs --data" in told and told.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
