@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..layout import ImageLayout, Tile
@@ -19,7 +17,8 @@ class Family:
     A family implements what its places need; what belongs to other places is never asked for and raises here.
 
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
-    the attention module inside a decoder layer.
+    the attention module inside a decoder layer. features: field of `get_image_features`' output that the LLM gets.
+    needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
     """
 
     model_type: ClassVar[str]
@@ -28,6 +27,8 @@ class Family:
     places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "depth", "cache", "decode", "logits"})
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
+    features: ClassVar[str] = "pooler_output"
+    needs_prompt: ClassVar[bool] = False
 
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""
@@ -46,7 +47,10 @@ class Family:
         return config.image_token_id
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        """One layout per image, in order. inputs: the arguments of the model's `get_image_features`. Needs no model."""
+        """One layout per image, in order. Needs no model.
+
+        inputs: the arguments of the model's `get_image_features`; with `needs_prompt` also `input_ids`, (batch, q).
+        """
         raise NotImplementedError  # asked only of families with the place "encoder"
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
@@ -72,16 +76,17 @@ class Family:
         """
         raise NotImplementedError  # asked only of families with `keys_and_values`
 
+    def width(self, config: Any) -> int:
+        """Of the vision encoder's states."""
+        return config.vision_config.hidden_size
+
+    def side(self, config: Any) -> int | None:
+        """Patches along one side of the pictures that the encoder sees; None where they keep their shapes."""
+        return None
+
     def prefix_tokens(self, config: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
         return 0
-
-    def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
-        """What the encoder says of each patch, in the order that `Tile.patches` counts in.
-
-        parts: one (pictures, patches, ...) tensor per call of the vision attention. Returns (all patches, ...).
-        """
-        return torch.cat([part.flatten(0, 1) for part in parts])
 
     def projector(self, base: Any) -> nn.Module | None:
         """The module from the encoder's states to the LLM's, one token a patch; None where it joins patches."""

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...families.base import Family
-from ...layout import ImageLayout
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
 from ..cache import active
 from ..fixtures import Fixtures
 from ..forward import Forward
-from ..images import EncodedImage
+from ..images import EncodedImage, attach, by_image, refilled
+from ..prompts import Prompts
 from ..question import Questions
 from ..report import Outcome
 from ..target import Target
@@ -59,7 +59,10 @@ class EncoderPlace(Place):
         if method is not None and self.reads & {"received", "given", "cls", "keys"}:
             self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
         self._current = _Current()
-        self._questions = Questions(target, method.name) if method is not None and "question" in self.reads else None
+        self._prompts = Prompts(target)
+        self._questions: Questions | None = None
+        if method is not None and "question" in self.reads:
+            self._questions = Questions(target, self._prompts, method.name)
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
@@ -83,8 +86,8 @@ class EncoderPlace(Place):
         if projector is not None:
             fixtures.hook(projector.register_forward_pre_hook(self._note_states))
         fixtures.route({module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)})
-        if self._questions is not None:
-            self._questions.install(fixtures)
+        if self._questions is not None or self.family.needs_prompt:
+            self._prompts.install(fixtures)
         if self.method is not None and self.reads & {"levels", "readers"}:
             layers = self.family.encoder_layers(self.base)
             for number in self.method.levels(len(layers)) if "levels" in self.reads else ():
@@ -107,17 +110,21 @@ class EncoderPlace(Place):
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
-        layouts = self.family.layouts(self.base.config, {**inputs.pop("kwargs", {}), **inputs})
+        inputs = {**inputs.pop("kwargs", {}), **inputs}
+        if self.family.needs_prompt:
+            inputs["input_ids"] = self._prompt()
+        layouts = self.family.layouts(self.base.config, inputs)
         outer, reading = self._current.reading, _Reading([{} for _ in self._modules])
         self._current.reading = reading
         try:
             output = encode(*args, **kwargs)
         finally:
             self._current.reading = outer
-        features = output.pooler_output
+        name = self.family.features
+        features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
-            patches = self._patches(reading, layouts)
+            patches = self._patches(reading)
             chosen = select_tokens(
                 self.method,
                 layouts,
@@ -126,18 +133,27 @@ class EncoderPlace(Place):
                 self._project,
                 images={} if self._questions is None else {"question": self._questions.states(layouts)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
-                picture=None if reading.readers is None else self._pictures(reading.shape, layouts),
+                picture=None if reading.readers is None else self._pictures(reading.shape),
             )
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
             if any(new is not old for new, old in zip(merged, features, strict=True)):
-                features = output.pooler_output = type(features)(merged)
-        for feature, layout, keep in zip(features, layouts, keeps, strict=True):
-            feature._foveate = EncodedImage(layout, keep, self.target.session)
+                setattr(output, name, refilled(getattr(output, name), merged))
+        images = [EncodedImage(*image, self.target.session) for image in zip(layouts, keeps, strict=True)]
+        attach(output, name, images)
         forward = active.forward
         if forward is not None and forward.target.base is self.base:
-            forward.features = features
+            forward.encoded = images
         return output.to_tuple() if as_tuple else output
+
+    def _prompt(self) -> Tensor:
+        prompt = self._prompts.here()
+        if prompt is None:
+            raise UnsupportedError(
+                f"which tiles of a batch are one picture stands only in the prompt of {self.family.model_type} models: "
+                "encode pictures in generate() or in the whole model, with pixel values"
+            )
+        return prompt[0]
 
     @property
     def _project(self) -> Any:
@@ -145,28 +161,27 @@ class EncoderPlace(Place):
         # The hook of this class only listens while the encoder runs.
         return (lambda states: states) if projector is None else projector
 
-    def _patches(self, reading: _Reading, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+    def _patches(self, reading: _Reading) -> dict[str, Tensor]:
         """What was read, by name: (all patches, ...) tensors."""
         patches: dict[str, Tensor] = {}
         for name in ("received", "given", "cls"):
             if name in self.reads:
-                parts = [self.family.patch_values(self.base, layer[name], layouts) for layer in reading.layers]
+                parts = [_in_a_row(layer[name]) for layer in reading.layers]
                 patches[name] = torch.stack(parts, -1)
         if "keys" in self.reads:
-            patches["keys"] = self.family.patch_values(self.base, reading.layers[-1]["keys"], layouts)
+            patches["keys"] = _in_a_row(reading.layers[-1]["keys"])
         if reading.states is not None:
             patches["states"] = self.family.encoder_states(self.base, reading.states)
         if reading.levels:
-            levels = [self.family.patch_values(self.base, reading.levels[i], layouts) for i in sorted(reading.levels)]
+            levels = [_in_a_row(reading.levels[i]) for i in sorted(reading.levels)]
             patches["levels"] = torch.stack(levels, 1)
         return patches
 
-    def _pictures(self, shape: tuple[int, int], layouts: Sequence[ImageLayout]) -> Tensor:
+    def _pictures(self, shape: tuple[int, int]) -> Tensor:
         """(all patches,) which picture of the encoder each patch is of. shape: pictures, and the tokens of each."""
         pictures, tokens = shape
         patches = tokens - self.family.prefix_tokens(self.base.config)
-        of = torch.arange(pictures, device=self.base.device).unsqueeze(1).expand(-1, patches)
-        return self.family.patch_values(self.base, [of], layouts)
+        return torch.arange(pictures, device=self.base.device).repeat_interleave(patches)
 
     def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._current.reading is not None:
@@ -222,6 +237,11 @@ class EncoderPlace(Place):
         if "keys" in self.reads:
             read["keys"] = key[:, :, prefix:].mean(1)
         return read
+
+
+def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """(all patches, ...) of one (pictures, patches, ...) tensor a call of the vision attention."""
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 class EncoderAction(Action):
