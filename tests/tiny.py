@@ -84,7 +84,7 @@ def _clip(image_size: int) -> CLIPVisionConfig:
 
 # Other encoders and decoders in the architecture of LLaVA, as the hub has them. Build them by these names; their
 # inputs are those of "llava", but "llava_cls" hands its [CLS] token to the LLM as a 37th image token.
-VARIANTS = ("llava_siglip", "llava_cls", "llava_mistral", "llava_qwen2", "llava_sliding")
+VARIANTS = ("llava_siglip", "llava_cls", "llava_mistral", "llava_qwen2", "llava_sliding", "llava_windows")
 
 
 def _variant(name: str) -> LlavaConfig:
@@ -95,6 +95,9 @@ def _variant(name: str) -> LlavaConfig:
         vision = SiglipVisionConfig(**{k: getattr(vision, k) for k in VISION}, image_size=24, patch_size=PATCH)
     if name in ("llava_mistral", "llava_sliding"):
         text = MistralConfig(**LLM, sliding_window=8 if name == "llava_sliding" else None)
+    if name == "llava_windows":  # in every other layer
+        kinds = ["sliding_attention", "full_attention"] * 2
+        text = Qwen2Config(**LLM, use_sliding_window=True, sliding_window=12, layer_types=kinds)
     if name == "llava_qwen2":
         text = Qwen2Config(**LLM)
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **options)

@@ -19,7 +19,8 @@ class Family:
     A family implements what its places need; what belongs to other places is never asked for and raises here.
 
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
-    the attention module inside a decoder layer.
+    the attention module inside a decoder layer. bidirectional: whether the decoder's masks let tokens see later ones;
+    the engine follows the masks as they come, and refuses flash attention, which takes none.
     """
 
     model_type: ClassVar[str]
@@ -28,6 +29,7 @@ class Family:
     places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "depth", "cache", "decode", "logits"})
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
+    bidirectional: ClassVar[bool] = False
 
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""
