@@ -12,7 +12,6 @@ from oracle import hidden
 import foveate
 from foveate.engine.attention import Attention
 
-WINDOWS = {"llava_sliding": 8, "llava_windows": 12}
 # Where all layers see a window, only what is dropped before the LLM counts.
 FITS = [("llava_sliding", name) for name in BEFORE_LLM]
 FITS += [("llava_windows", name) for name in (*BEFORE_LLM[:1], "fastv", "pyramiddrop", "sparsevlm", "topv", "dart")]
@@ -66,7 +65,7 @@ def test_what_a_layer_holds_is_what_its_window_holds(variant, name, batch):
     for layer, now, untouched in zip(report.layers, run.cache.layers, plain.cache.layers, strict=True):
         assert now.get_seq_length() == untouched.get_seq_length()
         if untouched.is_sliding:
-            assert layer.kept_length == now.keys.shape[2] == WINDOWS[variant] - 1
+            assert layer.kept_length == now.keys.shape[2] == tiny.found[variant].window - 1
         held += layer.kept_length
     assert report.kv_bytes == held * now.keys[:, :, :1].numel() * 2 * 4 <= report.kv_bytes_unpruned
     first = oracle.run(model, batch, max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""Masks over physical slots: the plain causal one, and those that a model makes for itself (windows, blocks, chunks)."""
+"""Masks over physical slots: the plain causal one, and those that a model makes for itself (windows, blocks)."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class Target:
         if not any(self.readable[layer] for layer in layers):
             seen = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
             raise UnsupportedError(
-                f"{method} needs a decoder layer that attends to the whole prompt, and of this {self.decoder.config.model_type} "
-                f"decoder layers {seen} see a window of it only: use a method that acts before the LLM"
+                f"{method} needs a decoder layer that attends to the whole prompt, and layers {seen} of this "
+                f"{self.decoder.config.model_type} decoder see a window of it: use a method that acts before the LLM"
             )
 
     @property

@@ -20,7 +20,9 @@ class Family:
 
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
     the attention module inside a decoder layer. bidirectional: whether the decoder's masks let tokens see later ones;
-    the engine follows the masks as they come, and refuses flash attention, which takes none.
+    the engine follows the masks as they come, and refuses flash attention, which takes none. features: field of the
+    output of `get_image_features` that the LLM gets. needs_prompt: whether `layouts` reads `input_ids`, where the other
+    inputs do not say how many tokens an image has.
     """
 
     model_type: ClassVar[str]
@@ -30,6 +32,8 @@ class Family:
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
     bidirectional: ClassVar[bool] = False
+    features: ClassVar[str] = "pooler_output"
+    needs_prompt: ClassVar[bool] = False
 
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""
@@ -48,7 +52,10 @@ class Family:
         return config.image_token_id
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        """One layout per image, in order. inputs: the arguments of the model's `get_image_features`. Needs no model."""
+        """One layout per image, in order. Needs no model.
+
+        inputs: the arguments of the model's `get_image_features`; with `needs_prompt` also `input_ids`, (batch, q).
+        """
         raise NotImplementedError  # asked only of families with the place "encoder"
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
