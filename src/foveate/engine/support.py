@@ -90,7 +90,7 @@ def check_attention(target: Target) -> None:
             f"foveate does not know the attention implementation {implementation!r}; load the model with "
             'attn_implementation="sdpa", "eager" or "flash_attention_2"'
         )
-    if "flash" in implementation and (target.family.bidirectional or any(target.windows)):
+    if "flash" in implementation and (any(target.windows) or not getattr(target.base, "_supports_flash_attn", True)):
         raise UnsupportedError(
             "this decoder sees a window, or images both ways, and flash attention takes no masks that say so once "
             'tokens are dropped: load the model with attn_implementation="sdpa"'

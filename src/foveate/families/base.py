@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..layout import ImageLayout, Tile
@@ -19,10 +17,8 @@ class Family:
     A family implements what its places need; what belongs to other places is never asked for and raises here.
 
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
-    the attention module inside a decoder layer. bidirectional: whether the decoder's masks let tokens see later ones;
-    the engine follows the masks as they come, and refuses flash attention, which takes none. features: field of the
-    output of `get_image_features` that the LLM gets. needs_prompt: whether `layouts` reads `input_ids`, where the other
-    inputs do not say how many tokens an image has.
+    the attention module inside a decoder layer. features: field of `get_image_features`' output that the LLM gets.
+    needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
     """
 
     model_type: ClassVar[str]
@@ -31,7 +27,6 @@ class Family:
     places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "depth", "cache", "decode", "logits"})
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
-    bidirectional: ClassVar[bool] = False
     features: ClassVar[str] = "pooler_output"
     needs_prompt: ClassVar[bool] = False
 
@@ -81,16 +76,17 @@ class Family:
         """
         raise NotImplementedError  # asked only of families with `keys_and_values`
 
+    def width(self, config: Any) -> int:
+        """Of the vision encoder's states."""
+        return config.vision_config.hidden_size
+
+    def side(self, config: Any) -> int | None:
+        """Patches along one side of the pictures that the encoder sees; None where they keep their shapes."""
+        return None
+
     def prefix_tokens(self, config: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
         return 0
-
-    def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
-        """What the encoder says of each patch, in the order that `Tile.patches` counts in.
-
-        parts: one (pictures, patches, ...) tensor per call of the vision attention. Returns (all patches, ...).
-        """
-        return torch.cat([part.flatten(0, 1) for part in parts])
 
     def projector(self, base: Any) -> nn.Module | None:
         """The module from the encoder's states to the LLM's, one token a patch; None where it joins patches."""

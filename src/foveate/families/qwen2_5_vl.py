@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..layout import ImageLayout, Tile
 from . import register
-from .base import Family
+from .grid import Grid
 
 
 @register
-class Qwen2_5_VL(Family):
+class Qwen2_5_VL(Grid):
     """Every image is one grid of merged (usually 2 x 2) patches; the encoder works in window order."""
 
     model_type = "qwen2_5_vl"
     summary = "Qwen2.5-VL (any resolution, M-RoPE); images, not videos"
-    examples = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
+    examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
     def check(self, base: Any) -> str | None:
         if self._full_blocks(base):
@@ -35,29 +33,13 @@ class Qwen2_5_VL(Family):
         inner = [i for i in full if i <= len(base.visual.blocks) - 2]
         return [base.visual.blocks[i].attn for i in inner or full]
 
-    def encoder_layers(self, base: Any) -> list[nn.Module]:
-        return list(base.visual.blocks)
-
-    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        merge, layouts, first = config.vision_config.spatial_merge_size, [], 0
-        for frames, height, width in inputs["image_grid_thw"].tolist():
-            grid = (frames * height // merge, width // merge)
-            index = torch.arange(grid[0] * grid[1])
-            layouts.append(ImageLayout(len(index), (Tile(index, grid, first + index),)))
-            first += len(index)
-        return layouts
-
-    def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
-        visual = base.visual
-        merged = super().patch_values(base, parts, layouts).unflatten(0, (-1, visual.spatial_merge_unit)).mean(1)
-        side = visual.window_size // visual.spatial_merge_size // visual.patch_size
-        order, first = [], 0
-        for layout in layouts:
-            (rows, columns) = layout.tiles[0].grid
-            index = torch.arange(rows * columns)
-            row, column = index // columns, index % columns
-            window = row // side * (columns // side + 1) + column // side
-            order.append(first + window.argsort(stable=True))
-            first += len(index)
-        # merged[i] belongs to token order[i]: the inverse of the window order.
-        return merged[torch.cat(order).argsort().to(merged.device)]
+    def order(self, config: Any, height: int, width: int) -> torch.Tensor:
+        vision, merge = config.vision_config, self.merge(config)
+        side = vision.window_size // merge // vision.patch_size
+        columns = width // merge
+        index = torch.arange(height // merge * columns)
+        row, column = index // columns, index % columns
+        window = row // side * (columns // side + 1) + column // side
+        # What stands at each place of the window order, and so where each token stands.
+        at = window.argsort(stable=True).argsort()
+        return at.unsqueeze(1) * merge**2 + torch.arange(merge**2)

@@ -73,13 +73,13 @@ def select_tokens(
             shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
     for grid, members in shapes.items():
         at = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
-        read = {
-            name: values[at].transpose(1, 2) if name in _BY_LAYER else values[at] for name, values in patches.items()
-        }
+        # A token that several patches join into is what they are on average.
+        means = {name: values[at] if at.ndim == 2 else values[at].mean(2) for name, values in patches.items()}
+        read = {name: values.transpose(1, 2) if name in _BY_LAYER else values for name, values in means.items()}
         of = torch.tensor([i for i, *_ in members], device=device)
         read |= {name: values[of] for name, values in (images or {}).items()}
         if picture is not None:
-            read |= {name: values[picture[at[:, 0]]] for name, values in (pictures or {}).items()}
+            read |= {name: values[picture[at.flatten(1)[:, 0]]] for name, values in (pictures or {}).items()}
         index = [layouts[i].tiles[t].index.to(device) for i, t, _ in members]
         if method.reads & {"features", "states"}:
             read["features"] = torch.stack([features[i][spot] for (i, *_), spot in zip(members, index, strict=True)])

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...families.base import Family
-from ...layout import ImageLayout
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
@@ -33,11 +32,12 @@ from .place import Action, Place
 class _Reading:
     """What one run of the encoder showed: per watched layer its named parts, one a call; and the projector's input.
 
-    levels: patches behind encoder layers, by layer. readers: the method's own tokens, as far as they got; shape: of
-    what they went beside, pictures and tokens; read: keys and values of the layer at hand.
+    images: how many there are. levels: patches behind encoder layers, by layer. readers: the method's own tokens, as
+    far as they got; shape: of what they went beside, pictures and tokens; read: keys and values of the layer at hand.
     """
 
     layers: list[dict[str, list[Tensor]]] = field(default_factory=list)
+    images: int = 0
     states: Tensor | None = None
     levels: dict[int, list[Tensor]] = field(default_factory=dict)
     readers: Tensor | None = None
@@ -115,7 +115,7 @@ class EncoderPlace(Place):
         if self.family.needs_prompt:
             inputs["input_ids"] = self._prompt()
         layouts = self.family.layouts(self.base.config, inputs)
-        outer, reading = self._current.reading, _Reading([{} for _ in self._modules])
+        outer, reading = self._current.reading, _Reading([{} for _ in self._modules], len(layouts))
         self._current.reading = reading
         try:
             output = encode(*args, **kwargs)
@@ -125,7 +125,7 @@ class EncoderPlace(Place):
         features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
-            patches = self._patches(reading, layouts)
+            patches = self._patches(reading)
             chosen = select_tokens(
                 self.method,
                 layouts,
@@ -134,7 +134,7 @@ class EncoderPlace(Place):
                 self._project,
                 images={} if self._questions is None else {"question": self._questions.states(layouts)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
-                picture=None if reading.readers is None else self._pictures(reading.shape, layouts),
+                picture=None if reading.readers is None else self._pictures(reading.shape),
             )
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
@@ -162,28 +162,27 @@ class EncoderPlace(Place):
         # The hook of this class only listens while the encoder runs.
         return (lambda states: states) if projector is None else projector
 
-    def _patches(self, reading: _Reading, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+    def _patches(self, reading: _Reading) -> dict[str, Tensor]:
         """What was read, by name: (all patches, ...) tensors."""
         patches: dict[str, Tensor] = {}
         for name in ("received", "given", "cls"):
             if name in self.reads:
-                parts = [self.family.patch_values(self.base, layer[name], layouts) for layer in reading.layers]
+                parts = [_in_a_row(layer[name]) for layer in reading.layers]
                 patches[name] = torch.stack(parts, -1)
         if "keys" in self.reads:
-            patches["keys"] = self.family.patch_values(self.base, reading.layers[-1]["keys"], layouts)
+            patches["keys"] = _in_a_row(reading.layers[-1]["keys"])
         if reading.states is not None:
             patches["states"] = self.family.encoder_states(self.base, reading.states)
         if reading.levels:
-            levels = [self.family.patch_values(self.base, reading.levels[i], layouts) for i in sorted(reading.levels)]
+            levels = [_in_a_row(reading.levels[i]) for i in sorted(reading.levels)]
             patches["levels"] = torch.stack(levels, 1)
         return patches
 
-    def _pictures(self, shape: tuple[int, int], layouts: Sequence[ImageLayout]) -> Tensor:
+    def _pictures(self, shape: tuple[int, int]) -> Tensor:
         """(all patches,) which picture of the encoder each patch is of. shape: pictures, and the tokens of each."""
         pictures, tokens = shape
         patches = tokens - self.family.prefix_tokens(self.base.config)
-        of = torch.arange(pictures, device=self.base.device).unsqueeze(1).expand(-1, patches)
-        return self.family.patch_values(self.base, [of], layouts)
+        return torch.arange(pictures, device=self.base.device).repeat_interleave(patches)
 
     def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._current.reading is not None:
@@ -223,22 +222,42 @@ class EncoderPlace(Place):
             )
             bounds = kwargs.get("cu_seq_lens_q")
             sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
+            mask = _bool(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+            flash = "flash" in str(module.config._attn_implementation)
+            if flash and bounds is None and len(query) < self._current.reading.images:
+                raise UnsupportedError(
+                    "this vision encoder reads several pictures as one, and under flash attention nothing says where "
+                    'each of them ends, which the method needs: load the model with attn_implementation="sdpa"'
+                )
             for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
-                for name, value in self._read(q, k, scaling, prefix).items():
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+                for name, value in self._read(q, k, scaling, prefix, sees=mask).items():
                     parts.setdefault(name, []).append(value)
         return kernel(module, query, key, *args, **kwargs)
 
-    def _read(self, query: Tensor, key: Tensor, scaling: float, prefix: int) -> dict[str, Tensor]:
-        """The parts that the method reads, each (pictures, patches, ...)."""
+    def _read(self, query: Tensor, key: Tensor, scaling: float, prefix: int, sees: Tensor | None) -> dict[str, Tensor]:
+        """The parts that the method reads, each (pictures, patches, ...). sees: what each patch attends to."""
         read: dict[str, Tensor] = {}
         if "cls" in self.reads and prefix:
-            read["cls"] = prefix_attention(query, key, scaling, prefix)
+            read["cls"] = prefix_attention(query, key, scaling, prefix, sees)
         if self.reads & {"received", "given"} or ("cls" in self.reads and not prefix):
-            read["received"], read["given"] = attention_marginals(query, key, scaling, prefix)
+            read["received"], read["given"] = attention_marginals(query, key, scaling, prefix, sees=sees)
             read.setdefault("cls", read["received"])
         if "keys" in self.reads:
             read["keys"] = key[:, :, prefix:].mean(1)
         return read
+
+
+def _bool(mask: Any) -> Tensor | None:
+    """bool (pictures | 1, n, n) of an encoder's own mask, bool or additive (pictures | 1, 1, n, n)."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    return (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
+
+
+def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """(all patches, ...) of one (pictures, patches, ...) tensor a call of the vision attention."""
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 class EncoderAction(Action):

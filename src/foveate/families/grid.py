@@ -1,0 +1,110 @@
+"""What the families share whose images are one grid of merged patches, with sizes in `image_grid_thw`; most of them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..layout import ImageLayout, Tile, joined
+from . import register
+from .base import Family
+
+
+class Grid(Family):
+    """Every image is one grid of patches, of any size, and merge x merge of them (usually 2 x 2) join into a token.
+
+    encoder: name of the vision encoder. raster: whether its patches stand in raster order, and not token by token.
+    """
+
+    encoder: ClassVar[str] = "visual"
+    raster: ClassVar[bool] = False
+
+    def merge(self, config: Any) -> int:
+        """Patches along one side of a token."""
+        return config.vision_config.spatial_merge_size
+
+    def encoder_layers(self, base: Any) -> list[Any]:
+        return list(getattr(base, self.encoder).blocks)
+
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        return [layer.attn for layer in self.encoder_layers(base)[:-1]]
+
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        merge, layouts, first = self.merge(config), [], 0
+        for frames, height, width in inputs["image_grid_thw"].tolist():
+            patches = self.order(config, frames * height, width)
+            grid = (frames * height // merge, width // merge)
+            layouts.append(ImageLayout(len(patches), (Tile(torch.arange(len(patches)), grid, first + patches),)))
+            first += frames * height * width
+        return layouts
+
+    def order(self, config: Any, height: int, width: int) -> torch.Tensor:
+        """(n, merge ** 2) the encoder's patches of each token of an image. height, width: in patches."""
+        merge = self.merge(config)
+        return joined(height, width, merge) if self.raster else torch.arange(height * width).view(-1, merge * merge)
+
+
+@register
+class Qwen2VL(Grid):
+    """An encoder without windows."""
+
+    model_type = "qwen2_vl"
+    summary = "Qwen2-VL (any resolution, M-RoPE)"
+    examples = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct")
+
+    def width(self, config: Any) -> int:
+        return config.vision_config.embed_dim
+
+
+@register
+class Glm4v(Grid):
+    """GLM-4.1V."""
+
+    model_type = "glm4v"
+    summary = "GLM-4.1V"
+    examples = ("zai-org/GLM-4.1V-9B-Thinking",)
+
+
+@register
+class Glm4vMoe(Grid):
+    """GLM-4.5V."""
+
+    model_type = "glm4v_moe"
+    summary = "GLM-4.5V (mixture of experts)"
+    examples = ("zai-org/GLM-4.5V",)
+
+
+@register
+class Glm46v(Grid):
+    """GLM-4.6V."""
+
+    model_type = "glm46v"
+    summary = "GLM-4.6V"
+    examples = ("zai-org/GLM-4.6V-Flash",)
+
+
+@register
+class GlmOcr(Grid):
+    """GLM-OCR."""
+
+    model_type = "glm_ocr"
+    summary = "GLM-OCR"
+    examples = ("zai-org/GLM-OCR",)
+
+
+@register
+class PaddleOcrVL(Grid):
+    """A SigLIP that packs pictures of any size, patches in raster order."""
+
+    model_type = "paddleocr_vl"
+    summary = "PaddleOCR-VL"
+    examples = ("PaddlePaddle/PaddleOCR-VL",)
+    raster = True
+
+    def encoder_layers(self, base: Any) -> list[Any]:
+        return list(base.visual.vision_model.encoder.layers)
+
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        return [layer.self_attn for layer in self.encoder_layers(base)[:-1]]
