@@ -41,15 +41,14 @@ def look_ahead(forward: Forward, index: int, hidden: Tensor, kwargs: dict[str, A
     layer = attention.layer
     rows = forward.rows
     visible = forward.valid() if rows is None else rows.real
-    index: Tensor = torch.arange(forward.queries, device=hidden.device) if rows is None else rows.index
-    index = index.where(index < 0, index + forward.past).expand(len(hidden), -1)
-    attention.positions = index.unsqueeze(1)
+    new: Tensor = torch.arange(forward.queries, device=hidden.device) if rows is None else rows.index
+    attention.positions = new.where(new < 0, new + forward.past).expand(len(hidden), -1).unsqueeze(1)
     if layer is not None and layer.physical:
         assert layer.keys is not None
         attention.key = torch.cat([layer.keys, attention.key], dim=2)
         positions = layer.full_index(len(hidden), hidden.device)
-        new = attention.positions.expand(-1, positions.shape[1], -1)
-        attention.positions = torch.cat([positions, new], dim=2)
+        later = attention.positions.expand(-1, positions.shape[1], -1)
+        attention.positions = torch.cat([positions, later], dim=2)
         held = positions[:, 0]
         earlier = held >= 0
         if forward.mask is not None:
