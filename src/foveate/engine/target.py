@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..families.base import Family
 from ..methods.host import Encoder, Host
-from .upstream import cache_name
+from .upstream import DynamicCache, cache_name
 
 Kind = Literal["self", "cross"]
 
@@ -37,6 +39,31 @@ class Target:
     def kinds(self) -> list[Kind]:
         """What each decoder layer attends to: the prompt ("self") or image features ("cross")."""
         return ["cross" if hasattr(layer, self.family.cross_attention) else "self" for layer in self.decoder.layers]
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """How far back each decoder layer sees, None for all the way: what transformers' own cache makes of it."""
+        layers = DynamicCache(config=self.decoder.config).layers
+        windows = [getattr(layer, "sliding_window", None) for layer in layers[: len(self.kinds)]]
+        return windows + [None] * (len(self.kinds) - len(windows))
+
+    @cached_property
+    def readable(self) -> list[bool]:
+        """Which layers show a method how the prompt looks at all of its image tokens."""
+        return [kind == "self" and window is None for kind, window in zip(self.kinds, self.windows, strict=True)]
+
+    def check_readable(self, method: str, layers: Sequence[int]) -> None:
+        """Refuse a method that reads or evicts what none of these layers has.
+
+        Raises:
+            UnsupportedError: where none of them shows a prompt's images as a whole.
+        """
+        if not any(self.readable[layer] for layer in layers):
+            seen = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
+            raise UnsupportedError(
+                f"{method} needs a decoder layer that attends to the whole prompt, and layers {seen} of this "
+                f"{self.decoder.config.model_type} decoder see a window of it: use a method that acts before the LLM"
+            )
 
     @property
     def crosses(self) -> bool:
