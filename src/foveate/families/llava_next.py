@@ -70,3 +70,12 @@ class LlavaNext(Llava):
                     )
                 )
         return ImageLayout(side * side + height * (width + 1), tuple(tiles)), (1 + rows * columns) * side * side
+
+
+@register
+class LlavaNextVideo(LlavaNext):
+    """Its pictures; its videos are pooled."""
+
+    model_type = "llava_next_video"
+    summary = "LLaVA-NeXT-Video"
+    examples = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf")
