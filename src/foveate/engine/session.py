@@ -289,7 +289,7 @@ class Pruned(NotPickled):
             action.finish()
         if forward.past and forward.mask is not None:
             evict_hidden(forward.cache, forward.mask)
-        for layer in forward.cache.layers if forward.cache is not None else ():
+        for layer in forward.held:
             layer.slide()
         if not entered.unreported and (forward.queries > 1 or not forward.past):
             report = self._outcome.report = PruneReport(forward, self.methods, self.record)
