@@ -24,7 +24,8 @@ class Target:
     """A model of a known family.
 
     model: the one with `generate()`. base: the module whose forward receives token ids and pixels. decoder: the
-    language model inside it. session: a mark of this very pruning, for what leaves it.
+    language model inside it. session: a mark of this very pruning, for what leaves it. said: what the user says of the
+    images at hand.
     """
 
     model: Any
@@ -32,6 +33,7 @@ class Target:
     base: Any
     decoder: Any
     session: object = field(default_factory=object)
+    said: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> list[Kind]:

@@ -48,12 +48,12 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
 
 def _named(layer: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     """What a layer is given without names behind the hidden states, by name."""
-    return dict(zip(_parameters(layer)[2:], args, strict=False)) if args else {}
+    return dict(zip(_parameters(layer)[1:], args, strict=False)) if args else {}
 
 
 @functools.cache
-def _parameters(layer: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(layer.forward).parameters)
+def _parameters(layer: Any) -> list[str]:
+    return list(inspect.signature(layer.forward).parameters)[1:]
 
 
 def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
