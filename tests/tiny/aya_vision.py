@@ -25,7 +25,7 @@ class AyaVision(Tiles):
 
     def image(self, kind):
         tiles = [[80 + tile, *[IMAGE] * 9] for tile in range(squares(kind) - 1)]
-        return [*self.before, *sum(tiles, []), MARK, *[IMAGE] * 9, *self.after]
+        return [*self.before, *(token for tile in tiles for token in tile), MARK, *[IMAGE] * 9, *self.after]
 
 
 class Cohere2Vision(Tiles):

@@ -18,8 +18,8 @@ class Family:
 
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
     the attention module inside a decoder layer. features: field of `get_image_features`' output that the LLM gets.
-    deepstack: the decoder's method that adds features to image tokens behind a layer, from (hidden states, where,
-    features): it knows no dropped rows. needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
+    deepstack: the decoder's method that adds features to image tokens behind a layer: hidden states, where, features.
+    needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
     """
 
     model_type: ClassVar[str]
