@@ -73,6 +73,11 @@ def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
     return tensor.gather(1, source.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
 
 
+def gather_slots(held: Tensor, source: Tensor) -> Tensor:
+    """Slots of a (batch, heads, n, d) tensor. source: (batch, heads | 1, width). Returns (batch, heads, width, d)."""
+    return held.gather(2, source.unsqueeze(-1).expand(-1, held.shape[1], -1, held.shape[-1]))
+
+
 class Stream:
     """What comes in to the layers of one kind: the prompt's tokens, or image features.
 
