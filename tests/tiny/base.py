@@ -124,6 +124,24 @@ class Tiny:
         """Make `turn` what `generate` takes after a talk of `length` tokens that began with `batch`."""
         return turn
 
+    def beside(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Two batches as one, the shorter prompts padded on the left and the smaller pictures behind."""
+        length = 3 + max(batch["input_ids"].shape[1] for batch in (one, other))
+        words = ("input_ids", "attention_mask", "token_type_ids", *self.types)
+        both = {}
+        for name in one:
+            parts = [one[name], other[name]]
+            if name in words:
+                parts = [torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in parts]
+            elif parts[0].shape[1:] != parts[1].shape[1:]:
+                shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+                room = [part.new_zeros(len(part), *shape) for part in parts]
+                for old, new in zip(parts, room, strict=True):
+                    new[tuple(slice(size) for size in old.shape)] = old
+                parts = room
+            both[name] = torch.cat(parts)
+        return both
+
     def inputs(
         self, images: Sequence[int] = (1,), text: Sequence[int] = (6,), seed: int = 0, between: int = 2
     ) -> dict[str, Tensor]:

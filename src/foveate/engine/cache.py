@@ -165,8 +165,7 @@ class PrunedLayer(DynamicLayer):
         self.pruned_cache.add("entries")
         self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
-        self.keys = gather_entries(self.keys, choice.source)
-        self.values = gather_entries(self.values, choice.source)
+        self.keys, self.values = (gather_entries(held, choice.source) for held in (self.keys, self.values))
         if self.memory is not None:
             self.memory = self.memory.moved(choice, held=present.shape[-1])
         return choice
