@@ -56,8 +56,9 @@ class Tiny:
     name: what tests call it; model_type: of its configuration, the name if not said. whole: all rows of the matrix run
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
     in_prompt: whether image tokens sit in the prompt. image_id: the placeholder. before, after: ids around every image.
-    window: how many tokens most layers of its decoder see, None for all. first: words in front of the first image.
-    types: inputs that mark the placeholders. decoder: name of the language model inside the base model.
+    first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
+    model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
+    tokens see later ones. backends: implementations of attention that it has.
     """
 
     name: str = ""
@@ -68,6 +69,8 @@ class Tiny:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     window: int | None = None
+    both_ways = False
+    backends: tuple[str, ...] = ("sdpa", "eager")
     first = 2
     types: tuple[str, ...] = ()
     decoder = "language_model"
