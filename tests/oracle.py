@@ -143,7 +143,8 @@ def dense_logits(
     prompt = batch["input_ids"].shape[1]
     copies = len(sequences) // len(batch["input_ids"])
     with masked(model, hides):
-        out = model.generate(
+        out = tiny.of(model).replay(
+            model,
             **batch,
             max_new_tokens=sequences.shape[1] - prompt,
             do_sample=True,  # so that the prompt may be expanded; the processor leaves no choice

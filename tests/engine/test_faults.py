@@ -314,8 +314,8 @@ def test_one_compressed_entry_for_all_heads():
     if layer.keys.shape[1] == 1:  # before 5.24 every head's entries are held
         with foveate.prune(model, "zipvl", keep=0.5):
             model.generate(**batch, max_new_tokens=2)
-        refusal = pytest.raises(foveate.UnsupportedError, match="one compressed entry for all heads")
-        with foveate.prune(model, "running_sum", keep=0.5), refusal:
+        refused = pytest.raises(foveate.UnsupportedError, match="one compressed entry for all heads")
+        with foveate.prune(model, "running_sum", keep=0.5), refused:
             model.generate(**batch, max_new_tokens=2)
 
 

@@ -37,6 +37,11 @@ class Molmo2(Tiny):
         small, large = ([*[IMAGE] * c, MARK] * r for r, c in ((2, 2), (rows, columns)))
         return [VISION_START, *small, VISION_END, VISION_START, *large, VISION_END]
 
+    def beside(self, one, other):
+        seen = one["pixel_values"].shape[:2].numel()
+        pooling = other["image_token_pooling"]
+        return super().beside(one, other | {"image_token_pooling": pooling.where(pooling < 0, pooling + seen)})
+
     def pixels(self, kinds, rng):
         joined = torch.arange(SIDE**2).view(2, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
         crops, pooling, seen = [], [], 0

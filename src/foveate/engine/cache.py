@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .memory import Memory
-from .rows import Compaction, Stream, compact, gather_slots
+from .rows import Compaction, Stream, compact, gather_entries
 from .upstream import (
     BORROWING_LAYERS,
     Cache,
@@ -165,7 +165,7 @@ class PrunedLayer(DynamicLayer):
         self.pruned_cache.add("entries")
         self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
-        self.keys, self.values = (gather_slots(held, choice.source) for held in (self.keys, self.values))
+        self.keys, self.values = (gather_entries(held, choice.source) for held in (self.keys, self.values))
         if self.memory is not None:
             self.memory = self.memory.moved(choice, held=present.shape[-1])
         return choice

@@ -53,11 +53,11 @@ class Forward:
     and of it. mask: bool (batch, past + queries), None where nothing is hidden. encoded: the images once they are, None
     where that was not here. images, places, groups: what is known of them from layer 0 on. streams: what comes in to
     the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of the places of
-    a session, in their order. entered, evicted: for the report, the rows that each layer computed and the layers that
-    lost entries. peeks: whether a layer is only asked for its queries and keys. handed: the mask that the model handed
-    to the layer at hand, of all tokens. held: the layers of the cache that hold entries. lent: by layer, what later
-    layers share of it. sliced: whether the model itself goes on with its last
-    tokens only.
+    a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed, how much each
+    token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries. peeks: whether a
+    layer is only asked for its queries and keys. handed: the mask that the model handed to the layer at hand, of all
+    tokens. held: the layers of the cache that hold entries. lent: by layer, what later layers share of it.
+    sliced: whether the model itself goes on with its last tokens only.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Forward:
         self.guidance: Tensor | None = None
         self.actions: Sequence[Any] = ()
         self.entered: dict[int, Tensor | None] = {}
+        self.taken: dict[int, Tensor] = {}
         self.evicted: set[int] = set()
         self.hooks: list[Any] = []
         self.peeks = False
@@ -287,6 +288,14 @@ class Forward:
             return value
         short = gather_rows(value if value.ndim == 3 else value.unsqueeze(-1), rows.source)
         return short if value.ndim == 3 else short[..., 0]
+
+    def add(self, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+        """Hidden states (batch, rows, d) and what belongs to some tokens in them. where: bool (batch, q), these tokens;
+        features: (their number, d), theirs in order."""
+        assert self.rows is not None
+        full = hidden.new_zeros(*self.ids.shape, hidden.shape[-1])
+        full[where] = features.to(hidden)
+        return hidden + gather_rows(full, self.rows.source)
 
     def rejoin(self, hidden: Tensor) -> Tensor:
         """Behind a layer: put what it made, (batch, rows, d), among what waited, which comes back as it was."""

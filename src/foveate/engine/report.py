@@ -32,6 +32,8 @@ class LayerReport:
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
     seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
+    taken: (batch, q) how much of what the layer made of it each token of the prefill took, 0 where it skipped it,
+        with record=True; None where no token can skip it.
     """
 
     index: int
@@ -41,6 +43,7 @@ class LayerReport:
     since: Literal["prefill", "decode"]
     kept: Tensor | None = None
     seen: Tensor | None = None
+    taken: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class PruneReport:
             i: forward.entered.get(i) if source == i or source not in forward.lent else forward.lent[source].rows
             for i, source in enumerate(sources)
         }
+        self._taken = forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
         self._windows = [layer is not None and layer.is_sliding for layer in layers]
         self._index = [
@@ -193,6 +197,7 @@ class PruneReport:
                 "decode" if i in self._evicted else "prefill",
                 self._kept(i) if self.records else None,
                 self._seen(i) if self.records else None,
+                self._taken.get(i) if self.records else None,
             )
             for i, kind in enumerate(self._kinds)
         ]

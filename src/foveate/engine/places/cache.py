@@ -17,7 +17,7 @@ from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import refuse_assisted
 from ..report import Outcome
-from ..rows import compact, gather_slots
+from ..rows import compact, gather_entries
 from ..target import Target
 from .place import Action, Place
 
@@ -169,7 +169,7 @@ class CacheAction(Action):
         if choice is None:
             return run(attention)
         # Not the cache's own, which may be compressed.
-        key, value = (gather_slots(held, choice.source) for held in (attention.key, attention.value))
+        key, value = (gather_entries(held, choice.source) for held in (attention.key, attention.value))
         if tokens.past:
             choice = compact(stay[:, :1, tokens.past :], torch.ones_like(stay[:, :1, tokens.past :]))
             assert choice is not None
