@@ -102,6 +102,29 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def silenced(model, report, rows: Tensor) -> Iterator[None]:
+    """Zero what attention hands to its output projection at the prompt rows that a report says a layer dropped."""
+
+    def silence(kept: Tensor):
+        def hook(module, args):
+            (states,) = args
+            return None if states.shape[1] == 1 else (states * kept[:, -states.shape[1] :].unsqueeze(-1),)
+
+        return hook
+
+    decoder = tiny.of(model).language_model(model)
+    handles = [
+        decoder.layers[layer.index].self_attn.o_proj.register_forward_pre_hook(silence(layer.kept[rows, 0]))
+        for layer in report.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Replay(LogitsProcessor):
     """Force `generate` to produce given tokens."""
 

@@ -57,8 +57,9 @@ class Tiny:
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
     refused: methods that its models cannot do, and that are refused. rounding: how much more than others it rounds.
     in_prompt: whether image tokens sit in the prompt. image_id: the placeholder. before, after: ids around every image.
-    window: how many tokens most layers of its decoder see, None for all. first: words in front of the first image.
-    types: inputs that mark the placeholders. decoder: name of the language model inside the base model.
+    first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
+    model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
+    tokens see later ones. backends: implementations of attention that it has.
     """
 
     name: str = ""
@@ -71,6 +72,8 @@ class Tiny:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     window: int | None = None
+    both_ways = False
+    backends: tuple[str, ...] = ("sdpa", "eager")
     first = 2
     types: tuple[str, ...] = ()
     decoder = "language_model"

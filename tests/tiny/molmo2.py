@@ -11,7 +11,7 @@ SIDE = 4
 
 
 class Molmo2(Tiny):
-    name, types = "molmo2", ("mm_token_type_ids",)
+    name, types, both_ways = "molmo2", ("mm_token_type_ids",), True
 
     def options(self):
         vision = dict(**VISION, num_key_value_heads=4, head_dim=8, image_size=[16, 16], patch_size=PATCH)

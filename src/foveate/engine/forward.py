@@ -33,6 +33,19 @@ class _Aside:
     short: dict[int, tuple[Any, Any]]
 
 
+@dataclass(frozen=True)
+class Lent:
+    """The entries of a layer as later layers borrow them: what it sees itself, even if it is evicted meanwhile.
+
+    positions: (batch, kv_heads | 1, slots) of the keys, None where none went. rows: (batch, width) which tokens of this
+    pass are among them, None for all. slots: how many keys there are.
+    """
+
+    positions: Tensor | None
+    rows: Tensor | None
+    slots: int
+
+
 class Forward:
     """State of one forward pass; lives between the base model's hooks.
 
@@ -43,8 +56,8 @@ class Forward:
     a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed, how much each
     token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries. peeks: whether a
     layer is only asked for its queries and keys. handed: the mask that the model handed to the layer at hand, of all
-    tokens. held: the layers of the cache that hold entries. lent: by layer, the positions of keys that later layers
-    share, None where none went. sliced: whether the model itself goes on with its last tokens only.
+    tokens. held: the layers of the cache that hold entries. lent: by layer, what later layers share of it.
+    sliced: whether the model itself goes on with its last tokens only.
     """
 
     def __init__(
@@ -78,7 +91,7 @@ class Forward:
         self._through: Tensor | None = None
         self._aside: _Aside | None = None
         self._short: dict[int, tuple[Any, Any]] = {}
-        self.lent: dict[int, Tensor | None] = {}
+        self.lent: dict[int, Lent] = {}
         self.sliced = False
 
     def unhook(self) -> None:

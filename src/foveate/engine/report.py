@@ -134,7 +134,10 @@ class PruneReport:
         self._all = {"self": everything, "state": everything, "cross": all_features}
         self._past = {"self": forward.past, "state": forward.past, "cross": self._length["cross"] - features}
         # A layer that attends to another one's entries keeps what that one keeps.
-        self._entered = {i: forward.entered.get(source) for i, source in enumerate(sources)}
+        self._entered = {
+            i: forward.entered.get(i) if source == i or source not in forward.lent else forward.lent[source].rows
+            for i, source in enumerate(sources)
+        }
         self._taken = forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
         self._windows = [layer is not None and layer.is_sliding for layer in layers]
@@ -150,7 +153,11 @@ class PruneReport:
             layer.physical if layer is not None else (everything.shape[-1] if index is None else index.shape[-1])
             for layer, index in zip(layers, self._index, strict=True)
         ]
-        self._evicted = {i for i, source in enumerate(sources) if source in forward.evicted}
+        # What a layer lost behind its own attention, those that borrow from it have seen.
+        lost = {i for i, lent in forward.lent.items() if not self._windows[i] and self._physical[i] < lent.slots}
+        self._evicted = forward.evicted | {
+            i for i, source in enumerate(sources) if i != source and source in forward.evicted | lost
+        }
         self.records = record
         held = [layer for layer in forward.held if layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
