@@ -116,9 +116,9 @@ def families_table() -> str:
     for model_type in family_names():
         family = get_family(model_type)
         assert family is not None
-        fits = {name: name in fitting(family) for name in method_names()}
-        fitting, others = ([f"`{name}`" for name in fits if fits[name] is fit] for fit in (True, False))
-        methods = ", ".join(fitting) if len(fitting) <= len(others) else f"all but {', '.join(others)}" * bool(others)
+        fits = fitting(family)
+        named, others = ([f"`{name}`" for name in method_names() if (name in fits) is fit] for fit in (True, False))
+        methods = ", ".join(named) if len(named) <= len(others) else f"all but {', '.join(others)}" * bool(others)
         rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {methods or 'all'} |")
     return "\n".join(rows)
 
