@@ -11,10 +11,10 @@ import torch
 from cases import METHODS, pruned_run
 from torch import Tensor
 
-import foveate
 from foveate.engine.images import by_image
+from foveate.families import family_of
 
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES + tiny.VARIANTS)
 
 
 def features(base, batch: dict) -> tuple[dict, object]:
@@ -28,7 +28,7 @@ def encoded(family: str) -> tuple[list, Tensor, list[Tensor], int]:
     """The layouts of a batch, its features (tokens, hidden), and states of the encoder (pictures, n, width) behind the
     last attention that methods read, from where on patches mix no more; and how many of these n come before patches."""
     model, batch = tiny.build(family, "eager"), tiny.inputs(family, **tiny.BATCHES["ragged"])
-    known = foveate.get_family(model.config.model_type)
+    known = family_of(model.config)
     if not known.shows_attention:
         pytest.skip("an encoder whose attention is not read")
     base, seen = known.base(model), []

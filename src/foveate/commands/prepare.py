@@ -14,7 +14,7 @@ from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import guide_option, typed
 from foveate.asking.subject import Subject, Variant
 from foveate.commands.display import status
-from foveate.families import unknown_family
+from foveate.families import family_of, unknown_family
 from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     import foveate
     from foveate.engine.support import fitting
 
-    family = foveate.get_family(config.model_type)
+    family = family_of(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
     fits = fitting(family)

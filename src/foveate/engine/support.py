@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..families import get_family, unknown_family
+from ..families import family_of, unknown_family
 from ..families.base import Family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
@@ -45,7 +45,7 @@ def find_target(model: Any) -> Target:
             "torch.compile or another wrapper)"
         )
     try:
-        family = get_family(model.config.model_type)
+        family = family_of(model.config)
     except PluginError as error:
         raise UnsupportedError(str(error)) from error
     if family is None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import foveate
+from foveate.families import family_of
 
 from ..engine.upstream import cache_behind
 from .ideal import Plan, ideal
@@ -84,7 +85,7 @@ class Bench:
     """
 
     def __init__(self, model: Any, inputs: dict[str, Any], *, new_tokens: int, repeat: int) -> None:
-        family = foveate.get_family(model.config.model_type)
+        family = family_of(model.config)
         assert family is not None
         self.model, self.family, self.base, self.inputs = model, family, family.base(model), inputs
         self.batch, self.length = inputs["input_ids"].shape

@@ -6,7 +6,7 @@ A module of this folder is known as soon as it is here; other packages use the e
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
 
@@ -44,3 +44,13 @@ def get_family(model_type: str) -> Family | None:
         ValueError: for a plug-in that could not be loaded.
     """
     return _registry.get(model_type)
+
+
+def family_of(config: Any) -> Family | None:
+    """The family of the models of a configuration: that of its `model_type`, or of a part of it that is another's.
+
+    Raises:
+        ValueError: for a plug-in that could not be loaded.
+    """
+    family = get_family(config.model_type)
+    return None if family is None else family.of(config)

@@ -34,6 +34,10 @@ class Family:
     deepstack: ClassVar[str | None] = None
     needs_prompt: ClassVar[bool] = False
 
+    def of(self, config: Any) -> Family:
+        """The family of models of this configuration, where one `model_type` has several."""
+        return self
+
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""
         return None

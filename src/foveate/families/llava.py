@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..layout import ImageLayout, Tile
 from . import register
 from .base import Family
+from .pixtral import LlavaPixtral
 
 
 @register
@@ -17,8 +18,15 @@ class Llava(Family):
     """Every image is one grid of patches; with the "full" strategy a leading [CLS] token is pinned."""
 
     model_type = "llava"
-    summary = "LLaVA 1.5 and models of its architecture (CLIP or SigLIP encoder)"
-    examples = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
+    summary = "LLaVA 1.5 and models of its architecture (CLIP, SigLIP or Pixtral encoder)"
+    examples: ClassVar[tuple[str, ...]] = (
+        "llava-hf/llava-1.5-7b-hf",
+        "llava-hf/llava-1.5-13b-hf",
+        "mistral-community/pixtral-12b",
+    )
+
+    def of(self, config: Any) -> Family:
+        return LlavaPixtral() if config.vision_config.model_type == "pixtral" else self
 
     def check(self, base: Any) -> str | None:
         tower, kind = base.vision_tower, base.config.vision_config.model_type
