@@ -20,6 +20,7 @@ from foveate.engine.forward import Forward
 from foveate.engine.report import PruneReport
 from foveate.engine.session import Pruned
 from foveate.evaluation import reference
+from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.reference import cannot_prove, prove
 from foveate.methods.base import CacheMethod
 from foveate.methods.fopru import FoPru
