@@ -133,7 +133,7 @@ def stub() -> str:
     for cls in built_in_classes().values():
         modules.setdefault(cls.__module__.removeprefix("foveate."), []).append(cls.__name__)
     imports = {
-        "engine": "Pruned, PruneReport, UnsupportedError, prune",
+        "engine": "Pruned, PruneReport, UnsupportedError, prune, restore",
         "methods.base": "Method",
         **{module: ", ".join(ordered(names)) for module, names in modules.items()},
     }

@@ -11,11 +11,12 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..families.base import Family
@@ -30,9 +31,9 @@ from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
 from .steps import UNSAID, Steps
-from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods
+from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods, unwrapped
 from .target import Target
-from .upstream import PreTrainedModel, cache_in, release_note, without_cache
+from .upstream import PreTrainedModel, cache_in, release_note, untraced, without_cache
 from .watching import watch_layers
 
 
@@ -47,7 +48,8 @@ def prune(
 
     Works from this call until `remove()`; as a context manager until the block ends, however it ends.
 
-    model: a transformers model of a supported family. method: a name (with its `options`), a method object, or a
+    model: a transformers model of a supported family, or what wraps one: adapters of PEFT that change weights,
+        torch.compile, a pipeline. method: a name (with its `options`), a method object, or a
     list of them that act at different places; each chooses among the tokens that the ones before it left.
     record: also keep boolean masks of what every layer and head kept in `report.layers`.
 
@@ -65,6 +67,23 @@ def prune(
         place.check(target, methods)
     host = target.host
     return Pruned(target, tuple(method.for_host(host) for method in methods), record)
+
+
+def restore(model: Any) -> None:
+    """Take off whatever `prune` put on a model, when what it returned is lost; harmless where there is nothing.
+
+    model: what was given to `prune`, or the model inside it.
+
+    Raises:
+        UnsupportedError: for what is no model.
+    """
+    inside = unwrapped(model)
+    if not isinstance(inside, nn.Module):
+        raise UnsupportedError(f"foveate.restore takes a model, not a {type(model).__name__}")
+    for base, pruned in list(pruned_models.items()):
+        session = pruned()
+        if session is not None and (base is inside or session.model is inside):
+            session.remove()
 
 
 class _Entered(threading.local):
@@ -111,7 +130,7 @@ class Pruned(NotPickled):
 
     @property
     def model(self) -> Any:
-        """The model, as it was passed to `prune`."""
+        """The transformers model that is pruned: what was passed to `prune`, or what that wraps."""
         return self._target.model
 
     @property
@@ -142,7 +161,7 @@ class Pruned(NotPickled):
     # -- installing -------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        pruned_models.add(self.base)
+        pruned_models[self.base] = weakref.ref(self)
         fixtures = self._fixtures
         fixtures.hook(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         fixtures.hook(self.base.register_forward_hook(self._exit, always_call=True))
@@ -161,7 +180,7 @@ class Pruned(NotPickled):
             active.forward = active.forward.outer
         self._entered.passes.clear()
         self._fixtures.remove()
-        pruned_models.discard(self.base)
+        pruned_models.pop(self.base, None)
 
     def __repr__(self) -> str:
         state = "active" if self._fixtures else "removed"
@@ -200,6 +219,7 @@ class Pruned(NotPickled):
 
     # -- the forward pass -------------------------------------------------------------------------------------
 
+    @untraced
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         outer, entered = active.forward, None
         try:
@@ -276,6 +296,7 @@ class Pruned(NotPickled):
             raise UnsupportedError(f"{', '.join(names)} needs the KV cache: call the model with use_cache=True")
         return cache
 
+    @untraced
     def _exit(self, module: Any, args: Any, output: Any) -> Any:
         entered = self._entered.passes.pop() if self._entered.passes else None
         if entered is None:

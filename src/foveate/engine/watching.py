@@ -10,6 +10,7 @@ from torch import Tensor
 from .attention import unrouted
 from .cache import active
 from .forward import Forward
+from .upstream import untraced
 
 
 def watch_layers(forward: Forward, *, routed: bool) -> None:
@@ -27,6 +28,7 @@ def watch_layers(forward: Forward, *, routed: bool) -> None:
     forward.hooks.append(norm.register_forward_hook(after))
 
 
+@untraced
 def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args: Any, kwargs: Any = None) -> Any:
     # Another thread's; torch passes no kwargs where that thread takes its hook off at this very moment.
     if active.forward is not forward:
@@ -45,6 +47,7 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
     return (hidden, *args[1:]), kwargs
 
 
+@untraced
 def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
     if active.forward is not forward:
         return None
@@ -53,6 +56,7 @@ def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: 
     return hidden
 
 
+@untraced
 def _after_layers(forward: Forward, routed: bool, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
     if active.forward is not forward:
         return None
