@@ -81,16 +81,19 @@ def check_second_turn(model, name: str, batch: dict, image: bool, variant: str =
     """Go on after a pruned turn, compare with the dense reference, and return what was hidden and reported."""
     dense = tiny.build(variant or model.config.model_type, "eager")
     with prune(model, name) as pruned:
-        first = oracle.run(model, batch, max_new_tokens=6)
+        # An answer that holds a placeholder by chance would be an image of the next prompt.
+        first = oracle.run(model, batch, max_new_tokens=6, suppress_tokens=[tiny.of(model).image_id])
         hides = oracle.hidden(pruned.report, batch["input_ids"].shape[1])
         turn = tiny.next_turn(model, batch, first.sequences, image)
         second = oracle.run(model, turn | {tiny.CACHE: first.cache}, max_new_tokens=8)
         later = pruned.report
     _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
     hides = hides + oracle.hidden(later, turn["input_ids"].shape[1])
-    assert oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides).max() < TOLERANCE
+    error = oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides)
+    assert error.max() / max(1.0, second.logits.abs().max()) < TOLERANCE
     for layer in second.cache.layers:
-        if layer.is_sliding:  # as transformers' own, a view from one step to the next
+        # One that borrows holds none; that of a window holds, as transformers' own, a view from one step to the next.
+        if getattr(layer, "is_sliding", True):
             continue
         for tensor in (layer.keys, layer.values):
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

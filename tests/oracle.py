@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tiny
@@ -56,17 +57,18 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
     """Let an eager model run with these keys invisible, by rewriting the mask each attention module gets."""
     assert model.config._attn_implementation == "eager", "only eager takes a mask per head"
     llm = tiny.of(model).language_model(model)
-    start = 0  # text position of the first query of this forward
+    end = 0  # text position behind the last query of this forward
 
-    def note_start(module, args, kwargs):
-        nonlocal start
+    def note_end(module, args, kwargs):
+        nonlocal end
         past = kwargs.get(tiny.CACHE)
-        start = 0 if past is None else int(past.get_seq_length())
+        given = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        end = given.shape[1] + (0 if past is None else int(past.get_seq_length()))
 
     def hide_keys(module, args, kwargs, layer: int, cross: bool):
         queries = kwargs["hidden_states"].shape[1]
         mask = kwargs["attention_mask"]
-        at = start + torch.arange(queries)
+        at = torch.arange(end - queries, end)  # some models go on with their last rows only
         for hide in (h for h in hides if h.layer == layer):
             keys = hide.keys
             if keys.shape[1] > 1:  # one set for each KV head: every query head of its group gets it
@@ -76,7 +78,7 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             if mask is None:  # mllama without a cross_attention_mask
                 mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
             # Keys made since (generated text) stay visible; a window has left the first behind.
-            width = keys.shape[-1] if cross else start + queries
+            width = keys.shape[-1] if cross else end
             keys = torch.nn.functional.pad(keys, (0, width - keys.shape[-1]))[..., width - mask.shape[-1] :]
             queries_at = (at >= hide.first_query) & (at <= (at.max() if hide.last_query is None else hide.last_query))
             gone = keys[:, :, None, :] & queries_at[:, None]
@@ -85,7 +87,7 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             mask = mask.masked_fill(gone, -torch.inf if cross else torch.finfo(mask.dtype).min)
         return args, kwargs | {"attention_mask": mask}
 
-    handles = [llm.register_forward_pre_hook(note_start, with_kwargs=True)]
+    handles = [llm.register_forward_pre_hook(note_end, with_kwargs=True)]
     for i, block in enumerate(llm.layers):
         cross = hasattr(block, "cross_attn")
         module = block.cross_attn if cross else getattr(block, "self_attn", None)
@@ -93,6 +95,29 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             continue
         hook = lambda m, a, k, i=i, cross=cross: hide_keys(m, a, k, i, cross)  # noqa: E731
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def silenced(model, report, rows: Tensor) -> Iterator[None]:
+    """Zero what attention hands to its output projection at the prompt rows that a report says a layer dropped."""
+
+    def silence(kept: Tensor):
+        def hook(module, args):
+            (states,) = args
+            return None if states.shape[1] == 1 else (states * kept[:, -states.shape[1] :].unsqueeze(-1),)
+
+        return hook
+
+    decoder = tiny.of(model).language_model(model)
+    handles = [
+        decoder.layers[layer.index].self_attn.o_proj.register_forward_pre_hook(silence(layer.kept[rows, 0]))
+        for layer in report.layers
+    ]
     try:
         yield
     finally:
@@ -119,7 +144,8 @@ def dense_logits(
     prompt = batch["input_ids"].shape[1]
     copies = len(sequences) // len(batch["input_ids"])
     with masked(model, hides):
-        out = model.generate(
+        out = tiny.of(model).replay(
+            model,
             **batch,
             max_new_tokens=sequences.shape[1] - prompt,
             do_sample=True,  # so that the prompt may be expanded; the processor leaves no choice
@@ -163,6 +189,55 @@ def errors(reference: PreTrainedModel, batch: dict, pruned: Run, hides: Sequence
     """Return the largest absolute logit difference of each step."""
     dense, _ = dense_logits(reference, batch, pruned.sequences, [h.rows(pruned.rows) for h in hides])
     return (dense - pruned.logits).abs().amax((0, 2))
+
+
+@contextmanager
+def without(decoder: Any, alive: Tensor) -> Iterator[None]:
+    """Let each layer go on with its own tokens only. alive: bool (layers, tokens); fewer from layer to layer."""
+
+    def drop(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
+        before = alive[max(index - 1, 0)] if index else torch.ones_like(alive[0])
+        rotary = tuple(part[:, alive[index]] for part in kwargs["position_embeddings"])
+        more = {"position_embeddings": rotary, "position_ids": None}
+        return (args[0][:, alive[index][before]], *args[1:]), kwargs | more
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(drop, index), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def short_errors(reference: PreTrainedModel, batch: dict, pruned: Run, report: Any) -> Tensor:
+    """The largest absolute logit difference of each step, where a mask cannot hide what a layer read into its state.
+
+    The untouched decoder runs on each sequence by itself, without a cache, and what was dropped is not there. What is
+    evicted behind the prefill cannot be shown so. reference: with sdpa, which needs no mask to be causal.
+    """
+    assert all(layer.since == "prefill" for layer in report.layers)
+    decoder = tiny.of(reference).language_model(reference)
+    prompt, steps = batch["input_ids"].shape[1], pruned.logits.shape[1]
+    embeds, positions = embedded(reference, batch)
+    kept = torch.stack([layer.kept[:, 0] for layer in report.layers], 1)
+    worst = torch.zeros(steps)
+    for row, sequence, found in zip(pruned.rows.tolist(), pruned.sequences, pruned.logits, strict=True):
+        sample = row * len(embeds) // len(kept)
+        real = batch["attention_mask"][sample].bool()
+        answer = reference.get_input_embeddings()(sequence[prompt:-1])
+        where = positions[..., sample : sample + 1, real]
+        where = torch.cat([where, where[..., -1:] + torch.arange(1, steps)], -1)
+        alive = torch.nn.functional.pad(kept[row][:, real], (0, steps - 1), value=True)
+        with without(decoder, alive):
+            prompt_and_answer = torch.cat([embeds[sample, real], answer]).unsqueeze(0)
+            states = decoder(inputs_embeds=prompt_and_answer, position_ids=where, use_cache=False).last_hidden_state
+        logits = reference.get_output_embeddings()(states)[0, -steps:]
+        worst = torch.maximum(worst, (logits - found).abs().amax(-1))
+    return worst
 
 
 @torch.no_grad()

@@ -55,19 +55,25 @@ class Tiny:
 
     name: what tests call it; model_type: of its configuration, the name if not said. whole: all rows of the matrix run
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
+    refused: methods that its models cannot do, and that are refused. rounding: how much more than others it rounds.
     in_prompt: whether image tokens sit in the prompt. image_id: the placeholder. before, after: ids around every image.
-    window: how many tokens most layers of its decoder see, None for all. first: words in front of the first image.
-    types: inputs that mark the placeholders. decoder: name of the language model inside the base model.
+    first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
+    model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
+    tokens see later ones. backends: implementations of attention that it has.
     """
 
     name: str = ""
     model_type: str = ""
     whole = variant = False
+    refused: tuple[str, ...] = ()
+    rounding = 1.0
     in_prompt = True
     image_id = IMAGE
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     window: int | None = None
+    both_ways = False
+    backends: tuple[str, ...] = ("sdpa", "eager")
     first = 2
     types: tuple[str, ...] = ()
     decoder = "language_model"
@@ -94,6 +100,10 @@ class Tiny:
         """The decoder in it: takes embeddings, and has the layers."""
         return getattr(model.model, self.decoder)
 
+    def replay(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        """`generate()` of the untouched model, which must take a logits processor."""
+        return model.generate(**kwargs)
+
     def tokens(self, kind: int) -> int:
         """How many image tokens the processor writes into the prompt for an image of this kind, one of four."""
         raise NotImplementedError
@@ -117,6 +127,24 @@ class Tiny:
     def go_on(self, model: PreTrainedModel, batch: dict, turn: dict, length: int, image: bool) -> dict[str, Tensor]:
         """Make `turn` what `generate` takes after a talk of `length` tokens that began with `batch`."""
         return turn
+
+    def beside(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Two batches as one, the shorter prompts padded on the left and the smaller pictures behind."""
+        length = 3 + max(batch["input_ids"].shape[1] for batch in (one, other))
+        words = ("input_ids", "attention_mask", "token_type_ids", *self.types)
+        both = {}
+        for name in one:
+            parts = [one[name], other[name]]
+            if name in words:
+                parts = [torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in parts]
+            elif parts[0].shape[1:] != parts[1].shape[1:]:
+                shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+                room = [part.new_zeros(len(part), *shape) for part in parts]
+                for old, new in zip(parts, room, strict=True):
+                    new[tuple(slice(size) for size in old.shape)] = old
+                parts = room
+            both[name] = torch.cat(parts)
+        return both
 
     def inputs(
         self, images: Sequence[int] = (1,), text: Sequence[int] = (6,), seed: int = 0, between: int = 2

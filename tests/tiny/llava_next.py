@@ -6,11 +6,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlavaNextVideoForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from .base import IMAGE, LLM, PATCH, Tiny, clip, noise
+from .base import IMAGE, LLM, PATCH, VIDEO, Tiny, clip, noise
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 SIDE = 16
@@ -53,3 +53,13 @@ class LlavaNext(Tiny):
 
     def pixels(self, kinds, rng):
         return tiled_pixels(kinds, rng)
+
+
+class LlavaNextVideo(LlavaNext):
+    name = "llava_next_video"
+
+    def options(self):
+        return super().options() | dict(video_token_index=VIDEO)
+
+    def make(self, config):
+        return LlavaNextVideoForConditionalGeneration(config)

@@ -79,6 +79,7 @@ class Asker:
         self, model: Any, processor: Any, pictures: Sequence[Image], question: str, max_new_tokens: int
     ) -> None:
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.image_sizes = [(picture.height, picture.width) for picture in pictures]
         placeholder = getattr(processor, "image_token", None)
         if placeholder and placeholder in question:
             raise Mistake(f"the question holds {placeholder}, which stands for an image: leave it out")
@@ -106,7 +107,7 @@ class Asker:
         except (foveate.UnsupportedError, ValueError) as error:  # e.g. a layer that this model lacks
             raise Mistake(one_line(error)) from error
         try:
-            with pruned:
+            with pruned, pruned.saying(image_sizes=self.image_sizes):
                 text = self.text()
         except foveate.UnsupportedError as error:
             raise Mistake(one_line(error)) from error

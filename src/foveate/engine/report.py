@@ -27,6 +27,8 @@ class ImageTokens:
 class LayerReport:
     """One decoder layer.
 
+    kind: what it attends to, the prompt ("self") or image features ("cross"); "state" where it carries a state along
+    instead, whose entries are the tokens that it read.
     length: logical entries; kept_length: slots physically held (of the longest sample).
     What a sliding window left behind counts as kept: it leaves the untouched model's cache, too.
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
@@ -37,7 +39,7 @@ class LayerReport:
     """
 
     index: int
-    kind: Literal["self", "cross"]
+    kind: Literal["self", "cross", "state"]
     length: int
     kept_length: int
     since: Literal["prefill", "decode"]
@@ -119,8 +121,9 @@ class PruneReport:
         self.methods = tuple(method.to_dict() for method in methods)
         self._batch, self._kinds = forward.ids.shape[0], forward.target.kinds
         length, features = forward.past + forward.queries, forward.streams["cross"].tokens
-        self._length = {"self": length, "cross": features}
-        layers = forward.cache.layers if forward.cache is not None else [None] * len(self._kinds)
+        self._length = {"self": length, "state": length, "cross": features}
+        sources = forward.target.sources
+        layers = [forward.layer(i) for i in range(len(self._kinds))]
         for layer in layers:
             if layer is not None and layer.kind == "cross":
                 self._length["cross"] = layer.length
@@ -129,16 +132,21 @@ class PruneReport:
         if forward.mask is not None:
             everything = forward.mask[:, :length].unsqueeze(1)
         all_features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
-        self._all = {"self": everything, "cross": all_features}
-        self._past = {"self": forward.past, "cross": self._length["cross"] - features}
-        self._entered, self._taken = forward.entered, forward.taken
+        self._all = {"self": everything, "state": everything, "cross": all_features}
+        self._past = {"self": forward.past, "state": forward.past, "cross": self._length["cross"] - features}
+        # A layer that attends to another one's entries keeps what that one keeps.
+        self._entered = {
+            i: forward.entered.get(i) if source == i or source not in forward.lent else forward.lent[source].rows
+            for i, source in enumerate(sources)
+        }
+        self._taken = forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
         self._windows = [layer is not None and layer.is_sliding for layer in layers]
         self._index = [
             (layer.full_index(self._batch, device) if layer.index is not None else None)
             if layer is not None
-            else forward.entered[i].unsqueeze(1)  # type: ignore[union-attr]
-            if forward.entered.get(i) is not None
+            else self._entered[i].unsqueeze(1)  # type: ignore[union-attr]
+            if self._entered[i] is not None
             else None
             for i, layer in enumerate(layers)
         ]
@@ -146,9 +154,13 @@ class PruneReport:
             layer.physical if layer is not None else (everything.shape[-1] if index is None else index.shape[-1])
             for layer, index in zip(layers, self._index, strict=True)
         ]
-        self._evicted = forward.evicted
+        # What a layer lost behind its own attention, those that borrow from it have seen.
+        lost = {i for i, lent in forward.lent.items() if not self._windows[i] and self._physical[i] < lent.slots}
+        self._evicted = forward.evicted | {
+            i for i, source in enumerate(sources) if i != source and source in forward.evicted | lost
+        }
         self.records = record
-        held = [layer for layer in layers if layer is not None and layer.physical]
+        held = [layer for layer in forward.held if layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
         self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.most for layer in held)
         self.decoding: Decoding | None = None

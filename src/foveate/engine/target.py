@@ -14,9 +14,9 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..families.base import Family
 from ..methods.host import Encoder, Host
-from .upstream import DynamicCache, cache_name
+from .upstream import STATE_LAYERS, DynamicCache, cache_name
 
-Kind = Literal["self", "cross"]
+Kind = Literal["self", "cross", "state"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Target:
     """A model of a known family.
 
     model: the one with `generate()`. base: the module whose forward receives token ids and pixels. decoder: the
-    language model inside it. session: a mark of this very pruning, for what leaves it.
+    language model inside it. session: a mark of this very pruning, for what leaves it. said: what the user says of the
+    images at hand.
     """
 
     model: Any
@@ -32,23 +33,42 @@ class Target:
     base: Any
     decoder: Any
     session: object = field(default_factory=object)
+    said: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> list[Kind]:
-        """What each decoder layer attends to: the prompt ("self") or image features ("cross")."""
-        return ["cross" if hasattr(layer, self.family.cross_attention) else "self" for layer in self.decoder.layers]
+        """What each decoder layer attends to: the prompt ("self") or image features ("cross"); or "state", where it
+        attends to nothing and carries a state along (linear attention, convolutions)."""
+        held = dict(enumerate(DynamicCache(config=self.decoder.config).layers))
+        return [
+            "cross"
+            if hasattr(layer, self.family.cross_attention)
+            else "state"
+            if type(held.get(index)) in STATE_LAYERS
+            else "self"
+            for index, layer in enumerate(self.decoder.layers)
+        ]
 
     @cached_property
     def windows(self) -> list[int | None]:
         """How far back each decoder layer sees, None for all the way: what transformers' own cache makes of it."""
         layers = DynamicCache(config=self.decoder.config).layers
-        windows = [getattr(layer, "sliding_window", None) for layer in layers[: len(self.kinds)]]
-        return windows + [None] * (len(self.kinds) - len(windows))
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+        return [windows[source] if source < len(windows) else None for source in self.sources]
+
+    @cached_property
+    def sources(self) -> list[int]:
+        """The layer whose keys and values each decoder layer attends to: itself, or an earlier one."""
+        config, depth = self.decoder.config, len(self.kinds)
+        own = depth - (getattr(config, "num_kv_shared_layers", None) or 0)
+        types = getattr(config, "layer_types", None) or [""] * depth
+        return [i if i < own else max(j for j in range(own) if types[j] == types[i]) for i in range(depth)]
 
     @cached_property
     def readable(self) -> list[bool]:
-        """Which layers show a method how the prompt looks at all of its image tokens."""
-        return [kind == "self" and window is None for kind, window in zip(self.kinds, self.windows, strict=True)]
+        """Which layers show a method how the prompt looks at all of its image tokens, with keys of their own."""
+        layers = enumerate(zip(self.kinds, self.windows, self.sources, strict=True))
+        return [kind == "self" and window is None and source == i for i, (kind, window, source) in layers]
 
     def check_readable(self, method: str, layers: Sequence[int]) -> None:
         """Refuse a method that reads or evicts what none of these layers has.
@@ -60,7 +80,7 @@ class Target:
             seen = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
             raise UnsupportedError(
                 f"{method} needs a decoder layer that attends to the whole prompt, and layers {seen} of this "
-                f"{self.decoder.config.model_type} decoder see a window of it: use a method that acts before the LLM"
+                f"{self.decoder.config.model_type} decoder do not: use a method that acts before the LLM"
             )
 
     @property
@@ -86,7 +106,7 @@ class Target:
     @property
     def norm(self) -> nn.Module | None:
         """The module behind the last decoder layer; None where it has none of the usual names."""
-        found = (getattr(self.decoder, name, None) for name in ("norm", "final_layernorm"))
+        found = (getattr(self.decoder, name, None) for name in ("norm", "final_layernorm", "embedding_norm"))
         return next((module for module in found if module is not None), None)
 
     def attention(self, index: int) -> nn.Module | None:
@@ -94,9 +114,10 @@ class Target:
         layer, kind = self.decoder.layers[index], self.kinds[index]
         return getattr(layer, getattr(self.family, f"{kind}_attention"), None)
 
-    def attentions(self) -> list[nn.Module]:
-        """The attention modules of all decoder layers."""
-        return [self.attention(index) for index in range(len(self.kinds))]  # type: ignore[misc]
+    def attentions(self) -> dict[int, nn.Module]:
+        """The attention modules of the decoder layers that attend to anything."""
+        attending = (index for index, kind in enumerate(self.kinds) if kind != "state")
+        return {index: self.attention(index) for index in attending}  # type: ignore[misc]
 
     @property
     def host(self) -> Host:
@@ -114,7 +135,7 @@ class Target:
         )
 
     def _encoder(self) -> Encoder | None:
-        if "encoder" not in self.family.places:
+        if "encoder" not in self.family.places or not self.family.shows_attention:
             return None
         config = self.base.config
         layers = self.family.encoder_layers(self.base)

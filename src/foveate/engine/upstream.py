@@ -33,13 +33,14 @@ def release_note() -> str | None:
 
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, cache_utils
     from transformers.cache_utils import (
         Cache,
         DynamicCache,
         DynamicLayer,
         DynamicSlidingWindowLayer,
         EncoderDecoderCache,
+        LinearAttentionLayer,
     )
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
@@ -47,8 +48,18 @@ except ImportError as error:
         f"this release of transformers lacks what foveate stands on ({error}). {release_note() or ''}".strip()
     ) from error
 
+# Layers of a cache whose decoder layers attend to the entries of earlier ones; older releases just leave them out.
+BORROWING_LAYERS: tuple[type, ...] = tuple(
+    getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)
+)
+
+# Layers of a cache that hold a state in place of entries; those that hold both are none of them.
+STATE_LAYERS: tuple[type, ...] = (LinearAttentionLayer,)
+
 __all__ = [
+    "BORROWING_LAYERS",
     "CACHE_NAMES",
+    "STATE_LAYERS",
     "AttentionInterface",
     "Cache",
     "DynamicCache",

@@ -37,11 +37,14 @@ class View:
 
 
 def views(pictures: Sequence[Image.Image], tilings: Sequence[Sequence[Tile]]) -> list[View]:
-    """Every picture as often as its tiles lie above each other: the overview and the crops of tiled models."""
+    """Every picture as often as its tiles lie above each other: the overview and the crops of tiled models.
+
+    A tile that nobody knows the place of is not drawn.
+    """
     out = []
     for number, (picture, tiles) in enumerate(zip(pictures, tilings, strict=True)):
         levels: list[list[Tile]] = []
-        for tile in tiles:
+        for tile in (tile for tile in tiles if tile.box is not None):
             level = next((level for level in levels if not any(_overlap(tile, other) for other in level)), None)
             if level is None:
                 levels.append([tile])
@@ -53,6 +56,7 @@ def views(pictures: Sequence[Image.Image], tilings: Sequence[Sequence[Tile]]) ->
 
 
 def _overlap(one: Tile, other: Tile) -> bool:
+    assert one.box is not None and other.box is not None
     return all(max(one.box[i], other.box[i]) < min(one.box[i + 2], other.box[i + 2]) for i in (0, 1))
 
 
@@ -97,6 +101,7 @@ def panel(shown: Sequence[View], values: Sequence[Tensor], draw: Draw) -> Image.
 def _outline(picture: Image.Image, tiles: Sequence[Tile]) -> None:
     pen = ImageDraw.Draw(picture)
     for tile in tiles:
+        assert tile.box is not None
         x0, y0, x1, y1 = (round(side * picture.size[i % 2]) for i, side in enumerate(tile.box))
         pen.rectangle((x0, y0, min(x1, picture.width - 1), min(y1, picture.height - 1)), outline="#9fd0ff")
 

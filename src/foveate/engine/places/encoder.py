@@ -112,7 +112,7 @@ class EncoderPlace(Place):
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
-        inputs = {**inputs.pop("kwargs", {}), **inputs}
+        inputs = {**self.target.said, **inputs.pop("kwargs", {}), **inputs}
         if self.family.needs_prompt:
             inputs["input_ids"] = self._prompt()
         layouts = self.family.layouts(self.base.config, inputs)
