@@ -87,7 +87,7 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     """The methods asked for, or the family's natural one; checked against the family before weights load."""
     import foveate
 
-    family = foveate.get_family(config.model_type)
+    family = foveate.get_family(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
     fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]

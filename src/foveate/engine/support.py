@@ -44,7 +44,7 @@ def find_target(model: Any) -> Target:
             "torch.compile or another wrapper)"
         )
     try:
-        family = get_family(model.config.model_type)
+        family = get_family(model.config)
     except PluginError as error:
         raise UnsupportedError(str(error)) from error
     if family is None:
