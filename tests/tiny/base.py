@@ -55,7 +55,7 @@ class Tiny:
 
     name: what tests call it; model_type: of its configuration, the name if not said. whole: all rows of the matrix run
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
-    refused: methods that its models cannot do, and that are refused.
+    refused: methods that its models cannot do, and that are refused. rounding: how much more than others it rounds.
     in_prompt: whether image tokens sit in the prompt. image_id: the placeholder. before, after: ids around every image.
     first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
     model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
@@ -66,6 +66,7 @@ class Tiny:
     model_type: str = ""
     whole = variant = False
     refused: tuple[str, ...] = ()
+    rounding = 1.0
     in_prompt = True
     image_id = IMAGE
     before: tuple[int, ...] = ()

@@ -83,7 +83,7 @@ class Guide:
         is_image = ids.eq(self.target.image_token_id)
         groups, _ = group_images([EncodedImage(layout, None) for layout in layouts], is_image)
         reading = _Reading(ids, is_image, groups, config, self.method.exit_threshold is not None)
-        attentions = self.target.attentions()
+        attentions = list(self.target.attentions().values())
         hooks: list[Any] = []
         add_routes(dict.fromkeys(attentions, reading.attend))
         try:
@@ -118,7 +118,7 @@ class Guide:
             source, keep = choice.source[:, 0], choice.real[:, 0]
             embeds = gather_rows(embeds, source)
             positions = positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1))
-        attentions = self.target.attentions()
+        attentions = list(self.target.attentions().values())
         add_routes(dict.fromkeys(attentions, _without_positions))
         try:
             hidden = self.target.decoder(

@@ -104,8 +104,9 @@ class Forward:
         return id(layer) in self._layers
 
     def layer(self, index: int) -> PrunedLayer | None:
-        """The cache layer of a decoder layer."""
-        return None if self.cache is None else self.cache.layers[self.target.sources[index]]
+        """The cache layer of a decoder layer; None where it holds no entries."""
+        layer = None if self.cache is None else self.cache.layers[self.target.sources[index]]
+        return layer if isinstance(layer, PrunedLayer) else None
 
     # -- tokens -----------------------------------------------------------------------------------------------
 
@@ -272,6 +273,13 @@ class Forward:
         # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
         beside = {name: self._shortened(name, value) for name, value in kwargs.items()}
         return hidden, beside | {"position_ids": None, **({} if self.sliced else {"attention_mask": None})}
+
+    def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """In front of a layer that carries a state, behind `enter`: its mask is of tokens, and leaves padding out."""
+        self.entered[index] = self.streams["self"].index
+        if self.rows is None:
+            return kwargs
+        return {**kwargs, "attention_mask": self.rows.real if self.rows.ragged else None}
 
     def _shortened(self, name: str, value: Any) -> Any:
         """What comes beside the hidden states, for the rows alone where it is of all tokens: position embeddings, and

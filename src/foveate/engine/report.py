@@ -27,7 +27,8 @@ class ImageTokens:
 class LayerReport:
     """One decoder layer.
 
-    length: logical entries; kept_length: slots physically held (of the longest sample).
+    kind: what it attends to, the prompt ("self") or image features ("cross"); "state" where it carries a state along
+    instead, whose entries are the tokens that it read. length: logical entries; kept_length: slots physically held (of the longest sample).
     What a sliding window left behind counts as kept: it leaves the untouched model's cache, too.
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
@@ -37,7 +38,7 @@ class LayerReport:
     """
 
     index: int
-    kind: Literal["self", "cross"]
+    kind: Literal["self", "cross", "state"]
     length: int
     kept_length: int
     since: Literal["prefill", "decode"]
@@ -119,7 +120,7 @@ class PruneReport:
         self.methods = tuple(method.to_dict() for method in methods)
         self._batch, self._kinds = forward.ids.shape[0], forward.target.kinds
         length, features = forward.past + forward.queries, forward.streams["cross"].tokens
-        self._length = {"self": length, "cross": features}
+        self._length = {"self": length, "state": length, "cross": features}
         sources = forward.target.sources
         layers = [forward.layer(i) for i in range(len(self._kinds))]
         for layer in layers:
@@ -130,8 +131,8 @@ class PruneReport:
         if forward.mask is not None:
             everything = forward.mask[:, :length].unsqueeze(1)
         all_features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
-        self._all = {"self": everything, "cross": all_features}
-        self._past = {"self": forward.past, "cross": self._length["cross"] - features}
+        self._all = {"self": everything, "state": everything, "cross": all_features}
+        self._past = {"self": forward.past, "state": forward.past, "cross": self._length["cross"] - features}
         # A layer that attends to another one's entries keeps what that one keeps.
         self._entered = {
             i: forward.entered.get(i) if source == i or source not in forward.lent else forward.lent[source].rows
