@@ -28,7 +28,7 @@ def encoded(family: str) -> tuple[list, Tensor, list[Tensor], int]:
     """The layouts of a batch, its features (tokens, hidden), and states of the encoder (pictures, n, width) behind the
     last attention that methods read, from where on patches mix no more; and how many of these n come before patches."""
     model, batch = tiny.build(family, "eager"), tiny.inputs(family, **tiny.BATCHES["ragged"])
-    known = foveate.get_family(model.config.model_type)
+    known = foveate.get_family(model.config)
     if not known.shows_attention:
         pytest.skip("an encoder whose attention is not read")
     base, seen = known.base(model), []
@@ -52,7 +52,7 @@ def encoded(family: str) -> tuple[list, Tensor, list[Tensor], int]:
     return layouts, made, seen, known.prefix_tokens(base.config)
 
 
-@families
+@pytest.mark.parametrize("family", (*tiny.DECODER_FAMILIES, *tiny.VARIANTS))
 def test_a_token_is_made_of_exactly_the_patches_that_its_layout_names(family):
     layouts, made, seen, prefix = encoded(family)
     first = 0

@@ -88,7 +88,7 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     import foveate
     from foveate.engine.support import fitting
 
-    family = foveate.get_family(config.model_type)
+    family = foveate.get_family(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
     fits = fitting(family)

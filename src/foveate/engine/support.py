@@ -69,7 +69,7 @@ def find_target(model: Any) -> Target:
             "compiled model or pipeline that holds one"
         )
     try:
-        family = get_family(model.config.model_type)
+        family = get_family(model.config)
     except PluginError as error:
         raise UnsupportedError(str(error)) from error
     if family is None:

@@ -34,6 +34,10 @@ class Family:
     deepstack: ClassVar[str | None] = None
     needs_prompt: ClassVar[bool] = False
 
+    def of(self, config: Any) -> Family:
+        """The family of this very configuration, where models of one type lay images out in several ways."""
+        return self
+
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""
         return None
