@@ -58,6 +58,8 @@ OWN_FILES = {
     "elastic_cache": "test_merging_cache.py",
     **dict.fromkeys(("attention_predictor", "last_step", "running_sum", "pages", "per_turn"), "test_decode.py"),
     "quecc": "test_quecc.py",
+    **dict.fromkeys(("evs", "vidcom2", "dycoke", "random_clip", "uniform_frames"), "test_video.py"),
+    **dict.fromkeys(("fastvid", "holitom"), "test_merging_video.py"),
 }
 TOLERANCE = 1e-4
 
