@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder of results")
     torch.set_num_threads(1)
     matrix = [(family, *METHODS[name]) for family, name in FITS]
-    matrix += [(family, name, options) for name, options in OWN.items() for family in tiny.DECODER_FAMILIES]
+    matrix += [(family, name, options) for name, options in OWN.items() for family in tiny.CORE_DECODERS]
     settings = {"models": "tiny, random", "dtype": "float32", "device": "cpu", "threads": 1, "seed": 0}
     with Results(parser.parse_args().out, "proof", settings, keys=("method", "options", "family")) as results:
         for family, name, options in track(matrix, description="methods x families"):

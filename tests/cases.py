@@ -42,7 +42,7 @@ METHODS["random_cache"] = ("random_cache", dict(keep=0.5))
 METHODS["random_cross"] = ("random_cross", dict(keep=0.25))
 IN_CROSS_ATTENTION = ("trimmed_llama", "random_cross")
 BEFORE_LLM = ("fopru_rank", "fopru_row", "fopru_cls", "random", "uniform", "vtc_cls", "divprune")
-FITS = [(family, name) for family in tiny.DECODER_FAMILIES for name in METHODS if name not in IN_CROSS_ATTENTION]
+FITS = [(family, name) for family in tiny.CORE_DECODERS for name in METHODS if name not in IN_CROSS_ATTENTION]
 FITS += [("mllama", name) for name in IN_CROSS_ATTENTION]
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.
 PLACES = [(family, name) for family, name in FITS if name in ("fopru_rank", "fastv", "plphp", "trimmed_llama")]
@@ -61,6 +61,8 @@ OWN_FILES = {
     **dict.fromkeys(("evs", "vidcom2", "dycoke", "random_clip", "uniform_frames"), "test_video.py"),
     **dict.fromkeys(("fastvid", "holitom"), "test_merging_video.py"),
 }
+# Of families beyond the core: where a method of each kind reads, chooses and drops.
+SAMPLED = ("fopru_rank", "divprune", "random", "fastv", "plphp", "csp")
 TOLERANCE = 1e-4
 
 

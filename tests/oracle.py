@@ -55,7 +55,7 @@ def seen_and_kept(report: Any, prompt_length: int) -> list[Hide]:
 def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
     """Let an eager model run with these keys invisible, by rewriting the mask each attention module gets."""
     assert model.config._attn_implementation == "eager", "only eager takes a mask per head"
-    llm = model.model.language_model
+    llm = tiny.of(model).language_model(model)
     start = 0  # text position of the first query of this forward
 
     def note_start(module, args, kwargs):
@@ -87,7 +87,9 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
 
     handles = [llm.register_forward_pre_hook(note_start, with_kwargs=True)]
     for i, block in enumerate(llm.layers):
-        module = block.self_attn if hasattr(block, "self_attn") else block.cross_attn
+        module = getattr(block, "self_attn", None) or getattr(block, "cross_attn", None)
+        if module is None:  # a layer that keeps no keys: what is hidden, it must never have read
+            continue
         hook = lambda m, a, k, i=i: hide_keys(m, a, k, i)  # noqa: E731
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -170,7 +172,7 @@ def embedded(model: PreTrainedModel, batch: dict) -> tuple[Tensor, Tensor]:
     def note(module, args, kwargs):
         seen.update(kwargs)
 
-    handle = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    handle = tiny.of(model).language_model(model).register_forward_pre_hook(note, with_kwargs=True)
     try:
         model(**batch)
     finally:

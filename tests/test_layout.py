@@ -12,7 +12,7 @@ from foveate.layout import ImageLayout, Tile
 from foveate.methods.selection import kept_tokens, tile_budgets
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 def test_a_configuration_is_enough_for_layouts(family):
     """What a server's front end asks: no weights, no modules."""
     batch = tiny.inputs(family, **tiny.BATCHES["ragged"])
@@ -26,7 +26,7 @@ def test_a_configuration_is_enough_for_layouts(family):
 
 @pytest.mark.parametrize("keep", [0.25, 0.5, 7])
 @pytest.mark.parametrize("name", [name for name in BEFORE_LLM if name != "fopru_row"])
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @torch.no_grad()
 def test_every_method_before_the_llm_keeps_as_many_as_the_layout_says(family, name, keep):
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family)

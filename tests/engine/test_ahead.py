@@ -14,7 +14,7 @@ from foveate.engine.attention import Attention
 from foveate.methods.base import LayerMethod
 
 LAYER = 2
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 seen: list[torch.Tensor] = []
 
 

@@ -24,7 +24,7 @@ from foveate.engine.cache import PrunedLayer, new_cache
 from foveate.engine.places.logits import LogitsPlace
 from foveate.methods.mint import contrast
 
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 batches = pytest.mark.parametrize("batch", tiny.BATCHES)
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 MINT = dict(keep=0.25, layer=2, strength=1.5, plausibility=0.05)

@@ -74,7 +74,7 @@ def errors(model, batch: dict, run: oracle.Run, hides: list[Hide], more: list[Hi
 
 
 def everywhere():
-    factors = (list(OPTIONS), list(tiny.DECODER_FAMILIES), list(tiny.BATCHES), list(oracle.DECODING), ["eager", "sdpa"])
+    factors = (list(OPTIONS), list(tiny.CORE_DECODERS), list(tiny.BATCHES), list(oracle.DECODING), ["eager", "sdpa"])
     few = pairwise(*factors)
     return [
         pytest.param(

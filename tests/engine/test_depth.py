@@ -30,7 +30,7 @@ from foveate.methods.trained import write_plugin
 from foveate.methods.videollm_mod import VideoLLMMoD
 
 FAR = 1e-2  # what a mistake costs at least
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 batches = pytest.mark.parametrize("batch", tiny.BATCHES)
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 Spans = list[tuple[int, list[int], list[int]]]

@@ -25,7 +25,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sgl": dict(keep=0.5, layer=2),
     "vistog": dict(keep=4),
 }
-ROWS = cases.FITS + [(family, name) for family in tiny.DECODER_FAMILIES for name in OTHERS]
+ROWS = cases.FITS + [(family, name) for family in tiny.CORE_DECODERS for name in OTHERS]
 ROWS.remove(("qwen2_5_vl", "vistog"))  # whose encoder takes no further tokens
 # For what costs more time: one method of each place, and what acts at every step.
 SOME = cases.PLACES + [("llava", name) for name in ("elastic_cache", "mint", "sgl", "vistog", "zipvl")]

@@ -144,7 +144,7 @@ def test_an_encoder_without_room_for_further_tokens_is_refused():
 # The question ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("decoding", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
 def test_every_image_gets_the_question_of_its_own_prompt(family, decoding):
     model = tiny.build(family)

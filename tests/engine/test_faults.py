@@ -326,7 +326,7 @@ def test_encoders_of_unknown_layout_are_refused_for_that_reason(strategy):
 # -- prompts as they come -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("threshold", [None, 0.5])
 @pytest.mark.parametrize("images", [(1,), (1, 1), (1, 2)])
 def test_a_guide_may_be_asked_about_a_prompt_that_ends_in_a_picture(family, threshold, images):

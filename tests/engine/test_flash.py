@@ -79,7 +79,7 @@ def flash_model(family: str):
     return model
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 def test_the_stand_in_agrees_with_eager(family, batch, flash):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])

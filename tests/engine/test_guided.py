@@ -25,7 +25,7 @@ import foveate
 from foveate.methods.base import token_budget
 from foveate.methods.sgl import SGL, confidence, consistency, guided_tokens
 
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 batches = pytest.mark.parametrize("batch", tiny.BATCHES)
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 

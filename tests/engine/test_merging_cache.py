@@ -22,7 +22,7 @@ from transformers import DynamicCache
 import foveate
 
 FAR = 1e-2  # what a mistake costs at least
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 batches = pytest.mark.parametrize("batch", tiny.BATCHES)
 # Every kernel and way of decoding under the first options, and the other options under one of them.
 RUNS = [("eager", "greedy"), ("eager", "beams"), ("sdpa", "greedy"), ("sdpa", "beams")]

@@ -15,8 +15,8 @@ import tiny
 import torch
 from cases import TOLERANCE, image_tokens
 from test_maths_encoder import slow_pooling, slow_visionzip
+from tiny.llava_next import PINPOINTS, image_size_to_num_patches
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.vision_utils import get_vision_window_index
 
@@ -24,7 +24,7 @@ import foveate
 
 FAR = 1e-2  # what a mistake costs at least
 METHODS = {"visionzip": dict(keep=0.5, contextual=0.4), "pooling": dict(keep=0.25)}
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 batches = pytest.mark.parametrize("batch", tiny.BATCHES)
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 decodings = pytest.mark.parametrize("decoding", [oracle.GREEDY, oracle.BEAMS], ids=["greedy", "beams"])
@@ -75,7 +75,7 @@ def read_llava(base, batch: dict) -> list[list[Picture]]:
 
 def read_llava_next(base, batch: dict) -> list[list[Picture]]:
     """The model's own packing says where patches end up: it is given their numbers."""
-    counts = [image_size_to_num_patches(size, tiny.PINPOINTS, 16) for size in batch["image_sizes"]]
+    counts = [image_size_to_num_patches(size, PINPOINTS, 16) for size in batch["image_sizes"]]
     pixels = torch.cat([image[:count] for image, count in zip(batch["pixel_values"], counts, strict=True)])
     parts = [part.flatten(0, 1) for part in tower_parts(base, pixels, 1)]
     numbers = torch.arange(len(pixels) * 16.0).view(-1, 16, 1).split(counts)

@@ -22,7 +22,7 @@ from torch import Tensor
 import foveate
 
 FAR = 1e-2  # what a mistake costs at least
-families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+families = pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 batches = pytest.mark.parametrize("batch", tiny.BATCHES)
 STAGES = (1, 2, 3)
 

@@ -93,7 +93,7 @@ def test_forward_by_hand_goes_on_like_generate(family, name):
             out = model(input_ids=token[None, None], **{tiny.CACHE: getattr(out, tiny.CACHE)}, use_cache=True, **more)
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("name", BEFORE_LLM)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 def test_without_a_cache_the_logits_are_the_same(family, name, batch):
@@ -256,7 +256,7 @@ class EverySecondLayer(CacheMethod):
         return (ranks < budget[:, None, None]) & (attention > -torch.inf)
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @backends
 @pytest.mark.parametrize("decoding", oracle.DECODING)
@@ -270,7 +270,7 @@ def test_pruned_and_full_layers_live_side_by_side(family, batch, decoding, attn)
     assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("together", TOGETHER)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @backends
@@ -282,7 +282,7 @@ def test_methods_together_equal_the_dense_reference(family, together, batch, att
     assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("second", ["fastv", "plphp"])
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 def test_two_methods_together(family, second, batch):

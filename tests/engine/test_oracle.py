@@ -232,12 +232,11 @@ def test_fopru_rows_are_whole_rows_of_the_grid(family):
     spec = tiny.BATCHES["ragged"]
     batch = tiny.inputs(family, **spec)
     _, report = pruned_run(tiny.build(family), "fopru_row", batch, max_new_tokens=2)
-    kinds = iter(range(4))
+    layouts = iter(foveate.get_family(family).layouts(tiny.config(family), batch))
     for b, row in enumerate(tiny.image_counts(family, spec["images"])):
         kept = report.layers[0].kept[b, 0][image_tokens(batch)[b]]
         for image in kept.split(row):
-            width = 6 if family == "llava" else tiny.QWEN_GRIDS[next(kinds)][2] // 2
-            rows = image.view(-1, width)
+            rows = image.view(next(layouts).tiles[0].grid)
             assert (rows.all(1) | ~rows.any(1)).all()
 
 
@@ -256,7 +255,7 @@ def test_plphp_gives_each_class_of_layers_its_retention(alpha, beta, share, batc
     assert all((kept == share * 36).all() for kept in others)
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 def test_plphp_keeps_other_tokens_in_other_heads(family):
     _, report = pruned_run(tiny.build(family), "plphp", tiny.inputs(family), max_new_tokens=2)
     pruned = [layer for layer in report.layers if layer.kept_length < layer.length]
@@ -365,7 +364,7 @@ def test_the_oracle_sees_a_wrong_time(family, name):
     assert oracle.errors(tiny.build(family, "eager"), batch, run, hides).max() > FAR
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 def test_the_oracle_sees_exchanged_heads(family):
     batch = tiny.inputs(family, **tiny.BATCHES["one"])
     run, report = pruned_run(tiny.build(family), "plphp", batch, **oracle.GREEDY)
@@ -383,7 +382,7 @@ def test_the_oracle_sees_an_untouched_model(family, name):
     assert oracle.errors(tiny.build(family, "eager"), batch, untouched, hides).max() > FAR
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("name", BEFORE_LLM)
 def test_kept_tokens_keep_their_positions(family, name):
     """A second proof for what is dropped before the LLM, and the control with positions closed up."""

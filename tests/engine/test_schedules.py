@@ -19,7 +19,7 @@ SCHEDULED = [name for name, (method, _) in METHODS.items() if method in ("gsearc
 DEPTH = 4
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("name", SCHEDULED)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 def test_each_layer_sees_the_share_that_its_rate_says(family, name, batch):
@@ -51,7 +51,7 @@ def test_as_a_number_keep_is_the_mean_tokens_of_every_image(name):
     assert (kept.diff(dim=0) <= 0).all()
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("rates", [(0.5, 0.0, 0.0), (1.0, 0.0, 0.0)])
 @pytest.mark.parametrize("decoding", oracle.DECODING)
 def test_no_image_token_at_all_equals_the_dense_reference(family, rates, decoding):

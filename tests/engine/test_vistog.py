@@ -14,6 +14,7 @@ import torch
 from cases import image_tokens
 from test_maths_vistog import slow_vistog
 from test_merging_encoder import FAR, READ, backends, batches, decodings, logits_of, read_llava
+from tiny.llava_next import PINPOINTS, image_size_to_num_patches
 from torch import Tensor
 
 import foveate
@@ -49,7 +50,7 @@ def readers(base, batch: dict, seeds: Tensor) -> Tensor:
     """(pictures, m, width): the seeds behind the feature layer of a run beside the patches, which do not see them."""
     pixels, tower = batch["pixel_values"], base.vision_tower
     if pixels.ndim == 5:  # of tiled models: the tiles that are none are filled up, and come last
-        sizes = [tiny.image_size_to_num_patches(size, tiny.PINPOINTS, 16) for size in batch["image_sizes"]]
+        sizes = [image_size_to_num_patches(size, PINPOINTS, 16) for size in batch["image_sizes"]]
         pixels = torch.cat([image[:size] for image, size in zip(pixels, sizes, strict=True)])
     states = tower.embeddings(pixels)
     if hasattr(tower, "pre_layrnorm"):

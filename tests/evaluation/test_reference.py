@@ -19,7 +19,7 @@ def random_keep(shape: tuple[int, ...], count: int, prunable: torch.Tensor, seed
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("decoding", DECODING)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE)
 def test_hiding_nothing_gives_the_untouched_logits(family, batch, decoding, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     untouched = oracle.run(tiny.build(family, attn), batch, **DECODING[decoding])
@@ -27,7 +27,7 @@ def test_hiding_nothing_gives_the_untouched_logits(family, batch, decoding, attn
     assert oracle.errors(tiny.build(family, "eager"), batch, untouched, []).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE)
 def test_every_image_key_matters(family):
     """One hidden key of one layer moves the logits far beyond the tolerance, or the oracle would be blind."""
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family, "eager")
@@ -43,7 +43,7 @@ def test_every_image_key_matters(family):
         assert oracle.errors(model, batch, untouched, [Hide(layer, keys)]).max() > 1e-2
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 def test_hidden_in_every_layer_is_a_shorter_prompt(family):
     """Hiding a token everywhere, from all queries, is never having passed it, its position left free."""
     batch, model = tiny.inputs(family), tiny.build(family, "eager")
@@ -61,7 +61,7 @@ def test_hidden_in_every_layer_is_a_shorter_prompt(family):
         assert (error < TOLERANCE) if close else (error > 1e-2)
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 def test_hidden_while_decoding_is_an_evicted_key(family):
     """Hiding keys from later steps only, per KV head, is the same as gathering them out of a plain cache."""
     batch, model = tiny.inputs(family), tiny.build(family, "eager")
@@ -107,7 +107,7 @@ def test_trimmed_cross_attention_is_a_shorter_image():
 
 
 def test_inputs_are_what_their_names_say():
-    for family in tiny.FAMILIES:
+    for family in tiny.CORE:
         batch = tiny.inputs(family, **tiny.BATCHES["ragged"])
         counts = tiny.image_counts(family, tiny.BATCHES["ragged"]["images"])
         assert batch["attention_mask"].sum(1).unique().numel() == 3, "rows of different length"

@@ -14,6 +14,7 @@ from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import guide_option, typed
 from foveate.asking.subject import Subject, Variant
 from foveate.commands.display import status
+from foveate.families import unknown_family
 from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
 
     family = foveate.get_family(config.model_type)
     if family is None:
-        known = ", ".join(foveate.families())
-        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known} (see: foveate families)")
+        raise Mistake(unknown_family(config.model_type))
     fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]
     if not names:
         blind = [name for name in fitting if foveate.method_class(name).source.startswith("baseline")]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..families import family_names, get_family
+from ..families import get_family, unknown_family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
 from ..methods.places import PLACES
@@ -48,10 +48,7 @@ def find_target(model: Any) -> Target:
     except PluginError as error:
         raise UnsupportedError(str(error)) from error
     if family is None:
-        raise UnsupportedError(
-            f"foveate does not know the model family {model.config.model_type!r}; supported: "
-            f"{', '.join(family_names())}. docs/adding-a-family.md shows how to add one"
-        )
+        raise UnsupportedError(unknown_family(model.config.model_type))
     base = family.base(model)
     if base is model:
         raise UnsupportedError(f"pass the whole model, the one with generate(), not its {type(model).__name__}")

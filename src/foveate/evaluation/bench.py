@@ -15,6 +15,7 @@ from foveate.asking.loading import built_in, check_dtype, hush, load, read_confi
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import parse_keeps, parse_methods, variants
 from foveate.asking.subject import option_files
+from foveate.families import unknown_family
 from foveate.methods.places import PLACES
 
 from . import geometries
@@ -84,8 +85,7 @@ def bench(
             config = read_config(source)
         family = foveate.get_family(config.model_type)
         if family is None:
-            known = ", ".join(foveate.families())
-            raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
+            raise Mistake(unknown_family(config.model_type))
         inputs = {
             size: geometries.synthetic(config, size, tokens=image_tokens, padded=padded, seed=seed) for size in batches
         }

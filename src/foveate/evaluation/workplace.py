@@ -23,6 +23,7 @@ from foveate.asking.loading import (
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import Variant, parse_keeps, parse_methods, variants
 from foveate.asking.subject import fingerprints, option_files
+from foveate.families import unknown_family
 from foveate.methods.places import PLACES
 
 from .accuracy import BASELINES, CLIP_GROUPS, GROUPS, MATCHES
@@ -145,8 +146,7 @@ def known_family(source: str) -> tuple[Any, Any]:
     config = read_config(source)
     family = foveate.get_family(config.model_type)
     if family is None:
-        known = ", ".join(foveate.families())
-        raise Mistake(f"{config.model_type} models cannot be pruned; known families: {known}")
+        raise Mistake(unknown_family(config.model_type))
     return config, family
 
 

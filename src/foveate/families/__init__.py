@@ -5,6 +5,7 @@ A module of this folder is known as soon as it is here; other packages use the e
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from ..registry import Registry
@@ -24,6 +25,16 @@ def register(cls: type[Family]) -> type[Family]:
 def family_names() -> list[str]:
     """The model types that can be pruned, sorted."""
     return sorted(_registry.known())
+
+
+def unknown_family(model_type: str) -> str:
+    """A sentence on a model type that is no family's, which names the families closest to it."""
+    close = difflib.get_close_matches(model_type, family_names(), n=3, cutoff=0.4)
+    hint = f"closest to it: {', '.join(close)}; " if close else ""
+    return (
+        f"foveate does not know the model family {model_type!r} ({hint}`foveate families` lists all). "
+        "docs/adding-a-family.md shows how to add one"
+    )
 
 
 def get_family(model_type: str) -> Family | None:

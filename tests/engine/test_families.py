@@ -1,0 +1,45 @@
+"""Families beyond the core: a sample of the matrix for each, all of it under `-m slow`; and what a layout must be."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import oracle
+import pytest
+import tiny
+import torch
+from cases import IN_CROSS_ATTENTION, METHODS, SAMPLED, TOLERANCE, prune, pruned_run
+from sampling import pairwise, taking_turns
+
+OTHERS = [name for name in tiny.DECODER_FAMILIES if name not in tiny.CORE]
+BACKENDS = ["eager", "sdpa"]
+others = pytest.mark.parametrize("family", OTHERS)
+
+
+def rows():
+    """For each of these families, a few methods with the rest in turn; slow: all methods, in pairs with the rest."""
+    factors = list(tiny.BATCHES), list(oracle.DECODING), BACKENDS
+    few = set(taking_turns(OTHERS, SAMPLED, *factors))
+    more = pairwise([name for name in METHODS if name not in IN_CROSS_ATTENTION], *factors)
+    slow = [(family, *row) for family, row in product(OTHERS, sorted(more)) if (family, *row) not in few]
+    return [*sorted(few), *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
+
+
+@pytest.mark.parametrize(("family", "name", "batch", "decoding", "attn"), rows())
+def test_logits_equal_the_dense_reference(family, name, batch, decoding, attn):
+    batch = tiny.inputs(family, **tiny.BATCHES[batch])
+    run, report = pruned_run(tiny.build(family, attn), name, batch, **oracle.DECODING[decoding])
+    assert any(kept < tokens for row in report.images for tokens, kept in row), "nothing was pruned"
+    hides = oracle.hidden(report, batch["input_ids"].shape[1])
+    error = oracle.errors(tiny.build(family, "eager"), batch, run, hides) / run.logits.abs().max()
+    assert error.max() < TOLERANCE, [f"{e:.1e}" for e in error.tolist()]
+
+
+@others
+def test_keeping_everything_changes_nothing_at_all(family):
+    batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family)
+    untouched = oracle.run(model, batch, **oracle.BEAMS)
+    with prune(model, "fopru_rank", keep=1.0):
+        run = oracle.run(model, batch, **oracle.BEAMS)
+    assert torch.equal(run.sequences, untouched.sequences)
+    assert torch.equal(run.logits, untouched.logits)

@@ -1,0 +1,73 @@
+"""LLaVA: 6 x 6 tokens an image; and other encoders and decoders in its architecture, as the hub has them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+
+from .base import IMAGE, LLM, PATCH, VISION, Tiny, clip, noise
+
+SIDE = 24
+
+
+def siglip(image_size: int, **options) -> SiglipVisionConfig:
+    """A SigLIP encoder."""
+    return SiglipVisionConfig(**VISION, image_size=image_size, patch_size=PATCH, **options)
+
+
+def squares(kinds, rng, side: int = SIDE) -> torch.Tensor:
+    """One square picture each."""
+    return torch.cat([noise(rng, 1, 3, side, side) for _ in kinds])
+
+
+class Llava(Tiny):
+    name, whole = "llava", True
+
+    def options(self):
+        return dict(vision_config=clip(SIDE), text_config=LlamaConfig(**LLM), image_token_index=IMAGE)
+
+    def tokens(self, kind):
+        return 36
+
+    def pixels(self, kinds, rng):
+        return {"pixel_values": squares(kinds, rng)}
+
+
+class LlavaSiglip(Llava):
+    name, variant = "llava_siglip", True
+
+    def options(self):
+        return super().options() | dict(vision_config=siglip(SIDE), vision_feature_select_strategy="full")
+
+
+class LlavaCls(Llava):
+    """Hands its [CLS] token to the LLM as a 37th image token."""
+
+    name, variant = "llava_cls", True
+
+    def options(self):
+        return super().options() | dict(vision_feature_select_strategy="full")
+
+    def tokens(self, kind):
+        return 37
+
+
+class LlavaMistral(Llava):
+    name, variant = "llava_mistral", True
+
+    def options(self):
+        return super().options() | dict(text_config=MistralConfig(**LLM, sliding_window=None))
+
+
+class LlavaQwen2(Llava):
+    name, variant = "llava_qwen2", True
+
+    def options(self):
+        return super().options() | dict(text_config=Qwen2Config(**LLM))
+
+
+class LlavaSliding(Llava):
+    name, variant = "llava_sliding", True
+
+    def options(self):
+        return super().options() | dict(text_config=MistralConfig(**LLM, sliding_window=8))

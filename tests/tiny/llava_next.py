@@ -1,0 +1,55 @@
+"""LLaVA-NeXT: 4 x 4 tokens a tile; images differ in tiling and in unpadding."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+from .base import IMAGE, LLM, PATCH, Tiny, clip, noise
+
+PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+SIDE = 16
+SIZES = [(30, 20), (12, 44), (31, 31), (40, 14)]  # (height, width)
+
+
+def tiles(kind: int) -> int:
+    """Tiles of an image of this kind, the base tile among them."""
+    return image_size_to_num_patches(SIZES[kind], PINPOINTS, SIDE)
+
+
+def tiled_pixels(kinds, rng) -> dict[str, torch.Tensor]:
+    """Tiles of each image, padded to the image with most, and the sizes of the images."""
+    counts = [tiles(kind) for kind in kinds]
+    pixels = torch.zeros(len(kinds), max(counts), 3, SIDE, SIDE)
+    for i, n in enumerate(counts):
+        pixels[i, :n] = noise(rng, n, 3, SIDE, SIDE)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([SIZES[kind] for kind in kinds])}
+
+
+class LlavaNext(Tiny):
+    name, whole = "llava_next", True
+
+    def options(self):
+        return dict(
+            vision_config=clip(SIDE),
+            text_config=LlamaConfig(**LLM),
+            image_token_index=IMAGE,
+            image_grid_pinpoints=PINPOINTS,
+        )
+
+    def tokens(self, kind):
+        this = SimpleNamespace(
+            image_processor=SimpleNamespace(image_grid_pinpoints=PINPOINTS),
+            patch_size=PATCH,
+            num_additional_image_tokens=1,
+            _get_unpadded_features=partial(LlavaNextProcessor._get_unpadded_features, None),
+        )
+        return LlavaNextProcessor._get_number_of_features(this, *SIZES[kind], SIDE, SIDE) - 1  # without the CLS
+
+    def pixels(self, kinds, rng):
+        return tiled_pixels(kinds, rng)
