@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.pictures import open_picture
@@ -27,12 +28,63 @@ class Clip:
     frames: tuple[Image, ...]
     times: tuple[float, ...] | None = None
 
+    @staticmethod
+    def of(pictures: Sequence[Image], most: int) -> Clip:
+        """A clip of these frames, of more than `most` so many at an even stride."""
+        return Clip(tuple(_evenly(list(pictures), most)))
+
     @property
     def fps(self) -> float:
         """Frames a second, of those that are here."""
         if self.times is None or len(self.times) < 2 or self.times[-1] <= self.times[0]:
             return FPS
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+def frames_of(shown: Image | Clip) -> tuple[Image, ...]:
+    """The frames of a clip; a picture is one."""
+    return shown.frames if isinstance(shown, Clip) else (shown,)
+
+
+def in_turn(shown: Sequence[Image | Clip], processor: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Pictures and clips as parts of a turn of the chat template, and what the processor must be told of the clips.
+
+    A clip is a video where the processor knows videos, else its frames are pictures.
+    """
+    parts: list[dict[str, Any]] = []
+    known = []
+    for one in shown:
+        if isinstance(one, Clip) and takes_videos(processor):
+            parts.append({"type": "video", "video": list(one.frames)})
+            count = len(one.frames)
+            known.append(
+                {
+                    "total_num_frames": count,
+                    "frames_indices": list(range(count)),
+                    "fps": one.fps,
+                    "duration": count / one.fps,
+                }
+            )
+        else:
+            parts += [{"type": "image", "image": frame.convert("RGB")} for frame in frames_of(one)]
+    # The frames were chosen here: the processor takes them all.
+    told = {"do_sample_frames": False, "video_metadata": known} if known else {}
+    return parts, {"videos_kwargs": told} if known else {}
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor has a way of its own for videos."""
+    return getattr(processor, "video_processor", None) is not None
+
+
+def pictures_each(shown: Sequence[Image | Clip], inputs: Mapping[str, Any]) -> list[int] | None:
+    """For `Pruned.clips`, of how many pictures each clip and picture is; None where a video comes as one, or no clip.
+
+    inputs: of the model, as its processor made them.
+    """
+    if not any(isinstance(one, Clip) for one in shown) or "pixel_values_videos" in inputs:
+        return None
+    return [len(frames_of(one)) for one in shown]
 
 
 def is_clip(path: str | Path) -> bool:
@@ -83,7 +135,7 @@ def _read(path: Path, fps: float, max_frames: int) -> list[tuple[float, Image]]:
             stream = film.streams.video[0]
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or 25)
-            for number, frame in enumerate(film.decode(stream)):  # noqa: B007 (said where it breaks)
+            for number, frame in enumerate(film.decode(stream)):
                 if number >= LONGEST:
                     raise Mistake(f"{path} goes on after {LONGEST} frames: cut out the part that you ask about")
                 time = number / rate if frame.time is None else float(frame.time)

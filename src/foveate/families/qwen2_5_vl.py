@@ -15,10 +15,10 @@ from .base import Family
 
 @register
 class Qwen2_5_VL(Family):
-    """Every image is one grid of merged (usually 2 x 2) patches; the encoder works in window order."""
+    """An image, and each frame of a video, is a grid of merged (usually 2 x 2) patches, encoded in windows."""
 
     model_type = "qwen2_5_vl"
-    summary = "Qwen2.5-VL (any resolution, M-RoPE); images, not videos"
+    summary = "Qwen2.5-VL (any resolution, M-RoPE)"
     examples = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
     def check(self, base: Any) -> str | None:
@@ -39,12 +39,23 @@ class Qwen2_5_VL(Family):
         return list(base.visual.blocks)
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._layouts(config, inputs["image_grid_thw"])
+
+    def video_token_id(self, config: Any) -> int:
+        return config.video_token_id
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._layouts(config, inputs["video_grid_thw"])
+
+    def _layouts(self, config: Any, grids: Tensor) -> list[ImageLayout]:
         merge, layouts, first = config.vision_config.spatial_merge_size, [], 0
-        for frames, height, width in inputs["image_grid_thw"].tolist():
-            grid = (frames * height // merge, width // merge)
+        for frames, height, width in grids.tolist():
+            grid = (height // merge, width // merge)
             index = torch.arange(grid[0] * grid[1])
-            layouts.append(ImageLayout(len(index), (Tile(index, grid, first + index),)))
-            first += len(index)
+            starts = [frame * len(index) for frame in range(frames)]
+            tiles = (Tile(at + index, grid, first + at + index, frame=frame) for frame, at in enumerate(starts))
+            layouts.append(ImageLayout(frames * len(index), tuple(tiles)))
+            first += frames * len(index)
         return layouts
 
     def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
@@ -52,8 +63,8 @@ class Qwen2_5_VL(Family):
         merged = super().patch_values(base, parts, layouts).unflatten(0, (-1, visual.spatial_merge_unit)).mean(1)
         side = visual.window_size // visual.spatial_merge_size // visual.patch_size
         order, first = [], 0
-        for layout in layouts:
-            (rows, columns) = layout.tiles[0].grid
+        for tile in (tile for layout in layouts for tile in layout.tiles):
+            (rows, columns) = tile.grid
             index = torch.arange(rows * columns)
             row, column = index // columns, index % columns
             window = row // side * (columns // side + 1) + column // side
