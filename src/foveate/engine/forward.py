@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from ..layout import Tile
 from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
-from .images import EncodedImage, group_images
+from .images import EncodedImage, group_images, repeated
 from .rows import Rows, Stream, compact, gather_rows
 from .target import Target
 
@@ -36,11 +36,11 @@ class Forward:
     """State of one forward pass; lives between the base model's hooks.
 
     arguments: of the base model. brings_images: whether pictures come with this pass. past, queries: tokens before it,
-    and of it. mask: bool (batch, past + queries), None where nothing is hidden. features: of the images, once they are
-    encoded; images, places, groups: what is known of them from layer 0 on. streams: what comes in to the layers of
-    each kind. guidance: (batch, prompt) what another model gave each position. actions: of the places of a session, in
-    their order. entered, evicted: for the report, the rows that each layer computed and the layers that lost entries.
-    peeks: whether a layer is only asked for its queries and keys.
+    and of it. mask: bool (batch, past + queries), None where nothing is hidden. encoded: the images once they are, None
+    where that was not here. images, places, groups: what is known of them from layer 0 on. streams: what comes in to
+    the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of the places of
+    a session, in their order. entered, evicted: for the report, the rows that each layer computed and the layers that
+    lost entries. peeks: whether a layer is only asked for its queries and keys.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Forward:
         mask, decodes = arguments.get("attention_mask"), self.past and self.queries == 1
         self.mask: Tensor | None = None if mask is None or decodes or bool(mask.all()) else mask.bool()
         self.streams = {"self": Stream(self.queries), "cross": Stream(0)}
-        self.features: Sequence[Tensor] = ()
+        self.encoded: list[EncodedImage] | None = []
         self.images: list[EncodedImage] = []
         self.places: list[tuple[int, Tensor]] = []
         self.groups: ImageGroups | None = None
@@ -138,15 +138,14 @@ class Forward:
 
     def find_images(self) -> bool:
         """In front of layer 0: where the images are; whether there are any in the prompt."""
-        if not self.features:
-            return False
-        try:
-            self.images = [feature._foveate for feature in self.features]  # type: ignore[attr-defined]
-        except AttributeError:
+        if self.encoded is None:
             raise UnsupportedError(
                 "these image features were not encoded while the model is pruned (precomputed features, or a chunked "
                 "prefill): pass pixel values, and generate without prefill_chunk_size"
-            ) from None
+            )
+        if not self.encoded:
+            return False
+        self.images = repeated(self.encoded, self.is_image.sum(1).tolist())
         if any(image.session is not self.target.session for image in self.images):
             raise UnsupportedError(
                 "these image features were encoded under another pruning, whose choice of tokens is not this one's: "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,37 +10,15 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..layout import ImageLayout
 from .cache import active
-from .fixtures import Fixtures
-from .generation import GenerateCall
+from .prompts import Prompts
 from .target import Target
 
 
-class _Asked(threading.local):
-    prompt: tuple[Tensor, Tensor | None] | None = None
-
-
 class Questions:
-    """The prompts whose images are about to be encoded: those of the forward at hand, or of `generate()`."""
+    """The questions in the prompts whose images are about to be encoded."""
 
-    def __init__(self, target: Target, method: str) -> None:
-        self.target, self.method = target, method
-        self._asked = _Asked()
-
-    def install(self, fixtures: Fixtures) -> None:
-        """Listen to `generate()`, which encodes images before its first forward."""
-        fixtures.wrap(self.target.model, "generate", self._generate)
-
-    def _generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = GenerateCall.read(self.target.model, generate, args, kwargs)
-        outer = self._asked.prompt
-        if call.brings_images:
-            # What the cache holds was asked in earlier turns.
-            mask = call.inputs.get("attention_mask")
-            self._asked.prompt = call.ids[:, call.past :], None if mask is None else mask[:, call.past :]
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            self._asked.prompt = outer
+    def __init__(self, target: Target, prompts: Prompts, method: str) -> None:
+        self.target, self.prompts, self.method = target, prompts, method
 
     def states(self, layouts: Sequence[ImageLayout]) -> Tensor:
         """(images, hidden) the last hidden state of the LLM over the text of each image's prompt alone.
@@ -78,12 +54,10 @@ class Questions:
         return hidden[torch.arange(len(rows), device=ids.device), length - 1][of]
 
     def _prompt(self) -> tuple[Tensor, Tensor | None]:
-        forward = active.forward
-        if forward is not None and forward.target is self.target:
-            return forward.ids, forward.valid()
-        if self._asked.prompt is None:
+        prompt = self.prompts.here()
+        if prompt is None:
             raise UnsupportedError(
                 f"{self.method} chooses by the question, and these images are encoded without one: call generate() or "
                 "the whole model, with pixel values"
             )
-        return self._asked.prompt
+        return prompt

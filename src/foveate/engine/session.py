@@ -26,6 +26,7 @@ from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
 from .generation import run_prompt, split_prompt
+from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
 from .steps import UNSAID, Steps
@@ -255,7 +256,7 @@ class Pruned(NotPickled):
         if forward.past and forward.mask is not None:
             evict_hidden(cache, forward.mask)
         if encoded.get("image") is not None:
-            forward.features = encoded["image"].pooler_output
+            forward.encoded = attached(encoded["image"], self.family.features)
         if brings_images:
             watch_layers(forward, routed=bool(self._acting))
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.

@@ -19,7 +19,8 @@ class Family:
     A family implements what its places need; what belongs to other places is never asked for and raises here.
 
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
-    the attention module inside a decoder layer.
+    the attention module inside a decoder layer. features: field of `get_image_features`' output that the LLM gets.
+    needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
     """
 
     model_type: ClassVar[str]
@@ -28,6 +29,8 @@ class Family:
     places: ClassVar[frozenset[str]] = frozenset({"encoder", "layer", "depth", "cache", "decode", "logits"})
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
+    features: ClassVar[str] = "pooler_output"
+    needs_prompt: ClassVar[bool] = False
 
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""
@@ -46,7 +49,10 @@ class Family:
         return config.image_token_id
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        """One layout per image, in order. inputs: the arguments of the model's `get_image_features`. Needs no model."""
+        """One layout per image, in order. Needs no model.
+
+        inputs: the arguments of the model's `get_image_features`; with `needs_prompt` also `input_ids`, (batch, q).
+        """
         raise NotImplementedError  # asked only of families with the place "encoder"
 
     def video_token_id(self, config: Any) -> int | None:

@@ -21,7 +21,8 @@ from ...methods.selection import select_tokens
 from ..cache import active
 from ..fixtures import Fixtures
 from ..forward import Forward
-from ..images import EncodedImage
+from ..images import EncodedImage, attach, by_image, refilled
+from ..prompts import Prompts
 from ..question import Questions
 from ..report import Outcome
 from ..target import Target
@@ -59,7 +60,10 @@ class EncoderPlace(Place):
         if method is not None and self.reads & {"received", "given", "cls", "keys"}:
             self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
         self._current = _Current()
-        self._questions = Questions(target, method.name) if method is not None and "question" in self.reads else None
+        self._prompts = Prompts(target)
+        self._questions: Questions | None = None
+        if method is not None and "question" in self.reads:
+            self._questions = Questions(target, self._prompts, method.name)
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
@@ -83,8 +87,8 @@ class EncoderPlace(Place):
         if projector is not None:
             fixtures.hook(projector.register_forward_pre_hook(self._note_states))
         fixtures.route({module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)})
-        if self._questions is not None:
-            self._questions.install(fixtures)
+        if self._questions is not None or self.family.needs_prompt:
+            self._prompts.install(fixtures)
         if self.method is not None and self.reads & {"levels", "readers"}:
             layers = self.family.encoder_layers(self.base)
             for number in self.method.levels(len(layers)) if "levels" in self.reads else ():
@@ -107,14 +111,18 @@ class EncoderPlace(Place):
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
-        layouts = self.family.layouts(self.base.config, {**inputs.pop("kwargs", {}), **inputs})
+        inputs = {**inputs.pop("kwargs", {}), **inputs}
+        if self.family.needs_prompt:
+            inputs["input_ids"] = self._prompt()
+        layouts = self.family.layouts(self.base.config, inputs)
         outer, reading = self._current.reading, _Reading([{} for _ in self._modules])
         self._current.reading = reading
         try:
             output = encode(*args, **kwargs)
         finally:
             self._current.reading = outer
-        features = output.pooler_output
+        name = self.family.features
+        features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
             patches = self._patches(reading, layouts)
@@ -131,13 +139,22 @@ class EncoderPlace(Place):
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
             if any(new is not old for new, old in zip(merged, features, strict=True)):
-                features = output.pooler_output = type(features)(merged)
-        for feature, layout, keep in zip(features, layouts, keeps, strict=True):
-            feature._foveate = EncodedImage(layout, keep, self.target.session)
+                setattr(output, name, refilled(getattr(output, name), merged))
+        images = [EncodedImage(*image, self.target.session) for image in zip(layouts, keeps, strict=True)]
+        attach(output, name, images)
         forward = active.forward
         if forward is not None and forward.target.base is self.base:
-            forward.features = features
+            forward.encoded = images
         return output.to_tuple() if as_tuple else output
+
+    def _prompt(self) -> Tensor:
+        prompt = self._prompts.here()
+        if prompt is None:
+            raise UnsupportedError(
+                f"which tiles of a batch are one picture stands only in the prompt of {self.family.model_type} models: "
+                "encode pictures in generate() or in the whole model, with pixel values"
+            )
+        return prompt[0]
 
     @property
     def _project(self) -> Any:

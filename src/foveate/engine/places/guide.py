@@ -119,7 +119,7 @@ class GuidePlace(Place):
     def _layouts(self, call: GenerateCall) -> list[ImageLayout]:
         """The images as the guide will encode them: to as many tokens as the model does."""
         family, bases = self.target.family, (self.guide.target.base, self.target.base)
-        layouts, others = (family.layouts(base.config, call.inputs) for base in bases)
+        layouts, others = (family.layouts(base.config, {**call.inputs, "input_ids": call.ids}) for base in bases)
         for i, (layout, other) in enumerate(zip(layouts, others, strict=True)):
             if layout.tokens != other.tokens:
                 raise UnsupportedError(
