@@ -53,6 +53,8 @@ class ImageLayout:
     cells: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if not self.tiles:
+            raise ValueError("a clip without frames has no tokens to choose from: leave it out of the prompt")
         # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
         index, order = torch.cat([tile.index for tile in self.tiles]).sort()
         object.__setattr__(self, "candidates", index)

@@ -275,7 +275,7 @@ def test_vidcom2_gives_more_to_a_frame_that_stands_out():
 
 def slow_peaks(points: list[Tensor], neighbours: int) -> list[float]:
     """Density x separation, as logarithms of float64 numbers, of points in a row."""
-    far = [[float((a - b).double().norm()) / math.sqrt(HIDDEN) for b in points] for a in points]
+    far = [[float((a - b).double().norm()) / math.sqrt(len(a)) for b in points] for a in points]
     density = [-sum(sorted(x * x for x in row)[:neighbours]) / neighbours for row in far]
     widest, scores = max(map(max, far)), []
     for i, mine in enumerate(density):

@@ -47,12 +47,14 @@ class Grid(Tiny):
         if image and types is not None:
             # transformers wants the grids of the whole talk for positions, of the new image for features
             pad = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, length - batch["input_ids"].shape[1]))
-            per_row = (batch["input_ids"] == VISION_START).sum(1).tolist()
-            grids = zip(batch["image_grid_thw"].split(per_row), turn["image_grid_thw"].split(1), strict=True)
+            old = batch.get("image_grid_thw", turn["image_grid_thw"][:0])
+            per_row = (batch["input_ids"] == (VISION_START if len(old) else -1)).sum(1).tolist()
+            grids = zip(old.split(per_row), turn["image_grid_thw"].split(1), strict=True)
             vision, _ = model.model.get_rope_index(
                 turn["input_ids"],
                 torch.cat([pad, types], 1),
                 torch.cat([grid for row in grids for grid in row]),
+                batch.get("video_grid_thw"),
                 attention_mask=turn["attention_mask"],
             )
             text = turn["attention_mask"].cumsum(1) - 1

@@ -29,9 +29,9 @@ class Clip:
     times: tuple[float, ...] | None = None
 
     @staticmethod
-    def of(pictures: Sequence[Image], most: int) -> Clip:
+    def of(pictures: Sequence[Image | Clip], most: int) -> Clip:
         """A clip of these frames, of more than `most` so many at an even stride."""
-        return Clip(tuple(_evenly(list(pictures), most)))
+        return Clip(tuple(_evenly([frame for one in pictures for frame in frames_of(one)], most)))
 
     @property
     def fps(self) -> float:

@@ -82,7 +82,8 @@ class EncoderPlace(Place):
         return cls(target, next((m for m in methods if isinstance(m, EncoderMethod)), None))
 
     def install(self, fixtures: Fixtures) -> None:
-        fixtures.wrap(self.base, "get_image_features", self.encode)
+        for medium in self.target.token_ids:
+            fixtures.wrap(self.base, f"get_{medium}_features", functools.partial(self.encode, medium))
         projector = self.family.projector(self.base) if "states" in self.reads else None
         if projector is not None:
             fixtures.hook(projector.register_forward_pre_hook(self._note_states))
@@ -106,35 +107,38 @@ class EncoderPlace(Place):
     def act(self, forward: Forward) -> Action | None:
         return EncoderAction(forward) if forward.brings_images else None
 
-    def encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's `get_image_features`."""
+    def encode(self, medium: str, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's `get_image_features` or `get_video_features`."""
+        if self._current.reading is not None:  # some encode a video as images
+            return encode(*args, **kwargs)
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
         inputs = {**inputs.pop("kwargs", {}), **inputs}
         if self.family.needs_prompt:
             inputs["input_ids"] = self._prompt()
-        layouts = self.family.layouts(self.base.config, inputs)
-        outer, reading = self._current.reading, _Reading([{} for _ in self._modules])
-        self._current.reading = reading
+        pictures = layouts = self.target.layouts(medium, inputs)
+        if medium == "image":
+            layouts = self.target.clips.joined(pictures)
+        self._current.reading = reading = _Reading([{} for _ in self._modules])
         try:
             output = encode(*args, **kwargs)
         finally:
-            self._current.reading = outer
+            self._current.reading = None
         name = self.family.features
         features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
-            patches = self._patches(reading, layouts)
+            patches = self._patches(reading, pictures)
             chosen = select_tokens(
                 self.method,
                 layouts,
                 features,
                 patches,
                 self._project,
-                images={} if self._questions is None else {"question": self._questions.states(layouts)},
+                images={} if self._questions is None else {"question": self._questions.states(layouts, medium)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
-                picture=None if reading.readers is None else self._pictures(reading.shape, layouts),
+                picture=None if reading.readers is None else self._pictures(reading.shape, pictures),
             )
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
@@ -144,7 +148,7 @@ class EncoderPlace(Place):
         attach(output, name, images)
         forward = active.forward
         if forward is not None and forward.target.base is self.base:
-            forward.encoded = images
+            forward.encoded[medium] = images
         return output.to_tuple() if as_tuple else output
 
     def _prompt(self) -> Tensor:
