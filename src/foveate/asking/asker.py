@@ -82,15 +82,14 @@ class Asker:
     def __init__(
         self, model: Any, processor: Any, shown: Sequence[Image | Clip], question: str, max_new_tokens: int
     ) -> None:
-        from foveate.asking.clips import in_turn, pictures_each
+        from foveate.asking.clips import in_turn, pictures_each, told
 
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
         for what in ("image", "video"):
             placeholder = getattr(processor, f"{what}_token", None)
             if placeholder and placeholder in question:
                 raise Mistake(f"the question holds {placeholder}, which stands for an image: leave it out")
-        parts, told = in_turn(shown, processor)
-        content = [*parts, {"type": "text", "text": question}]
+        content = [*in_turn(shown, processor), {"type": "text", "text": question}]
         try:
             self.inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
@@ -98,7 +97,7 @@ class Asker:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs=told,
+                processor_kwargs=told(shown, processor),
             ).to(model.device, model.dtype)
         except Exception as error:  # e.g. a picture too thin for the processor
             raise Mistake(f"the model's processor refuses these inputs: {one_line(error)}") from error

@@ -46,30 +46,31 @@ def frames_of(shown: Image | Clip) -> tuple[Image, ...]:
     return shown.frames if isinstance(shown, Clip) else (shown,)
 
 
-def in_turn(shown: Sequence[Image | Clip], processor: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Pictures and clips as parts of a turn of the chat template, and what the processor must be told of the clips.
+def in_turn(shown: Sequence[Image | Clip], processor: Any) -> list[dict[str, Any]]:
+    """Pictures and clips as parts of a turn of the chat template.
 
     A clip is a video where the processor knows videos, else its frames are pictures.
     """
     parts: list[dict[str, Any]] = []
-    known = []
     for one in shown:
         if isinstance(one, Clip) and takes_videos(processor):
             parts.append({"type": "video", "video": list(one.frames)})
-            count = len(one.frames)
-            known.append(
-                {
-                    "total_num_frames": count,
-                    "frames_indices": list(range(count)),
-                    "fps": one.fps,
-                    "duration": count / one.fps,
-                }
-            )
         else:
             parts += [{"type": "image", "image": frame.convert("RGB")} for frame in frames_of(one)]
+    return parts
+
+
+def told(shown: Sequence[Image | Clip], processor: Any) -> dict[str, Any]:
+    """What a processor must be told of the clips of a batch: options of its call."""
+    clips = [one for one in shown if isinstance(one, Clip)]
+    if not clips or not takes_videos(processor):
+        return {}
+    known = [
+        {"total_num_frames": n, "frames_indices": list(range(n)), "fps": clip.fps, "duration": n / clip.fps}
+        for clip, n in ((clip, len(clip.frames)) for clip in clips)
+    ]
     # The frames were chosen here: the processor takes them all.
-    told = {"do_sample_frames": False, "video_metadata": known} if known else {}
-    return parts, {"videos_kwargs": told} if known else {}
+    return {"videos_kwargs": {"do_sample_frames": False, "video_metadata": known}}
 
 
 def takes_videos(processor: Any) -> bool:

@@ -214,7 +214,10 @@ class PruneReport:
         images = [image for sample in self.images for image in sample]
         tokens, kept = (sum(column) for column in zip(*images, strict=True)) if images else (0, 0)
         names = " + ".join(f"{method['method']} keep={method['keep']}" for method in self.methods)
-        line = f"{names}: {kept} of {tokens} image tokens in {len(images)} image{'s'[: len(images) != 1]}"
+        clips = sum(tiles[-1].frame > 0 for sample in self._places for _, tiles in sample)
+        counts = {"image": len(images) - clips, "clip": clips}
+        named = [f"{n} {what}{'s'[: n != 1]}" for what, n in counts.items() if n or (what == "image" and not clips)]
+        line = f"{names}: {kept} of {tokens} image tokens in {' and '.join(named)}"
         if self.kv_bytes_unpruned:
             line += (
                 f", KV cache {human_bytes(self.kv_bytes)} instead of {human_bytes(self.kv_bytes_unpruned)}"
