@@ -4,7 +4,7 @@ import pytest
 
 import foveate
 from foveate.asking.mistake import Mistake
-from foveate.asking.options import parse_keeps, parse_methods, variants
+from foveate.asking.options import label, parse_keeps, parse_methods, typed, variants
 
 LLAVA = foveate.get_family("llava").places
 
@@ -15,6 +15,16 @@ def test_options_follow_their_method():
         ("plphp", {"delta": 0.2, "start_layer": 2}),
         ("fastv", {}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4:4", (4, 4)), ("0.5:1", (0.5, 1)), ("C:folder", "C:folder"), ("1:", "1:"), ("none", None)]
+)
+def test_several_numbers_are_one_value(text, value):
+    assert typed(text) == value
+    ((name, options),) = parse_methods(f"attention_predictor:refresh=3,block={text}")
+    assert (name, options) == ("attention_predictor", {"refresh": 3, "block": value})
+    assert parse_methods(label(name, options)) == [(name, options)]
 
 
 def test_all_is_everything_that_fits_with_both_strategies_of_fopru():

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
@@ -70,6 +70,27 @@ def test_cross_attention_is_proven(attn):
 def test_methods_together_and_batches_are_proven(family, batch):
     found = proof(family, build(*COMBINED), batch=batch)
     assert found.holds and not found.blind and not found.faults
+
+
+@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("options", [dict(router="random"), dict(router="learned")], ids=lambda o: o["router"])
+def test_tokens_that_skip_layers_are_proven(family, batch, options):
+    methods = [foveate.VideoLLMMoD(keep=0.25, **options).untrained(), *build(("fopru", dict(keep=0.5)))]
+    found = proof(family, methods, batch=batch)
+    assert found.holds and found.same_tokens and not found.blind and not found.faults
+
+
+def test_skipping_that_is_reported_wrongly_is_exposed(monkeypatch):
+    right = PruneReport.layers.func
+
+    def shifted(self):
+        layers = right(self)
+        return [replace(a, taken=None if a.taken is None else a.taken.roll(1, dims=-1)) for a in layers]
+
+    assert proof("llava", [foveate.VideoLLMMoD(keep=0.25, router="random")]).holds
+    monkeypatch.setattr(PruneReport, "layers", property(shifted))
+    assert not proof("llava", [foveate.VideoLLMMoD(keep=0.25, router="random")]).holds
 
 
 def test_keeping_everything_holds_and_says_that_it_proves_nothing():

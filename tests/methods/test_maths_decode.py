@@ -16,6 +16,8 @@ from foveate.methods.attention_predictor import (
     pooled,
     predicted,
     pushed,
+    said,
+    said_behind,
 )
 from foveate.methods.step_baselines import LastStep, Pages, RunningSum, page_bounds
 
@@ -88,12 +90,27 @@ def test_the_network_and_what_stands_behind_an_image():
         assert (found[row, :count] - expected).abs().max() < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 9, 16])
+def test_only_the_ends_of_the_history_say_something_new(steps):
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    real = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
+    history = torch.rand(3, steps, 7, generator=generator) * real.unsqueeze(1)
+    say = said(history, real, weights, 0, steps)
+    for _ in range(6):
+        history = pushed(history, torch.rand(3, 1, 7, generator=generator) * real.unsqueeze(1))
+        say = said_behind(say, history, real, weights)
+        assert (say - said(history, real, weights, 0, steps)).abs().max() < 1e-4
+
+
 def test_a_step_s_row_is_what_it_read():
-    method = AttentionPredictor(history=2)
+    method = AttentionPredictor(history=2).holding({name: torch.zeros(shape) for name, shape in SHAPES.items()})
     memory = {
         "block": torch.tensor([[0, 0, 1, 1]]),
         "real": torch.ones(1, 2, dtype=torch.bool),
         "history": torch.zeros(1, 1, 2, 2),
+        "said": torch.zeros(1, 1, 2, 2),
     }
     for row in ([0.5, 0.1, 0.0, 0.0], [0.0, 0.0, 0.2, 0.3], [0.0, 0.4, 0.0, 0.0]):
         received = torch.tensor([[row]])

@@ -28,10 +28,13 @@ class Variant:
 
 
 def typed(text: str) -> Any:
-    """The value that `text` writes: an int, a finite float, a bool, None, or the text itself."""
+    """The value that `text` writes: an int, a finite float, several of them (`8:16:24`), a bool, None, or the text."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]
+    if ":" in text:
+        numbers = tuple(map(typed, text.split(":")))
+        return text if any(isinstance(number, str) for number in numbers) else numbers
     try:
         return int(text)
     except ValueError:
@@ -59,12 +62,13 @@ def parse_keeps(text: str) -> list[float | int]:
 
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """`fopru,plphp:delta=0.2,start_layer=2` as names with options; the word `all` stands for itself."""
+    """`fopru,plphp:delta=0.2,layers=1:3` as names with options; the word `all` stands for itself."""
     parsed: list[tuple[str, dict[str, Any]]] = []
     for part in text.split(","):
-        name, colon, pair = part.strip().partition(":")
-        if not colon and "=" in name:  # one more option of the method before it
-            name, pair = "", name
+        part = part.strip()
+        name, colon, pair = part.partition(":")
+        if "=" in name:  # one more option of the method before it
+            name, colon, pair = "", "", part
         option, equals, value = pair.partition("=")
         if (pair and not (option and equals and value)) or (colon and not pair) or not (name or parsed):
             raise Mistake(f"--methods {text}: write names, and options behind a colon: fopru,plphp:delta=0.2,alpha=1")
@@ -77,7 +81,12 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def label(name: str, options: dict[str, Any]) -> str:
     """A method and its options as one word: what `parse_methods` reads."""
-    return name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items())
+    return name + ":" * bool(options) + ",".join(f"{option}={_written(value)}" for option, value in options.items())
+
+
+def _written(value: Any) -> str:
+    """An option's value as `typed` reads it."""
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:

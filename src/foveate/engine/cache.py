@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .memory import Memory
-from .rows import Compaction, Stream, compact
+from .rows import Compaction, Stream, compact, gather_entries
 from .upstream import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 
@@ -137,9 +137,8 @@ class PrunedLayer(DynamicLayer):
         self.pruned_cache.add("entries")
         self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
-        source = choice.source.unsqueeze(-1).expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self.keys = self.keys.gather(2, source)
-        self.values = self.values.gather(2, source[..., :1].expand(*source.shape[:-1], self.values.shape[-1]))
+        self.keys = gather_entries(self.keys, choice.source)
+        self.values = gather_entries(self.values, choice.source)
         if self.memory is not None:
             self.memory = self.memory.moved(choice, held=present.shape[-1])
         return choice

@@ -39,8 +39,9 @@ class Forward:
     and of it. mask: bool (batch, past + queries), None where nothing is hidden. encoded: the images of each medium once
     they are, None where that was not here. images, places, groups: what is known of them from layer 0 on. streams: what
     comes in to the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of
-    the places of a session, in their order. entered, evicted: for the report, the rows that each layer computed and the
-    layers that lost entries. peeks: whether a layer is only asked for its queries and keys.
+    the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
+    how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
+    peeks: whether a layer is only asked for its queries and keys.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Forward:
         self.guidance: Tensor | None = None
         self.actions: Sequence[Any] = ()
         self.entered: dict[int, Tensor | None] = {}
+        self.taken: dict[int, Tensor] = {}
         self.evicted: set[int] = set()
         self.hooks: list[Any] = []
         self.peeks = False

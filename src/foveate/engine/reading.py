@@ -11,6 +11,7 @@ from torch import Tensor
 from ..methods.tokens import ImageGroups
 from .attention import Attention
 from .memory import Memory
+from .rows import gather_entries
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Part:
 
     def of(self, attention: Attention) -> Attention:
         """The same attention over these entries only."""
-        key, value = (
-            tensor.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
-            for tensor in (attention.key, attention.value)
-        )
+        key, value = (gather_entries(tensor, self.index) for tensor in (attention.key, attention.value))
         return attention.over(key, value, self.filled if self.memory.ragged else None)
 
     def received(self, attention: Attention) -> tuple[Tensor, Tensor]:

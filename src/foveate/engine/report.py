@@ -31,6 +31,8 @@ class LayerReport:
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
     seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
+    taken: (batch, q) how much of what the layer made of it each token of the prefill took, 0 where it skipped it,
+        with record=True; None where no token can skip it.
     """
 
     index: int
@@ -40,6 +42,7 @@ class LayerReport:
     since: Literal["prefill", "decode"]
     kept: Tensor | None = None
     seen: Tensor | None = None
+    taken: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class PruneReport:
         all_features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
         self._all = {"self": everything, "cross": all_features}
         self._past = {"self": forward.past, "cross": self._length["cross"] - features}
-        self._entered = forward.entered
+        self._entered, self._taken = forward.entered, forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
         self._index = [
             (layer.full_index(self._batch, device) if layer.index is not None else None)
@@ -177,6 +180,7 @@ class PruneReport:
                 "decode" if i in self._evicted else "prefill",
                 self._kept(i) if self.records else None,
                 self._seen(i) if self.records else None,
+                self._taken.get(i) if self.records else None,
             )
             for i, kind in enumerate(self._kinds)
         ]

@@ -69,8 +69,16 @@ class Rows:
 
 def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
     """Rows of a (batch | 1, n, d) tensor. source: (batch, width). Returns (batch, width, d)."""
-    tensor = tensor.expand(source.shape[0], -1, -1)
-    return tensor.gather(1, source.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
+    batch, n, dim = tensor.shape
+    # Whole rows of memory: an order of magnitude quicker than `gather` with an index for every number.
+    first = torch.arange(0, batch * n, n, device=source.device).unsqueeze(1)
+    return tensor.reshape(-1, dim).index_select(0, (first + source).flatten()).view(*source.shape, dim)
+
+
+def gather_entries(held: Tensor, source: Tensor) -> Tensor:
+    """Entries of every head. held: (batch, heads, slots, d). source: (batch, heads | 1, width)."""
+    source = source.expand(-1, held.shape[1], -1)
+    return gather_rows(held.flatten(0, 1), source.flatten(0, 1)).unflatten(0, source.shape[:2])
 
 
 class Stream:

@@ -16,7 +16,7 @@ from foveate.engine.session import prune
 from foveate.engine.upstream import cache_behind
 from foveate.errors import UnsupportedError
 from foveate.families import get_family
-from foveate.methods.base import GuidedMethod
+from foveate.methods.base import DepthMethod, GuidedMethod
 
 if TYPE_CHECKING:
     from foveate.engine.report import LayerReport, PruneReport
@@ -92,8 +92,11 @@ def cannot_prove(methods: Sequence[Method]) -> str | None:
     for method in methods:
         if isinstance(method, GuidedMethod) and method.exit_threshold is not None:
             return f"with exit_threshold {method.name} may drop nothing and return its guide's answer: leave it out"
-    # Rows that fall silent in sparse attention are no keys, but the reference silences them, too.
-    provable = [m.keeps_all or m.only_drops or getattr(m, "sparse_attention", False) for m in methods]
+    # Rows that fall silent in sparse attention, or skip layers, are no keys, but in the reference they do so, too.
+    provable = [
+        m.keeps_all or m.only_drops or getattr(m, "sparse_attention", False) or isinstance(m, DepthMethod)
+        for m in methods
+    ]
     names = [method.name for method, fine in zip(methods, provable, strict=True) if not fine]
     if not names:
         return None
@@ -160,8 +163,9 @@ def prove(
 def hidden(model: Any, report: PruneReport) -> Iterator[None]:
     """Let the untouched model, whose decoder must be eager, attend to no entry that the report calls dropped.
 
-    In its prefill a layer sees `seen`, and rows that it never saw stay silent in it; afterwards it sees `kept` and what
-    is generated, and of that only what a step read where it chose. Nothing else of the pruned run takes part.
+    In its prefill a layer sees `seen`, and rows that it never saw stay silent in it, or skip it where tokens can;
+    afterwards it sees `kept` and what is generated, and of that only what a step read where it chose. Nothing else of
+    the pruned run takes part.
     """
     family = _family(model)
     decoder = family.decoder(family.base(model))
@@ -189,6 +193,15 @@ def hidden(model: Any, report: PruneReport) -> Iterator[None]:
         assert layer.seen is not None
         return (args[0] * layer.seen[:, 0, :, None].to(args[0]),) if reading else None
 
+    def skip(layer: LayerReport, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not reading:
+            return None
+        entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        made = output if isinstance(output, Tensor) else output[0]
+        assert layer.taken is not None
+        made = torch.lerp(entered, made, layer.taken.to(made).unsqueeze(-1))
+        return made if isinstance(output, Tensor) else (made, *output[1:])
+
     def end(*_: Any) -> None:
         nonlocal reading, step
         reading, step = False, step + 1
@@ -199,6 +212,8 @@ def hidden(model: Any, report: PruneReport) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(_bind(hide, layer), with_kwargs=True))
         if layer.kind == "self":
             handles.append(module.o_proj.register_forward_pre_hook(_bind(silence, layer)))
+        if layer.taken is not None:
+            handles.append(block.register_forward_hook(_bind(skip, layer), with_kwargs=True))
     try:
         yield
     finally:

@@ -220,13 +220,14 @@ def page(
     settings: dict[str, Any], shown: Sequence[View], shows: Sequence[Shown], looks: dict[int, list[Tensor]]
 ) -> str:
     """One HTML file that needs nothing else: sliders over layers and heads, pictures and masks inside."""
-    pictures = list({id(view.picture): view.picture for view in shown}.values())
+    pictures = {(view.image, id(view.picture)): view.picture for view in shown}
+    at = {key: number for number, key in enumerate(pictures)}
     data = {
-        "pictures": [_data_uri(scaled(picture, 448)) for picture in pictures],
+        "pictures": [_data_uri(scaled(picture, 448)) for picture in pictures.values()],
         "views": [
             {
                 "image": view.image,
-                "picture": next(i for i, picture in enumerate(pictures) if picture is view.picture),
+                "picture": at[view.image, id(view.picture)],
                 "name": view.name,
                 "tiles": [{"box": tile.box, "grid": tile.grid, "index": tile.index.tolist()} for tile in view.tiles],
             }

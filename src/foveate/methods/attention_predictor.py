@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, conv2d
+from torch.nn.functional import conv2d, pad
 
 from . import register
 from .budgets import check_range
@@ -52,20 +52,44 @@ def pooled(attention: Tensor, block: Tensor, blocks: int) -> Tensor:
 
 def pushed(history: Tensor, rows: Tensor) -> Tensor:
     """The history with new rows at its end and as many of the oldest gone. (..., h, blocks), (..., r, blocks)."""
-    return torch.cat([history, rows], -2)[..., -history.shape[-2] :, :]
+    return torch.cat([history, rows.to(history.dtype)], -2)[..., -history.shape[-2] :, :]
+
+
+def said(history: Tensor, real: Tensor, weights: dict[str, Tensor], first: int, last: int) -> Tensor:
+    """The network but for its mean over steps: what the rows from `first` to `last` of the history say of the next one.
+
+    history: (maps, h, blocks), the oldest row first. real: bool (maps, blocks), False behind an image's last block.
+    weights: of the shapes in `SHAPES`. Returns (maps, last - first, blocks), of whose h rows the mean is the answer.
+    """
+    weights = {name: weight.to(history.dtype) for name, weight in weights.items()}
+    steps = history.shape[1]
+    # A row knows its neighbours, and these theirs.
+    low, high = max(first - 1, 0), min(last + 1, steps)
+    start = max(low - 1, 0)
+    around = history[:, None, start : high + 1]
+    # Behind its last block an image ends as if it were alone.
+    edge = real[:, None, None].to(history.dtype)
+    near = conv2d(around, weights["near.weight"], weights["near.bias"], padding=1)[:, :, low - start : high - start]
+    near = pad(near.relu() * edge, (0, 0, int(first == 0), int(last == steps)))
+    far = conv2d(near, weights["far.weight"], weights["far.bias"], padding=(0, 1)).relu()
+    return conv2d(far, weights["out.weight"].unsqueeze(-1), weights["out.bias"])[:, 0]
 
 
 def predicted(history: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The network: what the next row will be, by blocks.
+    """The network: what the next row will be, by blocks. As `said` takes them; returns (maps, blocks)."""
+    return said(history, real, weights, 0, history.shape[1]).mean(1)
 
-    history: (maps, h, blocks), the oldest row first. real: bool (maps, blocks), False behind an image's last block.
-    weights: of the shapes in `SHAPES`. Returns (maps, blocks).
+
+def said_behind(before: Tensor, history: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """What all rows say once one was pushed at the end of the history: only those near its ends say something new.
+
+    before: (maps, h, blocks) what they said of the history before. Returns the same of the history now.
     """
-    # Behind its last block an image ends as if it were alone.
-    edge = real[:, None, None].to(history.dtype)
-    near = conv2d(history.unsqueeze(1), weights["near.weight"], weights["near.bias"], padding=1).relu() * edge
-    far = conv2d(near, weights["far.weight"], weights["far.bias"], padding=1).relu().mean(2)
-    return conv1d(far, weights["out.weight"], weights["out.bias"])[:, 0]
+    steps = history.shape[1]
+    if steps < 6:
+        return said(history, real, weights, 0, steps)
+    oldest, newest = said(history, real, weights, 0, 2), said(history, real, weights, steps - 3, steps)
+    return torch.cat([oldest, before[:, 3:-2], newest], 1)
 
 
 @register("attention_predictor")
@@ -123,19 +147,24 @@ class AttentionPredictor(TrainedMethod, DecodeMethod):
             last = block.amax(-1, keepdim=True)
             real = torch.arange(int(last.max()) + 1, device=block.device) <= last
             shape = len(block), tokens.key.shape[1], self.history, real.shape[1]
-            memory = {"block": block, "real": real, "history": torch.zeros(shape, device=block.device)}
+            memory = {"block": block, "real": real, "history": tokens.key.new_zeros(shape)}
         rows = tokens.last_text(self.history)
         attention = tokens.of_images(tokens.attention(rows)).clamp(min=0)  # (groups, heads, rows, n)
         heads = attention.unflatten(1, (tokens.key.shape[1], -1)).amax(2)
         new = pooled(heads, memory["block"], memory["real"].shape[1])
-        return {**memory, "history": pushed(memory["history"], new)}
+        history = pushed(memory["history"], new)
+        real = memory["real"].repeat_interleave(history.shape[1], 0)
+        say = said(history.flatten(0, 1), real, self.tensors, 0, self.history)
+        return {**memory, "history": history, "said": say.view_as(history)}
 
     def score(self, memory: Memory, query: Tensor, scaling: float) -> Tensor:
-        history, real = memory["history"], memory["real"]
-        heads = history.shape[1]
-        coming = predicted(history.flatten(0, 1), real.repeat_interleave(heads, 0), self.tensors)
-        return coming.unflatten(0, (-1, heads)).gather(2, memory["block"].unsqueeze(1).expand(-1, heads, -1))
+        coming = memory["said"].float().mean(2)
+        return coming.gather(2, memory["block"].unsqueeze(1).expand(-1, coming.shape[1], -1))
 
     def remember(self, memory: Memory, received: Tensor, attended: Tensor) -> Memory:
         row = pooled(received, memory["block"], memory["real"].shape[1])
-        return {**memory, "history": pushed(memory["history"], row.unsqueeze(2))}
+        history = pushed(memory["history"], row.unsqueeze(2))
+        heads, real = history.shape[1], memory["real"]
+        before = memory["said"].flatten(0, 1)
+        now = said_behind(before, history.flatten(0, 1), real.repeat_interleave(heads, 0), self.tensors)
+        return {**memory, "history": history, "said": now.unflatten(0, (-1, heads))}

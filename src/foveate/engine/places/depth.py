@@ -92,7 +92,9 @@ class DepthAction(Action):
             # Padding points one past the end.
             at = torch.where(groups.present, groups.positions, forward.queries)
             self.weight[groups.row.unsqueeze(1), at] = weight.to(hidden.dtype)
-        forward.step_aside(forward.without(through))
+        going = forward.without(through)
+        forward.taken[index] = going if self.weight is None else self.weight[:, :-1] * going
+        forward.step_aside(going)
         return hidden, kwargs
 
     def entering(self, index: int, hidden: Tensor) -> None:
