@@ -146,6 +146,7 @@ def _read(path: Path, fps: float, max_frames: int) -> list[tuple[float, Image]]:
                     due += step
                 if len(frames) > 2 * max_frames:
                     frames, step = frames[::2], 2 * step
+                    due = frames[-1][0] + step
     except Mistake:
         raise
     except PermissionError:
