@@ -12,12 +12,22 @@ Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
+def joined(rows: int, columns: int, factor: int) -> Tensor:
+    """(n, factor ** 2) the patches of a picture that join into each token where factor x factor do.
+
+    Patches and tokens in raster order. What is left over at the right and lower edge joins no token.
+    """
+    high, wide = rows // factor, columns // factor
+    patches = torch.arange(rows * columns).view(rows, columns)[: high * factor, : wide * factor]
+    return patches.reshape(high, factor, wide, factor).transpose(1, 2).reshape(-1, factor**2)
+
+
 @dataclass(frozen=True)
 class Tile:
     """A rectangle of image tokens that the vision encoder saw as one picture.
 
     index: (n,) which of the image's tokens, in raster order. grid: (rows, columns), rows * columns = n.
-    patches: (n,) where each token stands in the family's `patch_values`.
+    patches: (n,) which of the encoder's patches, counted over all pictures, each token is made of; (n, k) where k join.
     box: (left, top, right, bottom) of the tile as fractions of the picture. frame: of a clip; 0 for a picture.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import product
 
 import oracle
@@ -25,10 +26,28 @@ def rows():
     return [*sorted(few), *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
 
 
+@contextlib.contextmanager
+def unless_upstream_fails(family, batch, **kwargs):
+    """Skip what the untouched model gets wrong: in beams, a prompt must give the logits that it gives alone."""
+    try:
+        yield
+    except Exception:
+        run, once = (oracle.run(tiny.build(family), batch, **more) for more in (kwargs, dict(max_new_tokens=1)))
+        copies = kwargs.get("num_beams", kwargs.get("num_return_sequences", 1))
+        if (run.logits[:, 0] - once.logits[run.rows // copies, 0]).abs().max() > TOLERANCE:
+            pytest.skip(f"this release of transformers gives repeated {family} prompts each other's images")
+        raise
+
+
 @pytest.mark.parametrize(("family", "name", "batch", "decoding", "attn"), rows())
 def test_logits_equal_the_dense_reference(family, name, batch, decoding, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
-    run, report = pruned_run(tiny.build(family, attn), name, batch, **oracle.DECODING[decoding])
+    with unless_upstream_fails(family, batch, **oracle.DECODING[decoding]):
+        check(family, name, batch, attn, **oracle.DECODING[decoding])
+
+
+def check(family, name, batch, attn, **kwargs):
+    run, report = pruned_run(tiny.build(family, attn), name, batch, **kwargs)
     assert any(kept < tokens for row in report.images for tokens, kept in row), "nothing was pruned"
     hides = oracle.hidden(report, batch["input_ids"].shape[1])
     error = oracle.errors(tiny.build(family, "eager"), batch, run, hides) / run.logits.abs().max()
@@ -39,7 +58,7 @@ def test_logits_equal_the_dense_reference(family, name, batch, decoding, attn):
 def test_keeping_everything_changes_nothing_at_all(family):
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family)
     untouched = oracle.run(model, batch, **oracle.BEAMS)
-    with prune(model, "fopru_rank", keep=1.0):
+    with unless_upstream_fails(family, batch, **oracle.BEAMS), prune(model, "fopru_rank", keep=1.0):
         run = oracle.run(model, batch, **oracle.BEAMS)
     assert torch.equal(run.sequences, untouched.sequences)
     assert torch.equal(run.logits, untouched.logits)

@@ -13,6 +13,11 @@ TOKENS = dict(
 )
 
 
+def mrope(*sections: int, **more) -> dict:
+    """Positions in three parts: time, height and width."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+
+
 class Grid(Tiny):
     """Images of any size. values: numbers a patch comes as."""
 

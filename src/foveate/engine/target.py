@@ -108,9 +108,9 @@ class Target:
     def _encoder(self) -> Encoder | None:
         if "encoder" not in self.family.places:
             return None
-        vision = self.base.config.vision_config
-        side = vision.image_size // vision.patch_size if hasattr(vision, "image_size") else None
-        return Encoder(len(self.family.encoder_layers(self.base)), vision.hidden_size, side)
+        config = self.base.config
+        layers = self.family.encoder_layers(self.base)
+        return Encoder(len(layers), self.family.width(config), self.family.side(config))
 
     def _projector(self) -> dict[str, torch.Tensor]:
         module = self.family.projector(self.base)

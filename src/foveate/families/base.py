@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..layout import ImageLayout, Tile
@@ -89,16 +87,17 @@ class Family:
         """
         raise NotImplementedError  # asked only of families with `keys_and_values`
 
+    def width(self, config: Any) -> int:
+        """Of the vision encoder's states."""
+        return config.vision_config.hidden_size
+
+    def side(self, config: Any) -> int | None:
+        """Patches along one side of the pictures that the encoder sees; None where they keep their shapes."""
+        return None
+
     def prefix_tokens(self, config: Any) -> int:
         """How many tokens of the vision encoder come before the patches ([CLS])."""
         return 0
-
-    def patch_values(self, base: Any, parts: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> Tensor:
-        """What the encoder says of each patch, in the order that `Tile.patches` counts in.
-
-        parts: one (pictures, patches, ...) tensor per call of the vision attention. Returns (all patches, ...).
-        """
-        return torch.cat([part.flatten(0, 1) for part in parts])
 
     def projector(self, base: Any) -> nn.Module | None:
         """The module from the encoder's states to the LLM's, one token a patch; None where it joins patches."""

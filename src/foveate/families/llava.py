@@ -34,7 +34,6 @@ class Llava(Family):
         return None
 
     def side(self, config: Any) -> int:
-        """Patches along one side of the encoder's picture."""
         return config.vision_config.image_size // config.vision_config.patch_size
 
     def prefix_tokens(self, config: Any) -> int:

@@ -82,9 +82,9 @@ def select_tokens(
         # (members, frames, n): for methods that are asked about tiles, one frame each.
         at = torch.stack([member.patches for member in members]).to(device)
         index = [member.index.to(device) for member in members]
-        read = {
-            name: values[at].transpose(-1, -2) if name in _BY_LAYER else values[at] for name, values in patches.items()
-        }
+        # A token that several patches join into is what they are on average.
+        means = {name: values[at] if at.ndim == 3 else values[at].mean(3) for name, values in patches.items()}
+        read = {name: values.transpose(-1, -2) if name in _BY_LAYER else values for name, values in means.items()}
         if method.reads & {"features", "states"}:
             pairs = zip(members, index, strict=True)
             read["features"] = torch.stack([features[member.image][spot] for member, spot in pairs])
@@ -97,7 +97,7 @@ def select_tokens(
             read = {name: values[:, 0] for name, values in read.items()}
             read |= {name: values[of] for name, values in (images or {}).items()}
             if picture is not None:
-                read |= {name: values[picture[at[:, 0, 0]]] for name, values in (pictures or {}).items()}
+                read |= {name: values[picture[at.flatten(1)[:, 0]]] for name, values in (pictures or {}).items()}
             tokens = EncoderTokens(grid, len(members), device, project=project, most=most, **read)
             chosen = method.select(tokens, budget)
             becomes = method.merge(tokens, chosen)
@@ -115,7 +115,8 @@ def select_tokens(
 class _Member:
     """What a method is asked about at once: a tile of an image, or the same tile through all frames of a clip.
 
-    image: which of the images. index, patches: (frames, n), as those of `Tile`. budget: tokens that may stay.
+    image: which of the images. index: (frames, n); patches: (frames, n) or (frames, n, k), as those of `Tile`. budget:
+    tokens that may stay.
     """
 
     image: int

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...families.base import Family
-from ...layout import ImageLayout
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
@@ -129,7 +128,7 @@ class EncoderPlace(Place):
         features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
-            patches = self._patches(reading, pictures)
+            patches = self._patches(reading)
             chosen = select_tokens(
                 self.method,
                 layouts,
@@ -138,7 +137,7 @@ class EncoderPlace(Place):
                 self._project,
                 images={} if self._questions is None else {"question": self._questions.states(layouts, medium)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
-                picture=None if reading.readers is None else self._pictures(reading.shape, pictures),
+                picture=None if reading.readers is None else self._pictures(reading.shape),
             )
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
@@ -166,28 +165,27 @@ class EncoderPlace(Place):
         # The hook of this class only listens while the encoder runs.
         return (lambda states: states) if projector is None else projector
 
-    def _patches(self, reading: _Reading, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+    def _patches(self, reading: _Reading) -> dict[str, Tensor]:
         """What was read, by name: (all patches, ...) tensors."""
         patches: dict[str, Tensor] = {}
         for name in ("received", "given", "cls"):
             if name in self.reads:
-                parts = [self.family.patch_values(self.base, layer[name], layouts) for layer in reading.layers]
+                parts = [_in_a_row(layer[name]) for layer in reading.layers]
                 patches[name] = torch.stack(parts, -1)
         if "keys" in self.reads:
-            patches["keys"] = self.family.patch_values(self.base, reading.layers[-1]["keys"], layouts)
+            patches["keys"] = _in_a_row(reading.layers[-1]["keys"])
         if reading.states is not None:
             patches["states"] = self.family.encoder_states(self.base, reading.states)
         if reading.levels:
-            levels = [self.family.patch_values(self.base, reading.levels[i], layouts) for i in sorted(reading.levels)]
+            levels = [_in_a_row(reading.levels[i]) for i in sorted(reading.levels)]
             patches["levels"] = torch.stack(levels, 1)
         return patches
 
-    def _pictures(self, shape: tuple[int, int], layouts: Sequence[ImageLayout]) -> Tensor:
+    def _pictures(self, shape: tuple[int, int]) -> Tensor:
         """(all patches,) which picture of the encoder each patch is of. shape: pictures, and the tokens of each."""
         pictures, tokens = shape
         patches = tokens - self.family.prefix_tokens(self.base.config)
-        of = torch.arange(pictures, device=self.base.device).unsqueeze(1).expand(-1, patches)
-        return self.family.patch_values(self.base, [of], layouts)
+        return torch.arange(pictures, device=self.base.device).repeat_interleave(patches)
 
     def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._current.reading is not None:
@@ -243,6 +241,11 @@ class EncoderPlace(Place):
         if "keys" in self.reads:
             read["keys"] = key[:, :, prefix:].mean(1)
         return read
+
+
+def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """(all patches, ...) of one (pictures, patches, ...) tensor a call of the vision attention."""
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 class EncoderAction(Action):

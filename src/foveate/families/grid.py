@@ -1,0 +1,126 @@
+"""What the families share whose images and frames are grids of merged patches, with sizes in `image_grid_thw`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import ImageLayout, Tile, joined
+from . import register
+from .base import Family
+
+
+class Grid(Family):
+    """Every image, and each frame of a video, is one grid of patches, of any size, and merge x merge of them (usually
+    2 x 2) join into a token.
+
+    encoder: name of the vision encoder. raster: whether its patches stand in raster order, and not token by token.
+    video: what the configuration calls the placeholder of videos; None where the model takes none.
+    """
+
+    encoder: ClassVar[str] = "visual"
+    raster: ClassVar[bool] = False
+    video: ClassVar[str | None] = "video_token_id"
+
+    def merge(self, config: Any) -> int:
+        """Patches along one side of a token."""
+        return config.vision_config.spatial_merge_size
+
+    def encoder_layers(self, base: Any) -> list[Any]:
+        return list(getattr(base, self.encoder).blocks)
+
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        return [layer.attn for layer in self.encoder_layers(base)[:-1]]
+
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._layouts(config, inputs["image_grid_thw"])
+
+    def video_token_id(self, config: Any) -> int | None:
+        return None if self.video is None else getattr(config, self.video)
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._layouts(config, inputs["video_grid_thw"])
+
+    def _layouts(self, config: Any, grids: Tensor) -> list[ImageLayout]:
+        merge, layouts, first = self.merge(config), [], 0
+        for frames, height, width in grids.tolist():
+            tiles = []
+            for frame in range(frames):
+                patches = first + self.order(config, height, width)
+                index = frame * len(patches) + torch.arange(len(patches))
+                tiles.append(Tile(index, (height // merge, width // merge), patches, frame=frame))
+                first += height * width
+            layouts.append(ImageLayout(sum(len(tile.index) for tile in tiles), tuple(tiles)))
+        return layouts
+
+    def order(self, config: Any, height: int, width: int) -> torch.Tensor:
+        """(n, merge ** 2) the encoder's patches of each token of an image or frame. height, width: in patches."""
+        merge = self.merge(config)
+        return joined(height, width, merge) if self.raster else torch.arange(height * width).view(-1, merge * merge)
+
+
+@register
+class Qwen2VL(Grid):
+    """An encoder without windows."""
+
+    model_type = "qwen2_vl"
+    summary = "Qwen2-VL (any resolution, M-RoPE)"
+    examples = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct")
+
+    def width(self, config: Any) -> int:
+        return config.vision_config.embed_dim
+
+
+@register
+class Glm4v(Grid):
+    """GLM-4.1V. Frames of videos are spelled with the placeholder of images."""
+
+    video = "image_token_id"
+    model_type = "glm4v"
+    summary = "GLM-4.1V"
+    examples = ("zai-org/GLM-4.1V-9B-Thinking",)
+
+
+@register
+class Glm4vMoe(Glm4v):
+    """GLM-4.5V."""
+
+    model_type = "glm4v_moe"
+    summary = "GLM-4.5V (mixture of experts)"
+    examples = ("zai-org/GLM-4.5V",)
+
+
+@register
+class Glm46v(Glm4v):
+    """GLM-4.6V."""
+
+    model_type = "glm46v"
+    summary = "GLM-4.6V"
+    examples = ("zai-org/GLM-4.6V-Flash",)
+
+
+@register
+class GlmOcr(Glm4v):
+    """GLM-OCR."""
+
+    model_type = "glm_ocr"
+    summary = "GLM-OCR"
+    examples = ("zai-org/GLM-OCR",)
+
+
+@register
+class PaddleOcrVL(Grid):
+    """A SigLIP that packs pictures of any size, patches in raster order."""
+
+    model_type = "paddleocr_vl"
+    summary = "PaddleOCR-VL"
+    examples = ("PaddlePaddle/PaddleOCR-VL",)
+    raster, video = True, None
+
+    def encoder_layers(self, base: Any) -> list[Any]:
+        return list(base.visual.vision_model.encoder.layers)
+
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        return [layer.self_attn for layer in self.encoder_layers(base)[:-1]]

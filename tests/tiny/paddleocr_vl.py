@@ -1,0 +1,21 @@
+"""PaddleOCR-VL: patches come as pictures."""
+
+from .base import LLM, PATCH, VISION
+from .qwen2_5_vl import TOKENS, Grid, mrope
+
+
+class PaddleOcrVL(Grid):
+    name = "paddleocr_vl"
+    values = 3 * PATCH**2
+
+    def options(self):
+        vision = dict(**VISION, image_size=48, patch_size=PATCH)
+        text = {**LLM, "head_dim": 16, "rope_parameters": mrope(2, 3, 3)}
+        return dict(vision_config=vision, text_config=text, **TOKENS)
+
+    def clip(self, kind):
+        return []  # transformers gives it no videos
+
+    def pixels(self, kinds, rng):
+        pixels = super().pixels(kinds, rng)
+        return pixels | {"pixel_values": pixels["pixel_values"].view(-1, 3, PATCH, PATCH)}
