@@ -63,9 +63,8 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
         past = kwargs.get(tiny.CACHE)
         start = 0 if past is None else int(past.get_seq_length())
 
-    def hide_keys(module, args, kwargs, layer: int):
+    def hide_keys(module, args, kwargs, layer: int, cross: bool):
         queries = kwargs["hidden_states"].shape[1]
-        cross = hasattr(module, "q_norm")
         mask = kwargs["attention_mask"]
         at = start + torch.arange(queries)
         for hide in (h for h in hides if h.layer == layer):
@@ -76,8 +75,9 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
                 keys = keys.repeat_interleave(group, dim=1)
             if mask is None:  # mllama without a cross_attention_mask
                 mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
-            # Keys made since (generated text) stay visible.
-            keys = torch.nn.functional.pad(keys, (0, mask.shape[-1] - keys.shape[-1]))
+            # Keys made since (generated text) stay visible; a window has left the first behind.
+            width = keys.shape[-1] if cross else start + queries
+            keys = torch.nn.functional.pad(keys, (0, width - keys.shape[-1]))[..., width - mask.shape[-1] :]
             queries_at = (at >= hide.first_query) & (at <= (at.max() if hide.last_query is None else hide.last_query))
             gone = keys[:, :, None, :] & queries_at[:, None]
             # A row that may see nothing at all must stay finite: it is padding. Over images, mllama lets a
@@ -87,10 +87,11 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
 
     handles = [llm.register_forward_pre_hook(note_start, with_kwargs=True)]
     for i, block in enumerate(llm.layers):
-        module = getattr(block, "self_attn", None) or getattr(block, "cross_attn", None)
+        cross = hasattr(block, "cross_attn")
+        module = block.cross_attn if cross else getattr(block, "self_attn", None)
         if module is None:  # a layer that keeps no keys: what is hidden, it must never have read
             continue
-        hook = lambda m, a, k, i=i: hide_keys(m, a, k, i)  # noqa: E731
+        hook = lambda m, a, k, i=i, cross=cross: hide_keys(m, a, k, i, cross)  # noqa: E731
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield

@@ -12,6 +12,11 @@ Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
+def grid_boxes(rows: int, columns: int) -> list[Box]:
+    """The boxes of a picture cut into rows x columns, row by row."""
+    return [(x / columns, y / rows, (x + 1) / columns, (y + 1) / rows) for y in range(rows) for x in range(columns)]
+
+
 def joined(rows: int, columns: int, factor: int) -> Tensor:
     """(n, factor ** 2) the patches of a picture that join into each token where factor x factor do.
 
@@ -28,18 +33,19 @@ class Tile:
 
     index: (n,) which of the image's tokens, in raster order. grid: (rows, columns), rows * columns = n.
     patches: (n,) which of the encoder's patches, counted over all pictures, each token is made of; (n, k) where k join.
-    box: (left, top, right, bottom) of the tile as fractions of the picture. frame: of a clip; 0 for a picture.
+    box: (left, top, right, bottom) of the tile as fractions of the picture, None where nobody says where it lies.
+    frame: of a clip; 0 for a picture.
     """
 
     index: Tensor
     grid: tuple[int, int]
     patches: Tensor
-    box: Box = WHOLE
+    box: Box | None = WHOLE
     frame: int = 0
 
     def centers(self) -> Tensor:
-        """(n, 2) where each token lies in the picture, (down, right) in [0, 1]."""
-        left, top, right, bottom = self.box
+        """(n, 2) where each token lies in the picture, (down, right) in [0, 1]; in its tile, where that is unknown."""
+        left, top, right, bottom = self.box or WHOLE
         rows, columns = self.grid
         down = top + (torch.arange(rows) + 0.5) / rows * (bottom - top)
         across = left + (torch.arange(columns) + 0.5) / columns * (right - left)

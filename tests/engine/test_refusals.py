@@ -120,12 +120,21 @@ def test_prompts_whose_image_tokens_cannot_be_found_are_refused(family, name):
         model.generate(**rest, mm_encoder_outputs={"image": features}, max_new_tokens=2)
 
 
-def test_sliding_windows_are_refused():
+@pytest.mark.parametrize("name", ["fastv", "topv", "plphp", "running_sum"])
+def test_methods_that_find_no_layer_without_a_window_are_refused(name):
     model = tiny.build("llava_sliding")
     before = snapshot(model)
-    with pytest.raises(foveate.UnsupportedError, match="sliding"):
-        foveate.prune(model, "fopru", keep=0.5)
+    with pytest.raises(foveate.UnsupportedError, match=r"window .*before the LLM"):
+        foveate.prune(model, name, keep=0.5)
     assert changes(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("variant", ["llava_sliding", "llava_windows"])
+def test_flash_attention_with_windows_is_refused(variant):
+    model = tiny.build(variant)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(foveate.UnsupportedError, match=r"window.*sdpa"):
+        foveate.prune(model, "fopru", keep=0.5)
 
 
 def test_a_compiled_wrapper_is_refused():

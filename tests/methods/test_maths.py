@@ -149,6 +149,19 @@ def test_the_last_rows_stop_at_padding():
     assert tokens.recent(9).tolist() == [[0, 1, 2, 3], [-1, -1, 2, 3]]
 
 
+def test_marginals_of_packed_and_padded_pictures_are_those_of_each_alone():
+    query, key = (torch.randn(1, 2, 7, 8) for _ in range(2))
+    alone = [attention_marginals(query[:, :, part], key[:, :, part], 0.5, 0) for part in (slice(3), slice(3, 7))]
+    sees = torch.zeros(1, 7, 7, dtype=torch.bool)
+    sees[:, :3, :3] = sees[:, 3:, 3:] = True
+    for packed, parts in zip(attention_marginals(query, key, 0.5, 0, 2, sees), zip(*alone, strict=True), strict=True):
+        assert torch.allclose(packed, torch.cat(parts, 1))
+    sees = torch.ones(1, 7, 7, dtype=torch.bool)
+    sees[:, :, 3:] = False  # padding is seen by nobody, and looks all the same
+    for padded, part in zip(attention_marginals(query, key, 0.5, 0, 2, sees), alone[0], strict=True):
+        assert torch.allclose(padded[:, :3], part) and not padded[:, 3:].any()
+
+
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("chunk", [1, 40, 1 << 24])
 def test_marginals_are_those_of_the_whole_map(prefix, chunk):

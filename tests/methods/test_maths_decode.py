@@ -19,6 +19,7 @@ from foveate.methods.attention_predictor import (
     said,
     said_behind,
 )
+from foveate.methods.budgets import first_largest
 from foveate.methods.step_baselines import LastStep, Pages, RunningSum, page_bounds
 
 CELLS = {
@@ -48,6 +49,19 @@ def test_blocks(block, padding):
     found = blocks_of(cells, present, block)
     assert [row[there].tolist() for row, there in zip(found, present, strict=True)] == expected
     assert (found[~present] >= 0).all()
+
+
+def test_the_largest_and_of_equals_the_first():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([-math.inf, -2.5, -1e-30, -0.0, 0.0, 1e-30, 0.25, 1.0, 3e38, math.inf])
+    for scores in (
+        torch.randn(3, 50, generator=generator),
+        values[torch.randint(len(values), (3, 50), generator=generator)],
+        torch.randint(-3, 3, (3, 50), generator=generator).bfloat16(),
+    ):
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        for most in (1, 7, 50):
+            assert torch.equal(first_largest(scores, most), order[..., :most])
 
 
 def test_the_most_of_a_block_and_the_last_rows():
@@ -97,11 +111,11 @@ def test_only_the_ends_of_the_history_say_something_new(steps):
     weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     real = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
     history = torch.rand(3, steps, 7, generator=generator) * real.unsqueeze(1)
-    say = said(history, real, weights, 0, steps)
+    say = said(history, real, weights)
     for _ in range(6):
         history = pushed(history, torch.rand(3, 1, 7, generator=generator) * real.unsqueeze(1))
         say = said_behind(say, history, real, weights)
-        assert (say - said(history, real, weights, 0, steps)).abs().max() < 1e-4
+        assert (say - said(history, real, weights)).abs().max() < 1e-4
 
 
 def test_a_step_s_row_is_what_it_read():

@@ -67,7 +67,18 @@ class LlavaQwen2(Llava):
 
 
 class LlavaSliding(Llava):
-    name, variant = "llava_sliding", True
+    name, variant, window = "llava_sliding", True, 8
 
     def options(self):
-        return super().options() | dict(text_config=MistralConfig(**LLM, sliding_window=8))
+        return super().options() | dict(text_config=MistralConfig(**LLM, sliding_window=self.window))
+
+
+class LlavaWindows(Llava):
+    """Windows in every other layer."""
+
+    name, variant, window = "llava_windows", True, 12
+
+    def options(self):
+        kinds = ["sliding_attention", "full_attention"] * 2
+        text = Qwen2Config(**LLM, use_sliding_window=True, sliding_window=self.window, layer_types=kinds)
+        return super().options() | dict(text_config=text)

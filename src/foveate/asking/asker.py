@@ -82,9 +82,10 @@ class Asker:
     def __init__(
         self, model: Any, processor: Any, shown: Sequence[Image | Clip], question: str, max_new_tokens: int
     ) -> None:
-        from foveate.asking.clips import in_turn, pictures_each, told
+        from foveate.asking.clips import frames_of, in_turn, pictures_each, told
 
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.image_sizes = [(frame.height, frame.width) for one in shown for frame in frames_of(one)]
         for what in ("image", "video"):
             placeholder = getattr(processor, f"{what}_token", None)
             if placeholder and placeholder in question:
@@ -105,11 +106,12 @@ class Asker:
 
     @contextmanager
     def under(self, methods: Method | Sequence[Method], *, record: bool = False) -> Iterator[Any]:
-        """The model pruned, and told which pictures are the frames of a clip."""
+        """The model pruned, and told how large pictures are and which are the frames of a clip."""
         import foveate
 
         with (
             foveate.prune(self.model, methods, record=record) as pruned,
+            pruned.saying(image_sizes=self.image_sizes),
             pruned.clips(self.clips) if self.clips else nullcontext(),
         ):
             yield pruned

@@ -128,7 +128,8 @@ def draw_kept(
     """Dim and grey each cell of the picture by how few keep its token.
 
     tiles: `.index` (which of the image's tokens), `.grid` (rows, columns), `.box` (fractions of the picture).
-    Where tiles overlap, as the overview and the crops of tiled models do, the finer one is drawn.
+    Where tiles overlap, as the overview and the crops of tiled models do, the finer one is drawn; one that nobody
+    knows the place of (no box) is not.
     share: (n,) in [0, 1]. Without tiles the picture stays as it is.
     """
     picture = scaled(picture, height)
@@ -151,7 +152,7 @@ def dimmed(picture: Image.Image) -> Image.Image:
 def paint_cells(size: tuple[int, int], tiles: Sequence[Any], values: Tensor | None, *, empty: int) -> Image.Image:
     """A grey picture of one value a token: (n,) in [0, 1]. empty: the grey outside all tiles."""
     canvas = Image.new("L", size, empty)
-    for tile in sorted(tiles, key=_cell_area, reverse=True):
+    for tile in sorted((tile for tile in tiles if tile.box is not None), key=_cell_area, reverse=True):
         assert values is not None
         rows, columns = tile.grid
         cells = (values[tile.index].view(rows, columns) * 255).round().byte().numpy()

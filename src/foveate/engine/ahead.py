@@ -39,11 +39,17 @@ def look_ahead(forward: Forward, index: int, hidden: Tensor, kwargs: dict[str, A
     finally:
         forward.peeks = False
     layer = attention.layer
-    visible = forward.valid() if forward.rows is None else forward.rows.real
+    rows = forward.rows
+    visible = forward.valid() if rows is None else rows.real
+    new: Tensor = torch.arange(forward.queries, device=hidden.device) if rows is None else rows.index
+    attention.positions = new.where(new < 0, new + forward.past).expand(len(hidden), -1).unsqueeze(1)
     if layer is not None and layer.physical:
         assert layer.keys is not None
         attention.key = torch.cat([layer.keys, attention.key], dim=2)
-        held = layer.full_index(len(hidden), hidden.device)[:, 0]
+        positions = layer.full_index(len(hidden), hidden.device)
+        later = attention.positions.expand(-1, positions.shape[1], -1)
+        attention.positions = torch.cat([positions, later], dim=2)
+        held = positions[:, 0]
         earlier = held >= 0
         if forward.mask is not None:
             earlier = earlier & forward.mask.gather(1, held.clamp(min=0))

@@ -15,7 +15,8 @@ from ..errors import UnsupportedError
 from ..methods.tokens import ImageGroups, LayerTokens
 from .cache import PrunedLayer
 from .forward import Forward
-from .routes import Kernel, physical_mask
+from .masks import gather_mask, physical_mask
+from .routes import Kernel
 from .target import Kind
 
 Output = tuple[Tensor, "Tensor | None"]
@@ -87,19 +88,83 @@ class Attention:
             visible=forward.visible(self.layer, self.key.shape[2]),
             last=last,
             text=stream.rows_of(forward.text, samples),
+            sees=self._sees(),
             layer=self.index,
             depth=len(forward.target.kinds),
             guidance=guidance,
         )
 
-    def over(self, key: Tensor, value: Tensor, filled: Tensor | None, query: Tensor | None = None) -> Attention:
+    # -- masks ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def own(self) -> Tensor | None:
+        """(batch | 1, heads | 1, queries, columns) the model's own mask over the tokens of the prompt, where it says
+        more than what is causal and no padding; None where it does not."""
+        forward, queries = self.forward, self.forward.queries
+        mask = self.mask if forward.rows is None else forward.handed
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            causal = self.options.get("is_causal", getattr(self.module, "is_causal", True))
+            if queries == 1 or mask is not None or causal or "flash" in self.implementation:
+                return None
+            everything = torch.ones(1, 1, queries, forward.past + queries, dtype=torch.bool, device=self.query.device)
+            return self._as_taken(everything)
+        if queries == 1:  # all that came before, but for a window
+            return None if forward.target.windows[self.index] is None else mask
+        return mask if forward.says_more(mask) else None
+
+    def _as_taken(self, visible: Tensor) -> Tensor:
+        """A bool mask as the kernel takes it."""
+        if self.implementation == "sdpa":
+            return visible
+        floor = torch.finfo(self.query.dtype).min
+        return torch.zeros(visible.shape, dtype=self.query.dtype, device=visible.device).masked_fill(~visible, floor)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(batch, kv_heads | 1, slots) the logical position of each key, -1 at fillers."""
+        forward, layer = self.forward, self.layer
+        if layer is not None:
+            return layer.full_index(len(forward.ids), self.key.device)
+        if forward.rows is not None:
+            return forward.rows.index.unsqueeze(1)
+        return torch.arange(forward.queries, device=self.key.device).expand(len(forward.ids), 1, -1)
+
+    def masked(self, filled: Tensor | None, query: Tensor, key: Tensor, rows: Tensor | None, at: Tensor) -> Any:
+        """What the kernel takes for these rows and keys, in order, the last of each aligned.
+
+        filled: bool (batch, slots), None where all hold a token. rows: (batch, r) which tokens of the forward the
+        queries are, None for all. at: (batch, kv_heads | 1, slots) the position of each key, -1 at fillers.
+        """
+        if self.own is None:
+            return physical_mask(self.implementation, query.shape[2], key.shape[2], filled, query.dtype, query)
+        end = self.forward.past + self.forward.queries
+        return gather_mask(self.own, rows, at, end, query.shape[1])
+
+    def _sees(self) -> Tensor | None:
+        """bool (batch, heads | 1, rows, keys): what each row sees, where that is more than what is causal."""
+        if self.own is None:
+            return None
+        rows, layer, mask = self.forward.rows, self.layer, self.own
+        if rows is not None or (layer is not None and layer.index is not None):
+            mask = self.masked(None, self.query, self.key, None if rows is None else rows.source, self.positions)
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+    def over(
+        self,
+        key: Tensor,
+        value: Tensor,
+        filled: Tensor | None,
+        query: Tensor | None = None,
+        rows: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Attention:
         """The same attention over other entries, and of other rows: all in order, and the last of each aligned.
 
-        key, value: (batch, kv_heads, slots, d). filled: bool (batch, slots), None where all hold a token.
+        key, value: (batch, kv_heads, slots, d). filled, rows, at: as `masked` takes them; at: None for the layer's own.
         query: (batch, heads, rows, d), None for all rows.
         """
         query = self.query if query is None else query
-        mask = physical_mask(self.implementation, query.shape[2], key.shape[2], filled, query.dtype, query)
+        mask = self.masked(filled, query, key, rows, self.positions if at is None else at)
         # Flash attention would read the gaps in the position ids as packed sequences.
         options = {**self.options, "position_ids": None} if "position_ids" in self.options else self.options
         return dataclasses.replace(self, query=query, key=key, value=value, mask=mask, options=options)
@@ -118,10 +183,9 @@ class Attention:
         if self.kind == "self":
             layer, forward = self.layer, self.forward
             if forward.rows is not None or (layer is not None and layer.index is not None):
-                filled = forward.visible(layer, self.key.shape[2])
-                self.mask = physical_mask(
-                    self.implementation, self.query.shape[2], self.key.shape[2], filled, self.query.dtype, self.query
-                )
+                filled, rows = forward.visible(layer, self.key.shape[2]), forward.rows
+                source = None if rows is None else rows.source
+                self.mask = self.masked(filled, self.query, self.key, source, self.positions)
         run: Run = Attention.run
         for action in reversed(actions):
             if action.attends(self):

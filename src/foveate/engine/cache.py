@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .memory import Memory
 from .rows import Compaction, Stream, compact, gather_entries
-from .upstream import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from .upstream import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 
 class Pass(Protocol):
@@ -36,9 +36,12 @@ class PrunedLayer(DynamicLayer):
     """Holds fewer entries than it answers for.
 
     `length` is logical: what `get_seq_length` and the mask sizes say. `keys` and `values` are physical. While
-    `index` is None the two agree. Otherwise `index` (batch, 1 | kv_heads, slots) says which logical position each of
-    the first slots holds, -1 for a filler; later slots are the newest positions, in order. Fillers come first and
-    are equally many in every head of a row.
+    `index` is None the slots are the newest positions, in order. Otherwise `index` (batch, 1 | kv_heads, slots) says
+    which logical position each of the first slots holds, -1 for a filler; later slots are the newest positions. Fillers
+    come first and are equally many in every head of a row.
+
+    sliding_window: how far back its queries see, None for all the way. The layer then says what transformers' own says,
+    and behind a pass it holds no more slots than that one.
     """
 
     def __init__(self, kind: Literal["self", "cross"] = "self") -> None:
@@ -47,6 +50,8 @@ class PrunedLayer(DynamicLayer):
         self.length = 0
         self.index: Tensor | None = None
         self.ragged = False
+        self.sliding_window: int | None = None
+        self.record_past = False  # assisted decoding: nothing leaves the window until `crop`
         self.fixed_point: int | None = None  # the slot that every decoding step evicts
         self.memory: Memory | None = None  # what later steps read of the images here
         self._filled: tuple[Tensor, Tensor] | None = None
@@ -64,6 +69,16 @@ class PrunedLayer(DynamicLayer):
     def physical(self) -> int:
         """Slots really held."""
         return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def is_sliding(self) -> bool:  # type: ignore[override]
+        """Whether a window passes over it."""
+        return self.sliding_window is not None
+
+    @property
+    def most(self) -> int:
+        """Slots that it may hold behind a pass of the logical length."""
+        return self.length if self.sliding_window is None else min(self.length, self.sliding_window - 1)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -96,14 +111,20 @@ class PrunedLayer(DynamicLayer):
             self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1)
             self.ragged = self.ragged or rows.ragged
             self.pruned_cache.add("rows")
+        self.slide()  # of a pass outside this session
+        seen = self.most + new
         self.length += new
-        return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if not self.record_past or self.index is not None:
+            return keys, values
+        # What is only held to be taken back is not seen, and the model's mask has no place for it.
+        return keys[:, :, -seen:], values[:, :, -seen:]
 
     def full_index(self, batch: int, device: torch.device) -> Tensor:
         """(batch, 1 | kv_heads, slots) logical position of every slot, -1 for fillers."""
+        tail = self.physical - (0 if self.index is None else self.index.shape[-1])
         if self.index is None:
-            return torch.arange(self.length, device=device).expand(batch, 1, -1)
-        tail = self.physical - self.index.shape[-1]
+            return torch.arange(self.length - tail, self.length, device=device).expand(batch, 1, -1)
         if not tail:
             return self.index
         newest = torch.arange(self.length - tail, self.length, device=self.index.device)
@@ -167,6 +188,20 @@ class PrunedLayer(DynamicLayer):
         self.values = torch.cat([self.values[:, :, :slot], self.values[:, :, slot + 1 :]], dim=2)
         self.pruned_cache.add("entries")
 
+    def slide(self, recorded: bool = False) -> None:
+        """Behind a pass: forget what the window left behind. Of a pruned layer the last slots hold all that it still
+        sees, and more; which of them count is for the mask to say. recorded: also what assisted decoding may want."""
+        gone = self.physical - self.most
+        if self.sliding_window is None or (self.record_past and not recorded) or gone <= 0:
+            return
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[:, :, gone:], self.values[:, :, gone:]
+        if gone > 1:  # a prompt's: a view would hold on to all of it
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        if self.index is not None:
+            self.index = self.index[..., gone:] if gone < self.index.shape[-1] else None
+            self.ragged = self.ragged and self.index is not None
+
     # -- what transformers asks for, answered logically -------------------------------------------------------
 
     def get_seq_length(self) -> int:
@@ -174,8 +209,12 @@ class PrunedLayer(DynamicLayer):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical length with the coming queries, and offset 0."""
-        return self.length + query_length, 0
+        """Logical length with the coming queries, and offset 0; of what the window leaves where there is one."""
+        return self.most + query_length, self.length - self.most
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding is about to take tokens back."""
+        self.record_past = True
 
     def reset(self) -> None:
         """Forget everything."""
@@ -188,12 +227,15 @@ class PrunedLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if not tokens_to_remove or not self.is_initialized:
+            self.slide(recorded=True)
             return
         if self.kind == "cross":
             raise UnsupportedError(
                 "assisted decoding crops the image features of cross-attention layers too; generate without "
                 "prompt_lookup_num_tokens or an assistant model"
             )
+        if self.sliding_window is not None and not self.record_past and self.length >= self.sliding_window:
+            raise UnsupportedError("what a window left behind cannot come back: start from a new cache")
         target = self.length + tokens_to_remove
         tail = self.physical - (self.index.shape[-1] if self.index is not None else 0)
         if -tokens_to_remove > tail:
@@ -205,6 +247,7 @@ class PrunedLayer(DynamicLayer):
             if self.memory is not None:
                 self.memory = self.memory.cropped(self.physical)
         self.length = target
+        self.slide(recorded=True)
 
     def _reindex(self, change: Any) -> None:
         if self.index is not None:
@@ -236,7 +279,7 @@ def check_cache(cache: Any) -> None:
     if cache.offloading:
         raise UnsupportedError(f"foveate cannot prune an offloaded cache: evicted entries live elsewhere; {advice}")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, PrunedLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer):
             raise UnsupportedError(f"foveate cannot prune a cache of {type(layer).__name__}s; {advice}")
     if not cache.layers and cache.layer_class_to_replicate is not DynamicLayer:
         raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
@@ -247,7 +290,7 @@ def adopt_cache(cache: Any, kinds: list[Literal["self", "cross"]]) -> None:
     for i, kind in enumerate(kinds):
         if i == len(cache.layers):
             cache.layers.append(PrunedLayer(kind))
-        elif type(cache.layers[i]) is DynamicLayer:
+        elif not isinstance(cache.layers[i], PrunedLayer):
             cache.layers[i] = PrunedLayer.adopt(cache.layers[i], kind)
         cache.layers[i].pruned_cache = cache.layers[0].pruned_cache
 

@@ -16,6 +16,7 @@ from ..layout import Tile
 from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
 from .images import EncodedImage, group_images, place_images, repeated
+from .masks import says_more
 from .rows import Rows, Stream, compact, gather_rows
 from .target import Target
 
@@ -41,7 +42,8 @@ class Forward:
     comes in to the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of
     the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
     how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
-    peeks: whether a layer is only asked for its queries and keys.
+    peeks: whether a layer is only asked for its queries and keys. handed: the mask, of all tokens, that the model handed
+    to the layer at hand.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Forward:
         self.hooks: list[Any] = []
         self.peeks = False
         self.outer: Forward | None = None
+        self.handed: Any = None
+        self._says_more: dict[int, tuple[Tensor, bool]] = {}
         self._pending: Tensor | None = None
         self._through: Tensor | None = None
         self._aside: _Aside | None = None
@@ -134,7 +138,14 @@ class Forward:
             return filled
         if self.rows is not None:
             return self.rows.real if self.rows.ragged else None
-        return None if self.mask is None else self.mask[:, :keys]
+        return None if self.mask is None else self.mask[:, self.mask.shape[1] - keys :]
+
+    def says_more(self, mask: Tensor) -> bool:
+        """Whether the model's mask of this pass, over all tokens, is not just causal and of no padding."""
+        if id(mask) not in self._says_more:
+            real = self.mask if mask.shape[-1] == self.past + self.queries else None
+            self._says_more[id(mask)] = (mask, says_more(mask, real, self.past))
+        return self._says_more[id(mask)][1]
 
     # -- images -----------------------------------------------------------------------------------------------
 
@@ -223,6 +234,7 @@ class Forward:
 
     def enter(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """In front of a decoder layer: drop what leaves here, and shorten what comes beside the hidden states."""
+        self.handed = kwargs.get("attention_mask")
         if self._pending is not None:
             keep, self._pending = self._pending, None
             source = self.streams["self"].narrow(keep, self.valid())

@@ -28,6 +28,7 @@ class LayerReport:
     """One decoder layer.
 
     length: logical entries; kept_length: slots physically held (of the longest sample).
+    What a sliding window left behind counts as kept: it leaves the untouched model's cache, too.
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
     seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
@@ -132,6 +133,7 @@ class PruneReport:
         self._past = {"self": forward.past, "cross": self._length["cross"] - features}
         self._entered, self._taken = forward.entered, forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
+        self._windows = [layer is not None and layer.is_sliding for layer in layers]
         self._index = [
             (layer.full_index(self._batch, device) if layer.index is not None else None)
             if layer is not None
@@ -148,16 +150,21 @@ class PruneReport:
         self.records = record
         held = [layer for layer in layers if layer is not None and layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
-        self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.length for layer in held)
+        self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.most for layer in held)
         self.decoding: Decoding | None = None
         self._places = forward.image_tokens()
         self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
 
     def _kept(self, layer: int) -> Tensor:
-        kind, index = self._kinds[layer], self._index[layer]
+        index, length = self._index[layer], self._length[self._kinds[layer]]
         if index is None:
-            return self._all[kind]
-        return _spread(index, self._length[kind])
+            return self._seen(layer)
+        kept = _spread(index, length)
+        if not self._windows[layer]:
+            return kept
+        # What a window left behind was not dropped.
+        oldest = torch.where(index < 0, length, index).amin(-1, keepdim=True)
+        return kept | (self._seen(layer) & (torch.arange(length, device=index.device) < oldest))
 
     def _seen(self, layer: int) -> Tensor:
         kind, rows = self._kinds[layer], self._entered.get(layer)
@@ -188,7 +195,8 @@ class PruneReport:
     @cached_property
     def images(self) -> list[list[tuple[int, int]]]:
         """Per sample a `(tokens, kept)` for each image, `kept` as the mean over the layers that lost tokens of it."""
-        masks = [self._kept(i).float().mean(1) for i, index in enumerate(self._index) if index is not None]
+        lossy = [i for i, index in enumerate(self._index) if index is not None or self._entered.get(i) is not None]
+        masks = [self._kept(i).float().mean(1) for i in lossy]
         counts = []
         for row, places in enumerate(self._places):
             sample = []

@@ -1,4 +1,4 @@
-"""Between transformers and its attention kernels: routing of marked modules, physical masks, and scores."""
+"""Between transformers and its attention kernels: routing of marked modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
@@ -61,25 +60,3 @@ def remove_routes(modules: Iterable[nn.Module]) -> None:
             _routed.discard(module)
         if not _routed and AttentionInterface.get_interface is _get_interface:
             AttentionInterface.get_interface = _original  # type: ignore[method-assign]
-
-
-def physical_mask(
-    implementation: str, queries: int, keys: int, filled: Tensor | None, dtype: torch.dtype, like: Tensor
-) -> Tensor | None:
-    """The mask of a layer whose slots are in order: causal, aligned at the end, without fillers.
-
-    filled: bool (batch, keys) or None. Returns what the implementation wants: None where it needs no mask, bool
-    (batch | 1, 1, queries, keys) for sdpa, additive floats for eager, (batch, keys) for flash attention.
-    """
-    if "flash" in implementation:
-        return filled
-    if filled is None and (queries == 1 or (queries == keys and implementation == "sdpa")):
-        return None
-    visible = None if filled is None else filled[:, None, None, :]
-    if queries > 1 or visible is None:
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
-        visible = causal if visible is None else causal & visible
-    mask = visible
-    if implementation == "sdpa":
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)

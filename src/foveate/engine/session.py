@@ -213,6 +213,21 @@ class Pruned(NotPickled):
         """
         return self._target.clips.said(frames)
 
+    @contextlib.contextmanager
+    def saying(self, *, image_sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Say of the images in this block what no input of the model tells.
+
+        image_sizes: (height, width) of each picture in pixels, in order, as it went into the processor. Models that
+        cut pictures into tiles without a word on rows and columns need them to say where the tiles lie.
+        """
+        outer = dict(self._target.said)
+        self._target.said.update(image_sizes=[(int(height), int(width)) for height, width in image_sizes])
+        try:
+            yield
+        finally:
+            self._target.said.clear()
+            self._target.said.update(outer)
+
     # -- the forward pass -------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -306,6 +321,8 @@ class Pruned(NotPickled):
             action.finish()
         if forward.past and forward.mask is not None:
             evict_hidden(forward.cache, forward.mask)
+        for layer in forward.cache.layers if forward.cache is not None else ():
+            layer.slide()
         if not entered.unreported and (forward.queries > 1 or not forward.past):
             report = self._outcome.report = PruneReport(forward, self.methods, self.record)
             for place in self._places:

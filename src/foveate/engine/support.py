@@ -59,10 +59,10 @@ def find_target(model: Any) -> Target:
         raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
     if reason := family.check(base):
         raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
-    check_attention(decoder.config)
     check_compiled(model)
     cache_name(base.forward)  # or the reason why there is none
     target = Target(model, family, base, decoder)
+    check_attention(target)
     if target.norm is None or any(module is None for module in target.attentions()):
         raise UnsupportedError(
             f"foveate does not know its way round a {decoder.config.model_type} decoder: it needs layers with "
@@ -82,19 +82,18 @@ def check_compiled(model: Any) -> None:
             )
 
 
-def check_attention(config: Any) -> None:
-    """Refuse attention that foveate cannot follow. config: of the decoder."""
-    implementation = config._attn_implementation
+def check_attention(target: Target) -> None:
+    """Refuse attention that foveate cannot follow."""
+    implementation = target.decoder.config._attn_implementation
     if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
         raise UnsupportedError(
             f"foveate does not know the attention implementation {implementation!r}; load the model with "
             'attn_implementation="sdpa", "eager" or "flash_attention_2"'
         )
-    layer_types = getattr(config, "layer_types", None) or []
-    if getattr(config, "sliding_window", None) and (not layer_types or any("full" not in kind for kind in layer_types)):
+    if "flash" in implementation and (any(target.windows) or not getattr(target.base, "_supports_flash_attn", True)):
         raise UnsupportedError(
-            "this decoder uses sliding-window attention, whose window counts dropped tokens; use a model (or a "
-            "configuration) with full attention"
+            "this decoder sees a window, or images both ways, and flash attention takes no masks that say so once "
+            'tokens are dropped: load the model with attn_implementation="sdpa"'
         )
 
 
@@ -119,7 +118,7 @@ def check_methods(target: Target, methods: Sequence[Method]) -> None:
 def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) -> None:
     """Refuse what a forward of the base model cannot do while tokens are dropped. kwargs: its arguments."""
     decoder = target.decoder
-    check_attention(decoder.config)  # it may have been switched since the model was pruned
+    check_attention(target)  # it may have been switched since the model was pruned
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         raise UnsupportedError("gradient checkpointing runs layers a second time: prune in eval() mode, or without it")
     mask = kwargs.get("attention_mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from ..families.base import Family, ImageLayout
 from ..methods.host import Encoder, Host
 from .clips import Clips
-from .upstream import cache_name
+from .upstream import DynamicCache, cache_name
 
 Kind = Literal["self", "cross"]
 
@@ -23,8 +25,8 @@ class Target:
     """A model of a known family.
 
     model: the one with `generate()`. base: the module whose forward receives token ids and pixels. decoder: the
-    language model inside it. session: a mark of this very pruning, for what leaves it. clips: what was said of the
-    pictures to come.
+    language model inside it. session: a mark of this very pruning, for what leaves it. clips: which of the pictures to
+    come are frames of clips. said: what else the user says of the images at hand.
     """
 
     model: Any
@@ -33,11 +35,37 @@ class Target:
     decoder: Any
     session: object = field(default_factory=object)
     clips: Clips = field(default_factory=Clips)
+    said: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> list[Kind]:
         """What each decoder layer attends to: the prompt ("self") or image features ("cross")."""
         return ["cross" if hasattr(layer, self.family.cross_attention) else "self" for layer in self.decoder.layers]
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """How far back each decoder layer sees, None for all the way: what transformers' own cache makes of it."""
+        layers = DynamicCache(config=self.decoder.config).layers
+        windows = [getattr(layer, "sliding_window", None) for layer in layers[: len(self.kinds)]]
+        return windows + [None] * (len(self.kinds) - len(windows))
+
+    @cached_property
+    def readable(self) -> list[bool]:
+        """Which layers show a method how the prompt looks at all of its image tokens."""
+        return [kind == "self" and window is None for kind, window in zip(self.kinds, self.windows, strict=True)]
+
+    def check_readable(self, method: str, layers: Sequence[int]) -> None:
+        """Refuse a method that reads or evicts what none of these layers has.
+
+        Raises:
+            UnsupportedError: where none of them shows a prompt's images as a whole.
+        """
+        if not any(self.readable[layer] for layer in layers):
+            seen = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
+            raise UnsupportedError(
+                f"{method} needs a decoder layer that attends to the whole prompt, and layers {seen} of this "
+                f"{self.decoder.config.model_type} decoder see a window of it: use a method that acts before the LLM"
+            )
 
     @property
     def crosses(self) -> bool:

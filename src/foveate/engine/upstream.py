@@ -33,7 +33,13 @@ def release_note() -> str | None:
 
 try:
     from transformers import PreTrainedModel
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+    from transformers.cache_utils import (
+        Cache,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        EncoderDecoderCache,
+    )
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
     raise ImportError(
@@ -46,6 +52,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "EncoderDecoderCache",
     "PreTrainedModel",
     "cache_behind",

@@ -42,14 +42,15 @@ class View:
 def views(shown: Sequence[Sequence[Image.Image]], tilings: Sequence[Sequence[Tile]]) -> list[View]:
     """Every picture and frame as often as its tiles lie above each other: the overview and the crops of tiled models.
 
-    shown: the frames of each clip, of a picture one. tilings: the tiles of each.
+    A tile that nobody knows the place of is not drawn. shown: the frames of each clip, of a picture one. tilings: the
+    tiles of each.
     """
     out = []
     for number, (frames, tiles) in enumerate(zip(shown, tilings, strict=True)):
         parts = by_frame(frames, tiles)
         for frame, (picture, own) in enumerate(parts):
             named = f"frame {frame + 1}" if len(parts) > 1 else ""
-            levels = _levels(own)
+            levels = _levels([tile for tile in own if tile.box is not None])
             names = ["overview", "tiles", *map(str, range(3, len(levels) + 1))] if len(levels) > 1 else [""]
             pairs = zip(levels, names, strict=False)
             out += [View(number, picture, tuple(level), f"{named} {name}".strip()) for level, name in pairs]
@@ -68,6 +69,7 @@ def _levels(tiles: Sequence[Tile]) -> list[list[Tile]]:
 
 
 def _overlap(one: Tile, other: Tile) -> bool:
+    assert one.box is not None and other.box is not None
     return all(max(one.box[i], other.box[i]) < min(one.box[i + 2], other.box[i + 2]) for i in (0, 1))
 
 
@@ -112,6 +114,7 @@ def panel(shown: Sequence[View], values: Sequence[Tensor], draw: Draw) -> Image.
 def _outline(picture: Image.Image, tiles: Sequence[Tile]) -> None:
     pen = ImageDraw.Draw(picture)
     for tile in tiles:
+        assert tile.box is not None
         x0, y0, x1, y1 = (round(side * picture.size[i % 2]) for i, side in enumerate(tile.box))
         pen.rectangle((x0, y0, min(x1, picture.width - 1), min(y1, picture.height - 1)), outline="#9fd0ff")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Tile
+from ..layout import Tile, grid_boxes
 from . import register
 from .base import Family
 
@@ -45,8 +45,7 @@ class Mllama(Family):
                 rows, columns = vision.supported_aspect_ratios[max(ratio, 1) - 1]
                 real = torch.arange(vision.max_num_tiles) < rows * columns if seen is None else seen[slot].cpu() > 0
                 tiles = []
-                for t, (y, x) in enumerate((y, x) for y in range(rows) for x in range(columns)):
-                    box = (x / columns, y / rows, (x + 1) / columns, (y + 1) / rows)
+                for t, box in enumerate(grid_boxes(rows, columns)):
                     tiles.append(Tile(t * n + patches, (side, side), t * n + patches, box))
                 if real.any():
                     images.append((slot * size + real.repeat_interleave(n).nonzero()[:, 0], tuple(tiles)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class Qwen2_5_VL(Grid):
 
     model_type = "qwen2_5_vl"
     summary = "Qwen2.5-VL (any resolution, M-RoPE)"
-    examples = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
+    examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
     def check(self, base: Any) -> str | None:
         if self._full_blocks(base):

@@ -41,11 +41,18 @@ def received_by_features(
 
 
 def attention_marginals(
-    query: Tensor, key: Tensor, scaling: float, prefix: int, chunk_elements: int = 1 << 24
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    prefix: int,
+    chunk_elements: int = 1 << 24,
+    sees: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that each patch receives from, and gives to, the other patches: means over heads and patches.
 
     query, key: (pictures, heads, prefix + n, d), of a vision encoder; the first `prefix` tokens are no patches.
+    sees: bool (pictures | 1, prefix + n, prefix + n), what each token attends to where that is not everything: patches
+    of its own picture, no padding. Means are then over these, and what nobody sees, padding, counts for nothing.
     Computed in chunks of query rows. Returns two float32 (pictures, n).
     """
     query = query[:, :, prefix:]
@@ -53,18 +60,31 @@ def attention_marginals(
     received = torch.zeros(pictures, n, dtype=torch.float32, device=query.device)
     given = []
     step = max(1, chunk_elements // (pictures * heads * key.shape[2]))
+    lookers: Tensor | int = n
+    if sees is not None:
+        # Padding looks at patches, too.
+        sees = sees & sees.any(1, keepdim=True).transpose(1, 2)
+        lookers = sees[:, prefix:, prefix:].sum(1).clamp(min=1)
     for start in range(0, n, step):
-        weights = ((query[:, :, start : start + step] * scaling) @ key.transpose(-1, -2)).float().softmax(-1)
-        patches = weights[..., prefix:].mean(1)
+        logits = ((query[:, :, start : start + step] * scaling) @ key.transpose(-1, -2)).float()
+        if sees is None:
+            patches = logits.softmax(-1)[..., prefix:].mean(1)
+            given.append(patches.mean(-1))
+        else:
+            seen = sees[:, prefix + start : prefix + start + step]
+            weights = logits.masked_fill(~seen.unsqueeze(1), torch.finfo(torch.float32).min).softmax(-1)
+            patches = weights[..., prefix:].mean(1) * seen[..., prefix:]
+            given.append(patches.sum(-1) / seen[..., prefix:].sum(-1).clamp(min=1))
         received += patches.sum(1)
-        given.append(patches.mean(-1))
-    return received / n, torch.cat(given, dim=1)
+    return received / lookers, torch.cat(given, dim=1)
 
 
-def prefix_attention(query: Tensor, key: Tensor, scaling: float, prefix: int) -> Tensor:
+def prefix_attention(query: Tensor, key: Tensor, scaling: float, prefix: int, sees: Tensor | None = None) -> Tensor:
     """Attention that [CLS], the first token, pays to each patch of a vision encoder, mean over heads.
 
-    query, key: (pictures, heads, prefix + n, d). Returns float32 (pictures, n).
+    query, key, sees: as above. Returns float32 (pictures, n).
     """
-    weights = ((query[:, :, :1] * scaling) @ key.transpose(-1, -2)).float().softmax(-1)
-    return weights[:, :, 0, prefix:].mean(1)
+    logits = ((query[:, :, :1] * scaling) @ key.transpose(-1, -2)).float()
+    if sees is not None:
+        logits = logits.masked_fill(~sees[:, None, :1], torch.finfo(torch.float32).min)
+    return logits.softmax(-1)[:, :, 0, prefix:].mean(1)

@@ -55,29 +55,30 @@ def pushed(history: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([history, rows.to(history.dtype)], -2)[..., -history.shape[-2] :, :]
 
 
-def said(history: Tensor, real: Tensor, weights: dict[str, Tensor], first: int, last: int) -> Tensor:
-    """The network but for its mean over steps: what the rows from `first` to `last` of the history say of the next one.
+def _near(rows: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The first convolution: (maps, r, blocks) -> (maps, 16, r, blocks)."""
+    near = conv2d(rows.unsqueeze(1), weights["near.weight"], weights["near.bias"], padding=1).relu()
+    return near * real[:, None, None].to(near.dtype)  # behind its last block an image ends as if it were alone
 
-    history: (maps, h, blocks), the oldest row first. real: bool (maps, blocks), False behind an image's last block.
-    weights: of the shapes in `SHAPES`. Returns (maps, last - first, blocks), of whose h rows the mean is the answer.
-    """
-    weights = {name: weight.to(history.dtype) for name, weight in weights.items()}
-    steps = history.shape[1]
-    # A row knows its neighbours, and these theirs.
-    low, high = max(first - 1, 0), min(last + 1, steps)
-    start = max(low - 1, 0)
-    around = history[:, None, start : high + 1]
-    # Behind its last block an image ends as if it were alone.
-    edge = real[:, None, None].to(history.dtype)
-    near = conv2d(around, weights["near.weight"], weights["near.bias"], padding=1)[:, :, low - start : high - start]
-    near = pad(near.relu() * edge, (0, 0, int(first == 0), int(last == steps)))
+
+def _say(near: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The second one, and the sum over channels, of all rows but the first and last: (maps, r - 2, blocks)."""
     far = conv2d(near, weights["far.weight"], weights["far.bias"], padding=(0, 1)).relu()
     return conv2d(far, weights["out.weight"].unsqueeze(-1), weights["out.bias"])[:, 0]
 
 
+def said(history: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The network but for its mean over steps: what each row of the history says of the next one.
+
+    history: (maps, h, blocks), the oldest row first. real: bool (maps, blocks), False behind an image's last block.
+    weights: of the shapes in `SHAPES`. Returns (maps, h, blocks).
+    """
+    return _say(pad(_near(history, real, weights), (0, 0, 1, 1)), weights)
+
+
 def predicted(history: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The network: what the next row will be, by blocks. As `said` takes them; returns (maps, blocks)."""
-    return said(history, real, weights, 0, history.shape[1]).mean(1)
+    return said(history, real, weights).mean(1)
 
 
 def said_behind(before: Tensor, history: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -85,11 +86,14 @@ def said_behind(before: Tensor, history: Tensor, real: Tensor, weights: dict[str
 
     before: (maps, h, blocks) what they said of the history before. Returns the same of the history now.
     """
-    steps = history.shape[1]
-    if steps < 6:
-        return said(history, real, weights, 0, steps)
-    oldest, newest = said(history, real, weights, 0, 2), said(history, real, weights, steps - 3, steps)
-    return torch.cat([oldest, before[:, 3:-2], newest], 1)
+    if history.shape[1] < 6:
+        return said(history, real, weights)
+    # A row says what it does because of two rows on either side. Both ends run as one batch.
+    near = _near(torch.cat([history[:, :5], history[:, -5:]]), real.repeat(2, 1), weights)
+    first, last = near.chunk(2)
+    ends = torch.cat([pad(first[:, :, :4], (0, 0, 1, 0)), pad(last[:, :, 1:], (0, 0, 0, 1))])
+    oldest, newest = _say(ends, weights).chunk(2)
+    return torch.cat([oldest, before[:, 4:-2], newest], 1)
 
 
 @register("attention_predictor")
@@ -154,7 +158,7 @@ class AttentionPredictor(TrainedMethod, DecodeMethod):
         new = pooled(heads, memory["block"], memory["real"].shape[1])
         history = pushed(memory["history"], new)
         real = memory["real"].repeat_interleave(history.shape[1], 0)
-        say = said(history.flatten(0, 1), real, self.tensors, 0, self.history)
+        say = said(history.flatten(0, 1), real, self._weights(history))
         return {**memory, "history": history, "said": say.view_as(history)}
 
     def score(self, memory: Memory, query: Tensor, scaling: float) -> Tensor:
@@ -166,5 +170,10 @@ class AttentionPredictor(TrainedMethod, DecodeMethod):
         history = pushed(memory["history"], row.unsqueeze(2))
         heads, real = history.shape[1], memory["real"]
         before = memory["said"].flatten(0, 1)
-        now = said_behind(before, history.flatten(0, 1), real.repeat_interleave(heads, 0), self.tensors)
+        real = real.repeat_interleave(heads, 0)
+        now = said_behind(before, history.flatten(0, 1), real, self._weights(history))
         return {**memory, "history": history, "said": now.unflatten(0, (-1, heads))}
+
+    def _weights(self, history: Tensor) -> dict[str, Tensor]:
+        """The network in the precision of the model, which its history has."""
+        return {name: weight.to(history.dtype) for name, weight in self.tensors.items()}

@@ -83,6 +83,18 @@ def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ..
     return tuple(layer for layer in scaled if layer < depth)
 
 
+def first_largest(scores: Tensor, most: int) -> Tensor:
+    """Indices of the `most` largest of the last dimension, the largest first and of equals the earlier.
+
+    scores: float32 or narrower, no NaN, (..., n). Returns int64 (..., most).
+    """
+    # One number for the score and the place behind it, whose order is total: a partial sort is then enough.
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0: both zeros are equal
+    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats are ordered backwards
+    place = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return scores.shape[-1] - 1 - (((rank << 31) + place).topk(most, dim=-1).values & 0x7FFFFFFF)
+
+
 def topk_mask(scores: Tensor, k: Tensor | int) -> Tensor:
     """True for the `k` largest of the last dimension; among equal scores the lower index wins.
 

@@ -27,7 +27,8 @@ def window_rows(tokens: LayerTokens, share: float) -> Tensor:
 def with_zero_logit(tokens: LayerTokens) -> LayerTokens:
     """The same layer with a zero key in front: its softmax is softmax_1, one more in the denominator."""
     visible = None if tokens.visible is None else pad(tokens.visible, (1, 0), value=True)
-    return replace(tokens, key=pad(tokens.key, (0, 0, 1, 0)), visible=visible)
+    sees = None if tokens.sees is None else pad(tokens.sees, (1, 0), value=True)
+    return replace(tokens, key=pad(tokens.key, (0, 0, 1, 0)), visible=visible, sees=sees)
 
 
 def split_budget(cross: Tensor, own: Tensor, budget: Tensor, share: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .budgets import check_range, floor_budget
+from .budgets import check_range, first_largest, floor_budget
 from .method import Method
 from .tokens import ImageGroups, LayerTokens
 
@@ -64,7 +64,7 @@ class DecodeMethod(Method):
 
         scores: (groups, kv_heads, n), -inf at padding. Returns (groups, kv_heads, most), indices of tokens.
         """
-        return scores.argsort(dim=-1, descending=True, stable=True)[..., :most]
+        return first_largest(scores, most)
 
     def remember(self, memory: Memory, received: Tensor, attended: Tensor) -> Memory:
         """The memory behind a step.

@@ -127,6 +127,8 @@ class LayerTokens:
     query: (batch, heads, rows, d). key: (batch, kv_heads, keys, d). scaling: of their product.
     visible: bool (batch, keys), False at padding and fillers, or None where all are tokens.
     last: (batch,) the row of the prompt's last token.
+    sees: bool (batch | 1, heads | 1, rows, keys) what each row attends to, where that is no matter of what came before
+        it (windows, or images that see themselves both ways); None where it is.
     text: (batch, t) rows of the text tokens that come after the start of the sample's first image, in order, the last
         token always among them; -1 at padding.
     entered: (batch, rows, hidden) hidden states in front of the layer; left: behind it. Only for layer methods.
@@ -152,6 +154,7 @@ class LayerTokens:
     depth: int = 0
     guidance: Tensor | None = None
     norm: Callable[[Tensor], Tensor] = lambda states: states
+    sees: Tensor | None = None
 
     @property
     def past(self) -> int:
@@ -176,7 +179,7 @@ class LayerTokens:
         return torch.where(place >= 0, self.text.gather(1, place.clamp(min=0)), -1)
 
     def attention(self, rows: Tensor) -> Tensor:
-        """Causal attention of chosen rows on all keys. rows: (batch, r), -1 gives zeros.
+        """Attention of chosen rows on all keys. rows: (batch, r), -1 gives zeros.
 
         Returns float32 (batch, heads, r, keys).
         """
@@ -190,12 +193,15 @@ class LayerTokens:
         grouped = picked.reshape(batch, self.key.shape[1], -1, dim)
         # Scaled first: the bare product can overflow float16.
         logits = ((grouped * self.scaling) @ self.key.transpose(-1, -2)).float().view(batch, heads, at.shape[1], -1)
-        hidden = torch.arange(self.key.shape[2], dtype=torch.float32, device=rows.device) > (at + self.past).unsqueeze(
-            -1
-        )
+        if self.sees is not None:
+            sees = self.sees.expand(batch, -1, -1, -1)
+            hidden = ~sees.gather(2, at[:, None, :, None].expand(-1, sees.shape[1], -1, sees.shape[3]))
+        else:
+            keys = torch.arange(self.key.shape[2], dtype=torch.float32, device=rows.device)
+            hidden = (keys > (at + self.past).unsqueeze(-1)).unsqueeze(1)
         if self.visible is not None:
-            hidden = hidden | ~self.visible.unsqueeze(1)
-        return logits.masked_fill_(hidden.unsqueeze(1), torch.finfo(torch.float32).min).softmax(-1)
+            hidden = hidden | ~self.visible[:, None, None]
+        return logits.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
 
     def received(self, rows: Tensor, weights: Tensor | None = None, chunk_elements: int = 1 << 24) -> Tensor:
         """What every key receives from chosen rows: the sum of their attention, worked out in chunks.

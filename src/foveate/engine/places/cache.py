@@ -38,8 +38,11 @@ class CachePlace(Place):
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
         depth = len(target.kinds)
         for method in methods:
-            if isinstance(method, CacheMethod) and method.first_layer() >= depth:
+            if not isinstance(method, CacheMethod):
+                continue
+            if method.first_layer() >= depth:
                 raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
+            target.check_readable(method.name, range(method.first_layer(), depth))
 
     def install(self, fixtures: Fixtures) -> None:
         if self.method.decode_distance is not None:
@@ -86,8 +89,10 @@ class CacheAction(Action):
             raise UnsupportedError(f"{name} evicts while decoding, and this turn is padded: {way_out}")
 
     def attends(self, attention: Attention) -> bool:
-        held = self.forward.groups is not None and attention.layer is not None and attention.kind == "self"
-        return held and attention.index >= self.method.first_layer()
+        held = self.forward.groups is not None and attention.layer is not None
+        # A window forgets by itself.
+        reads = self.forward.target.readable[attention.index]
+        return held and reads and attention.index >= self.method.first_layer()
 
     def attend(self, attention: Attention, run: Run) -> Output:
         attention.check_heads(self.method.name)
@@ -165,8 +170,9 @@ class CacheAction(Action):
         rows = source[:, None, :, None]
         picked = query.gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
         assert layer.keys is not None and layer.values is not None
-        out, weights = run(attention.over(layer.keys, layer.values, forward.visible(layer, layer.physical), picked))
         logical = source if forward.rows is None else forward.rows.source.gather(1, source)
+        filled, at = forward.visible(layer, layer.physical), layer.full_index(len(query), query.device)
+        out, weights = run(attention.over(layer.keys, layer.values, filled, picked, logical, at))
         forward.entered[attention.index] = torch.where(real, logical, -1)
         out = out.masked_fill(~real[..., None, None], 0)
         full = out.new_zeros(out.shape[0], width, *out.shape[2:])

@@ -46,6 +46,7 @@ class DecodePlace(Place):
                 raise ValueError(
                     f"{method.name}: dense_layers must be in [0, {depth - 1}] for this model, got {method.dense_layers}"
                 )
+            target.check_readable(method.name, range(method.dense_layers, depth))
             for other in methods:
                 if isinstance(other, CacheMethod):
                     raise UnsupportedError(
@@ -85,7 +86,9 @@ class DecodeAction(Action):
 
     def attends(self, attention: Attention) -> bool:
         layer = attention.layer
-        if layer is None or attention.kind != "self" or attention.index < self.method.dense_layers:
+        # Of a window there is little to choose.
+        reads = self.forward.target.readable[attention.index]
+        if layer is None or not reads or attention.index < self.method.dense_layers:
             return False
         return self.forward.groups is not None or layer.memory is not None
 

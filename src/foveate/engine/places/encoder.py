@@ -32,11 +32,12 @@ from .place import Action, Place
 class _Reading:
     """What one run of the encoder showed: per watched layer its named parts, one a call; and the projector's input.
 
-    levels: patches behind encoder layers, by layer. readers: the method's own tokens, as far as they got; shape: of
-    what they went beside, pictures and tokens; read: keys and values of the layer at hand.
+    images: how many there are. levels: patches behind encoder layers, by layer. readers: the method's own tokens, as
+    far as they got; shape: of what they went beside, pictures and tokens; read: keys and values of the layer at hand.
     """
 
     layers: list[dict[str, list[Tensor]]] = field(default_factory=list)
+    images: int = 0
     states: Tensor | None = None
     levels: dict[int, list[Tensor]] = field(default_factory=dict)
     readers: Tensor | None = None
@@ -113,13 +114,13 @@ class EncoderPlace(Place):
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
-        inputs = {**inputs.pop("kwargs", {}), **inputs}
+        inputs = {**self.target.said, **inputs.pop("kwargs", {}), **inputs}
         if self.family.needs_prompt:
             inputs["input_ids"] = self._prompt()
         pictures = layouts = self.target.layouts(medium, inputs)
         if medium == "image":
             layouts = self.target.clips.joined(pictures)
-        self._current.reading = reading = _Reading([{} for _ in self._modules])
+        self._current.reading = reading = _Reading([{} for _ in self._modules], len(pictures))
         try:
             output = encode(*args, **kwargs)
         finally:
@@ -225,22 +226,37 @@ class EncoderPlace(Place):
             )
             bounds = kwargs.get("cu_seq_lens_q")
             sizes = [query.shape[2]] if bounds is None else bounds.diff().tolist()
+            mask = _bool(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+            flash = "flash" in str(module.config._attn_implementation)
+            if flash and bounds is None and len(query) < self._current.reading.images:
+                raise UnsupportedError(
+                    "this vision encoder reads several pictures as one, and under flash attention nothing says where "
+                    'each of them ends, which the method needs: load the model with attn_implementation="sdpa"'
+                )
             for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
-                for name, value in self._read(q, k, scaling, prefix).items():
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+                for name, value in self._read(q, k, scaling, prefix, sees=mask).items():
                     parts.setdefault(name, []).append(value)
         return kernel(module, query, key, *args, **kwargs)
 
-    def _read(self, query: Tensor, key: Tensor, scaling: float, prefix: int) -> dict[str, Tensor]:
-        """The parts that the method reads, each (pictures, patches, ...)."""
+    def _read(self, query: Tensor, key: Tensor, scaling: float, prefix: int, sees: Tensor | None) -> dict[str, Tensor]:
+        """The parts that the method reads, each (pictures, patches, ...). sees: what each patch attends to."""
         read: dict[str, Tensor] = {}
         if "cls" in self.reads and prefix:
-            read["cls"] = prefix_attention(query, key, scaling, prefix)
+            read["cls"] = prefix_attention(query, key, scaling, prefix, sees)
         if self.reads & {"received", "given"} or ("cls" in self.reads and not prefix):
-            read["received"], read["given"] = attention_marginals(query, key, scaling, prefix)
+            read["received"], read["given"] = attention_marginals(query, key, scaling, prefix, sees=sees)
             read.setdefault("cls", read["received"])
         if "keys" in self.reads:
             read["keys"] = key[:, :, prefix:].mean(1)
         return read
+
+
+def _bool(mask: Any) -> Tensor | None:
+    """bool (pictures | 1, n, n) of an encoder's own mask, bool or additive (pictures | 1, 1, n, n)."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    return (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
 
 
 def _in_a_row(parts: Sequence[Tensor]) -> Tensor:

@@ -21,12 +21,15 @@ from .place import Action, Place
 
 
 class LayerPlace(Place):
-    """The decoder layers in front of which a method drops tokens. stages: these layers."""
+    """The decoder layers in front of which a method drops tokens. stages: these layers, and which stage each is."""
 
     def __init__(self, target: Target, method: LayerMethod) -> None:
         super().__init__(target)
         self.method = method
-        self.stages = method.stages(len(target.kinds))
+        # A stage stands where a layer can be read: at the next such place, or at the last. Of two in one, the later.
+        fits = _readable(target, method)
+        asked = method.stages(len(target.kinds))
+        self.stages = {next((f for f in fits if f >= layer), fits[-1]): stage for stage, layer in enumerate(asked)}
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
@@ -45,6 +48,9 @@ class LayerPlace(Place):
                     raise ValueError(
                         f"{method.name}: {rule} for this model, got {', '.join(map(str, stages)) or 'none'}"
                     )
+                if not _readable(target, method):
+                    ahead = int(method.looks_ahead)
+                    target.check_readable(method.name, range(ahead, depth - 1 + ahead))
 
     @property
     def reads_prompt(self) -> bool:
@@ -52,6 +58,13 @@ class LayerPlace(Place):
 
     def act(self, forward: Forward) -> Action | None:
         return LayerAction(self, forward) if forward.brings_images else None
+
+
+def _readable(target: Target, method: LayerMethod) -> list[int]:
+    """The layers in front of which the method finds one to read: the layer itself where it looks ahead, or the one
+    before."""
+    ahead = int(method.looks_ahead)
+    return [layer for layer in range(1, len(target.kinds)) if target.readable[layer - 1 + ahead]]
 
 
 class LayerAction(Action):
@@ -90,14 +103,15 @@ class LayerAction(Action):
 
     def _stage(self, index: int, hidden: Tensor) -> Tensor:
         """Let the method choose which image tokens go on; returns the hidden states they go on with."""
-        forward, method, stages = self.forward, self.place.method, self.place.stages
+        forward, method = self.forward, self.place.method
+        stage = self.place.stages[index]
         view, self.view, groups = self.view, None, forward.groups
         assert view is not None and groups is not None
         embedded = self.embedded
         if embedded is not None and forward.rows is not None:
             embedded = gather_rows(embedded, forward.rows.source)
         tokens = dataclasses.replace(
-            view, entered=self.entered, left=hidden, embedded=embedded, stage=stages.index(index), norm=forward.norm
+            view, entered=self.entered, left=hidden, embedded=embedded, stage=stage, norm=forward.norm
         )
         chosen = method.select(tokens)
         states = method.merge(tokens, chosen)
@@ -108,6 +122,6 @@ class LayerAction(Action):
             room[tokens.groups.row.unsqueeze(1), at] = states.to(hidden.dtype)
             hidden = room[:, :-1]
         forward.drop(forward.without(chosen), stage=True)
-        if index == stages[-1]:
+        if index == max(self.place.stages):
             self.embedded = None
         return hidden

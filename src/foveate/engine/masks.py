@@ -1,0 +1,71 @@
+"""Masks over physical slots: the plain causal one, and those that a model makes for itself (windows, blocks)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import gather_rows
+
+
+def physical_mask(
+    implementation: str, queries: int, keys: int, filled: Tensor | None, dtype: torch.dtype, like: Tensor
+) -> Tensor | None:
+    """The mask of a layer whose slots are in order: causal, aligned at the end, without fillers.
+
+    filled: bool (batch, keys) or None. Returns what the implementation wants: None where it needs no mask, bool
+    (batch | 1, 1, queries, keys) for sdpa, additive floats for eager, (batch, keys) for flash attention.
+    """
+    if "flash" in implementation:
+        return filled
+    if filled is None and (queries == 1 or (queries == keys and implementation == "sdpa")):
+        return None
+    visible = None if filled is None else filled[:, None, None, :]
+    if queries > 1 or visible is None:
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
+        visible = causal if visible is None else causal & visible
+    mask = visible
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def says_more(mask: Tensor, real: Tensor | None, past: int) -> bool:
+    """Whether a model's own mask lets tokens see less or more than what is real and not behind them.
+
+    mask: (batch | 1, heads | 1, queries, keys), bool or additive, its last column the last query's. real: bool (batch,
+    keys), False at padding, whose rows do not count; None where all are tokens. past: keys before the first query.
+    One device synchronisation.
+    """
+    queries, keys = mask.shape[-2:]
+    if keys != past + queries:  # a window left some behind
+        return True
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+    plain = causal if real is None else causal & real[:, None, None, :]
+    if mask.dtype == torch.bool:
+        differs = mask != plain
+    else:
+        differs = (mask != 0).where(plain, mask > torch.finfo(mask.dtype).min / 2)
+    if real is not None:
+        differs = differs & real[:, None, past:, None]
+    return bool(differs.any())
+
+
+def gather_mask(mask: Tensor, rows: Tensor | None, keys: Tensor, end: int, heads: int) -> Tensor:
+    """What a model's own mask says of the rows that are computed and the keys that are held.
+
+    mask: (batch | 1, heads | 1, queries, columns), bool or additive, over logical positions up to `end`. rows: (batch,
+    r) which of the queries, None for all. keys: (batch, kv_heads | 1, slots) the logical position of each key, -1 for
+    a filler. Returns (batch, heads | 1, r, slots).
+    """
+    mask = mask.expand(keys.shape[0], -1, -1, -1)
+    if rows is not None:
+        mask = gather_rows(mask.transpose(1, 2).flatten(2), rows).unflatten(2, (mask.shape[1], -1)).transpose(1, 2)
+    if keys.shape[1] > 1:
+        keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+    columns = keys - (end - mask.shape[-1])
+    shape = torch.broadcast_shapes(mask.shape[:2], columns.shape[:2])
+    columns = columns.expand(*shape, -1).unsqueeze(2)
+    found = mask.expand(*shape, -1, -1).gather(3, columns.clamp(min=0).expand(-1, -1, mask.shape[2], -1))
+    # What stands in front of the first column is behind the window; fillers do, too.
+    return found.masked_fill(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

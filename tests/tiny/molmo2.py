@@ -1,0 +1,54 @@
+"""Molmo 2: 2 x 2 tokens of a small whole picture, and those of crops of 4 x 4 patches."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import IMAGE, LLM, MARK, PATCH, VISION, VISION_END, VISION_START, Tiny
+
+GRIDS = [(2, 4), (4, 2), (4, 4), (2, 2)]  # (rows, columns) of tokens at full size, 2 x 2 a crop
+SIDE = 4
+
+
+class Molmo2(Tiny):
+    name, types = "molmo2", ("mm_token_type_ids",)
+
+    def options(self):
+        vision = dict(**VISION, num_key_value_heads=4, head_dim=8, image_size=[16, 16], patch_size=PATCH)
+        adapter = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8, intermediate_size=48)
+        return dict(
+            vision_config=vision | {"num_position_embeddings": SIDE**2},
+            adapter_config=adapter | {"vision_feature_layer": [-1, -2], "text_hidden_size": LLM["hidden_size"]},
+            text_config=dict(**LLM, head_dim=16, additional_vocab_size=0),
+            image_patch_id=IMAGE,
+            image_start_token_id=VISION_START,
+            image_end_token_id=VISION_END,
+            low_res_image_start_token_id=VISION_START,
+            frame_start_token_id=90,
+            frame_end_token_id=MARK,
+        )
+
+    def tokens(self, kind):
+        rows, columns = GRIDS[kind]
+        return 4 + rows * columns
+
+    def image(self, kind):
+        rows, columns = GRIDS[kind]
+        small, large = ([*[IMAGE] * c, MARK] * r for r, c in ((2, 2), (rows, columns)))
+        return [VISION_START, *small, VISION_END, VISION_START, *large, VISION_END]
+
+    def pixels(self, kinds, rng):
+        joined = torch.arange(SIDE**2).view(2, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
+        crops, pooling, seen = [], [], 0
+        for rows, columns in (GRIDS[kind] for kind in kinds):
+            n = 1 + rows * columns // 4
+            crops.append(torch.randn(n, SIDE**2, 3 * PATCH**2, generator=rng))
+            numbers = torch.arange(n).view(-1, 1, 1) * SIDE**2 + joined + seen
+            high, wide = rows // 2, columns // 2
+            large = numbers[1:].view(high, wide, 2, 2, 4).transpose(1, 2).reshape(-1, 4)
+            pooling += [numbers[0], large]
+            seen += n * SIDE**2
+        pooling = torch.cat(pooling)
+        pooling[-1, -1] = -1  # an edge, where fewer patches join
+        grids = torch.tensor([[2, 2, *GRIDS[kind]] for kind in kinds])
+        return {"pixel_values": torch.cat(crops), "image_token_pooling": pooling, "image_grids": grids}
