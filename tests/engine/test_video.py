@@ -233,6 +233,29 @@ def test_frames_that_are_pictures_equal_the_dense_reference(name, decoding):
     assert oracle.errors(tiny.build("llava", "eager"), batch, run, hides).max() < TOLERANCE
 
 
+def _others():
+    """Every other family whose images sit in the prompt, a method in turn; slow: all of them."""
+    names = [name for name in tiny.DECODER_FAMILIES if name != "llava"]
+    pairs = list(product(names, ("vidcom2", "evs", "random_clip", "plphp")))
+    return [
+        pytest.param(family, name, marks=[] if number % 4 == number // 4 % 4 else [pytest.mark.slow])
+        for number, (family, name) in enumerate(pairs)
+    ]
+
+
+@pytest.mark.parametrize(("family", "name"), _others())
+def test_frames_of_every_family_equal_the_dense_reference(family, name):
+    """Whatever a picture is to a model: tiles, a sample's tiles in one tensor, tokens that nobody can place."""
+    batch, model = tiny.inputs(family, images=(3, 2), text=(4, 7), alike=True), tiny.build(family)
+    with pruned(model, name) as handle, handle.clips([3, 1, 1]):
+        run, report = oracle.run(model, batch, **oracle.GREEDY), handle.report
+    (clip,), (one, other) = report.images
+    assert clip[0] == 3 * one[0] == 3 * other[0] and clip[1] < clip[0]
+    hides = hidden(report, batch["input_ids"].shape[1])
+    error = oracle.errors(tiny.build(family, "eager"), batch, run, hides) / run.logits.abs().max()
+    assert error.max() < TOLERANCE, [f"{e:.1e}" for e in error.tolist()]
+
+
 def test_methods_that_look_at_frames_choose_as_without_a_word():
     model, batch = tiny.build("llava"), frames_of("llava")
     with pruned(model, "fopru_rank") as handle:

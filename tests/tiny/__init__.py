@@ -98,13 +98,19 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, peak: float = 1.5) -> 
 
 
 def inputs(
-    family: str, images: Sequence[int] = (1,), text: Sequence[int] = (6,), seed: int = 0, between: int = 2
+    family: str,
+    images: Sequence[int] = (1,),
+    text: Sequence[int] = (6,),
+    seed: int = 0,
+    between: int = 2,
+    alike: bool = False,
 ) -> dict[str, Tensor]:
     """Return a left-padded batch: row b has `images[b]` images and ends with `text[b]` words.
 
-    Every image is followed by `between` words. Successive images differ in kind, from kind `seed % 4` on.
+    Every image is followed by `between` words. Successive images differ in kind, from kind `seed % 4` on, unless they
+    are `alike`.
     """
-    return found[family].inputs(images, text, seed, between)
+    return found[family].inputs(images, text, seed, between, alike)
 
 
 def videos(

@@ -139,7 +139,12 @@ class Tiny:
         return turn
 
     def inputs(
-        self, images: Sequence[int] = (1,), text: Sequence[int] = (6,), seed: int = 0, between: int = 2
+        self,
+        images: Sequence[int] = (1,),
+        text: Sequence[int] = (6,),
+        seed: int = 0,
+        between: int = 2,
+        alike: bool = False,
     ) -> dict[str, Tensor]:
         """See `tiny.inputs`."""
         rng = torch.Generator().manual_seed(1000 + seed)
@@ -147,7 +152,7 @@ class Tiny:
         def words(n: int) -> list[int]:
             return torch.randint(3, TEXT, (n,), generator=rng).tolist()
 
-        rows, kinds, next_kind = [], [], count(seed)
+        rows, kinds, next_kind = [], [], count(seed, 0 if alike else 1)
         for n_images, n_words in zip(images, text, strict=True):
             row, row_kinds = words(self.first), []
             for _ in range(n_images):

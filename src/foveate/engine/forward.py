@@ -42,7 +42,7 @@ class Forward:
     comes in to the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of
     the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
     how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
-    peeks: whether a layer is only asked for its queries and keys. handed: the mask, of all tokens, that the model handed
+    peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand.
     """
 
