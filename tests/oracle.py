@@ -56,17 +56,18 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
     """Let an eager model run with these keys invisible, by rewriting the mask each attention module gets."""
     assert model.config._attn_implementation == "eager", "only eager takes a mask per head"
     llm = tiny.of(model).language_model(model)
-    start = 0  # text position of the first query of this forward
+    end = 0  # text position behind the last query of this forward
 
-    def note_start(module, args, kwargs):
-        nonlocal start
+    def note_end(module, args, kwargs):
+        nonlocal end
         past = kwargs.get(tiny.CACHE)
-        start = 0 if past is None else int(past.get_seq_length())
+        given = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        end = given.shape[1] + (0 if past is None else int(past.get_seq_length()))
 
     def hide_keys(module, args, kwargs, layer: int, cross: bool):
         queries = kwargs["hidden_states"].shape[1]
         mask = kwargs["attention_mask"]
-        at = start + torch.arange(queries)
+        at = torch.arange(end - queries, end)  # some models go on with their last rows only
         for hide in (h for h in hides if h.layer == layer):
             keys = hide.keys
             if keys.shape[1] > 1:  # one set for each KV head: every query head of its group gets it
@@ -76,7 +77,7 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             if mask is None:  # mllama without a cross_attention_mask
                 mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
             # Keys made since (generated text) stay visible; a window has left the first behind.
-            width = keys.shape[-1] if cross else start + queries
+            width = keys.shape[-1] if cross else end
             keys = torch.nn.functional.pad(keys, (0, width - keys.shape[-1]))[..., width - mask.shape[-1] :]
             queries_at = (at >= hide.first_query) & (at <= (at.max() if hide.last_query is None else hide.last_query))
             gone = keys[:, :, None, :] & queries_at[:, None]
@@ -85,7 +86,7 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             mask = mask.masked_fill(gone, -torch.inf if cross else torch.finfo(mask.dtype).min)
         return args, kwargs | {"attention_mask": mask}
 
-    handles = [llm.register_forward_pre_hook(note_start, with_kwargs=True)]
+    handles = [llm.register_forward_pre_hook(note_end, with_kwargs=True)]
     for i, block in enumerate(llm.layers):
         cross = hasattr(block, "cross_attn")
         module = block.cross_attn if cross else getattr(block, "self_attn", None)
@@ -119,7 +120,8 @@ def dense_logits(
     prompt = batch["input_ids"].shape[1]
     copies = len(sequences) // len(batch["input_ids"])
     with masked(model, hides):
-        out = model.generate(
+        out = tiny.of(model).replay(
+            model,
             **batch,
             max_new_tokens=sequences.shape[1] - prompt,
             do_sample=True,  # so that the prompt may be expanded; the processor leaves no choice

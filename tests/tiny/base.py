@@ -62,6 +62,7 @@ class Tiny:
 
     name: what tests call it; model_type: of its configuration, the name if not said. whole: all rows of the matrix run
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
+    refused: methods that its models cannot do, and that are refused.
     in_prompt: whether image tokens sit in the prompt. mixes: whether a prompt may hold images and videos. image_id: the
     placeholder. before, after: ids around every image. window: how many tokens most layers of its decoder see, None for
     all. first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the
@@ -71,6 +72,7 @@ class Tiny:
     name: str = ""
     model_type: str = ""
     whole = variant = False
+    refused: tuple[str, ...] = ()
     in_prompt = mixes = True
     image_id = IMAGE
     before: tuple[int, ...] = ()
@@ -101,6 +103,10 @@ class Tiny:
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The decoder in it: takes embeddings, and has the layers."""
         return getattr(model.model, self.decoder)
+
+    def replay(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        """`generate()` of the untouched model, which must take a logits processor."""
+        return model.generate(**kwargs)
 
     def tokens(self, kind: int) -> int:
         """How many image tokens the processor writes into the prompt for an image of this kind, one of four."""

@@ -6,11 +6,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlavaNextVideoForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from .base import IMAGE, LLM, PATCH, Tiny, clip, noise
+from .base import IMAGE, LLM, PATCH, VIDEO, Tiny, clip, noise
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 SIDE = 16
@@ -29,6 +29,13 @@ def tiled_pixels(kinds, rng) -> dict[str, torch.Tensor]:
     for i, n in enumerate(counts):
         pixels[i, :n] = noise(rng, n, 3, SIDE, SIDE)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([SIZES[kind] for kind in kinds])}
+
+
+def film(rng: torch.Generator, frames: int, side: int) -> torch.Tensor:
+    """Square pictures of which half of the patches change from one to the next."""
+    moves = torch.rand(frames, 1, side // PATCH, side // PATCH, generator=rng) < 0.5
+    moves = moves.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    return torch.where(moves, noise(rng, frames, 3, side, side), noise(rng, 1, 3, side, side))
 
 
 class LlavaNext(Tiny):
@@ -53,3 +60,22 @@ class LlavaNext(Tiny):
 
     def pixels(self, kinds, rng):
         return tiled_pixels(kinds, rng)
+
+
+class LlavaNextVideo(LlavaNext):
+    name = "llava_next_video"
+
+    def options(self):
+        return super().options() | dict(video_token_index=VIDEO)
+
+    def make(self, config):
+        return LlavaNextVideoForConditionalGeneration(config)
+
+    def clip(self, kind):
+        return [4] * 3  # all films of a batch have as many frames
+
+    def film(self, kind):
+        return [VIDEO] * sum(self.clip(kind))
+
+    def films(self, kinds, rng):
+        return {"pixel_values_videos": torch.stack([film(rng, 3, SIDE) for _ in kinds])}

@@ -4,9 +4,16 @@ from .base import LLM, PATCH, VISION
 from .qwen2_5_vl import TOKENS, Grid, mrope
 
 
-class PaddleOcrVL(Grid):
-    name = "paddleocr_vl"
+class PatchPictures(Grid):
     values = 3 * PATCH**2
+
+    def pixels(self, kinds, rng):
+        pixels = super().pixels(kinds, rng)
+        return pixels | {"pixel_values": pixels["pixel_values"].view(-1, 3, PATCH, PATCH)}
+
+
+class PaddleOcrVL(PatchPictures):
+    name = "paddleocr_vl"
 
     def options(self):
         vision = dict(**VISION, image_size=48, patch_size=PATCH)
@@ -15,7 +22,3 @@ class PaddleOcrVL(Grid):
 
     def clip(self, kind):
         return []  # transformers gives it no videos
-
-    def pixels(self, kinds, rng):
-        pixels = super().pixels(kinds, rng)
-        return pixels | {"pixel_values": pixels["pixel_values"].view(-1, 3, PATCH, PATCH)}

@@ -102,6 +102,11 @@ class Attention:
         more than what is causal and no padding; None where it does not."""
         forward, queries = self.forward, self.forward.queries
         mask = self.mask if forward.rows is None else forward.handed
+        if self.borrows and mask is None and queries > 1 and "flash" not in self.implementation:
+            # Rows and keys left at different layers, so that they are in no order that an implementation knows.
+            rows, end = self.query.shape[2] if forward.sliced else queries, forward.past + queries
+            causal = torch.ones(1, 1, rows, end, dtype=torch.bool, device=self.query.device)
+            return self._as_taken(causal.tril(end - rows))
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             causal = self.options.get("is_causal", getattr(self.module, "is_causal", True))
             if queries == 1 or mask is not None or causal or "flash" in self.implementation:
@@ -110,7 +115,25 @@ class Attention:
             return self._as_taken(everything)
         if queries == 1:  # all that came before, but for a window
             return None if forward.target.windows[self.index] is None else mask
-        return mask if forward.says_more(mask) else None
+        return mask if self.borrows or forward.says_more(mask) else None
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the keys are those of an earlier layer."""
+        return self.forward.target.sources[self.index] != self.index
+
+    @property
+    def lent(self) -> Tensor | None:
+        """Of a layer that borrows in a prompt, the position of each key, None where none went."""
+        return self.forward.lent[self.forward.target.sources[self.index]]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are computed and held, and the model's mask is right as it is."""
+        forward, layer = self.forward, self.layer
+        if self.borrows and forward.queries > 1:
+            return self.lent is None and (forward.rows is None or forward.sliced)
+        return forward.rows is None and (layer is None or layer.index is None)
 
     def _as_taken(self, visible: Tensor) -> Tensor:
         """A bool mask as the kernel takes it."""
@@ -123,6 +146,10 @@ class Attention:
     def positions(self) -> Tensor:
         """(batch, kv_heads | 1, slots) the logical position of each key, -1 at fillers."""
         forward, layer = self.forward, self.layer
+        if self.borrows and forward.queries > 1:
+            end = forward.past + forward.queries
+            whole = torch.arange(end - self.key.shape[2], end, device=self.key.device)
+            return whole.expand(len(forward.ids), 1, -1) if self.lent is None else self.lent
         if layer is not None:
             return layer.full_index(len(forward.ids), self.key.device)
         if forward.rows is not None:
@@ -144,8 +171,8 @@ class Attention:
         """bool (batch, heads | 1, rows, keys): what each row sees, where that is more than what is causal."""
         if self.own is None:
             return None
-        rows, layer, mask = self.forward.rows, self.layer, self.own
-        if rows is not None or (layer is not None and layer.index is not None):
+        rows, mask = self.forward.rows, self.own
+        if not self.whole:
             mask = self.masked(None, self.query, self.key, None if rows is None else rows.source, self.positions)
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
@@ -181,10 +208,15 @@ class Attention:
     def through(self, actions: Sequence[Any]) -> Output:
         """Run the kernel with the actions (of `places`) that take part wrapped around it, the first outermost."""
         if self.kind == "self":
-            layer, forward = self.layer, self.forward
-            if forward.rows is not None or (layer is not None and layer.index is not None):
-                filled, rows = forward.visible(layer, self.key.shape[2]), forward.rows
-                source = None if rows is None else rows.source
+            forward, rows = self.forward, self.forward.rows
+            if self.index in forward.target.sources[self.index + 1 :] and forward.queries > 1:
+                # What later layers borrow is what this one sees, even if it is evicted meanwhile.
+                forward.lent[self.index] = None if self.whole else self.positions
+            if not self.whole:
+                filled = (
+                    None if self.borrows and forward.queries > 1 else forward.visible(self.layer, self.key.shape[2])
+                )
+                source = None if rows is None or forward.sliced else rows.source
                 self.mask = self.masked(filled, self.query, self.key, source, self.positions)
         run: Run = Attention.run
         for action in reversed(actions):

@@ -11,7 +11,14 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .memory import Memory
 from .rows import Compaction, Stream, compact, gather_entries
-from .upstream import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from .upstream import (
+    BORROWING_LAYERS,
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 
 class Pass(Protocol):
@@ -279,20 +286,26 @@ def check_cache(cache: Any) -> None:
     if cache.offloading:
         raise UnsupportedError(f"foveate cannot prune an offloaded cache: evicted entries live elsewhere; {advice}")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, *BORROWING_LAYERS):
             raise UnsupportedError(f"foveate cannot prune a cache of {type(layer).__name__}s; {advice}")
     if not cache.layers and cache.layer_class_to_replicate is not DynamicLayer:
         raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
 
 
 def adopt_cache(cache: Any, kinds: list[Literal["self", "cross"]]) -> None:
-    """Swap pruned layers into `cache` in place; what the layers hold stays."""
+    """Swap pruned layers into `cache` in place; what the layers hold stays. Layers that hold nothing stay, too."""
+    grows, shared = cache.layer_class_to_replicate is not None, None
     for i, kind in enumerate(kinds):
         if i == len(cache.layers):
+            if not grows:
+                break  # the layers from here on read the entries of earlier ones
             cache.layers.append(PrunedLayer(kind))
+        elif isinstance(cache.layers[i], BORROWING_LAYERS):
+            continue
         elif not isinstance(cache.layers[i], PrunedLayer):
             cache.layers[i] = PrunedLayer.adopt(cache.layers[i], kind)
-        cache.layers[i].pruned_cache = cache.layers[0].pruned_cache
+        shared = cache.layers[i].pruned_cache if shared is None else shared
+        cache.layers[i].pruned_cache = shared
 
 
 def evict_hidden(cache: Any, mask: Tensor) -> None:
@@ -300,7 +313,7 @@ def evict_hidden(cache: Any, mask: Tensor) -> None:
 
     mask: bool (batch, tokens).
     """
-    for layer in cache.layers:
+    for layer in (layer for layer in cache.layers if isinstance(layer, PrunedLayer)):
         if layer.kind == "self" and layer.index is not None:
             index = layer.full_index(mask.shape[0], mask.device)
             hidden = mask.unsqueeze(1).expand(-1, index.shape[1], -1)

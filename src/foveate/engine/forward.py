@@ -30,7 +30,7 @@ class _Aside:
     source: Tensor
     rows: Rows | None
     groups: ImageGroups | None
-    embeddings: tuple[Any, Any] | None
+    short: dict[int, tuple[Any, Any]]
 
 
 class Forward:
@@ -43,7 +43,8 @@ class Forward:
     the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
     how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
-    to the layer at hand.
+    to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, the positions of keys that
+    later layers share, None where none went. sliced: whether the model itself goes on with its last tokens only.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Forward:
         self.brings_images = brings_images
         self.queries = ids.shape[1]
         self.past = cache.layers[target.text_layer].length if cache is not None else 0
-        self._layers = frozenset(map(id, cache.layers)) if cache is not None else frozenset()
+        self.held = [layer for layer in cache.layers if isinstance(layer, PrunedLayer)] if cache is not None else []
+        self._layers = frozenset(map(id, self.held))
         # A single new token is never padding, and what earlier masks hid is gone from pruned layers.
         mask, decodes = arguments.get("attention_mask"), self.past and self.queries == 1
         self.mask: Tensor | None = None if mask is None or decodes or bool(mask.all()) else mask.bool()
@@ -75,7 +77,9 @@ class Forward:
         self._pending: Tensor | None = None
         self._through: Tensor | None = None
         self._aside: _Aside | None = None
-        self._embeddings: tuple[Any, Any] | None = None
+        self._short: dict[int, tuple[Any, Any]] = {}
+        self.lent: dict[int, Tensor | None] = {}
+        self.sliced = False
 
     def unhook(self) -> None:
         """Take the hooks off the layers."""
@@ -88,7 +92,7 @@ class Forward:
 
     def layer(self, index: int) -> PrunedLayer | None:
         """The cache layer of a decoder layer."""
-        return None if self.cache is None else self.cache.layers[index]
+        return None if self.cache is None else self.cache.layers[self.target.sources[index]]
 
     # -- tokens -----------------------------------------------------------------------------------------------
 
@@ -143,8 +147,7 @@ class Forward:
     def says_more(self, mask: Tensor) -> bool:
         """Whether the model's mask of this pass, over all tokens, is not just causal and of no padding."""
         if id(mask) not in self._says_more:
-            real = self.mask if mask.shape[-1] == self.past + self.queries else None
-            self._says_more[id(mask)] = (mask, says_more(mask, real, self.past))
+            self._says_more[id(mask)] = (mask, says_more(mask, self.mask, self.past + self.queries))
         return self._says_more[id(mask)][1]
 
     # -- images -----------------------------------------------------------------------------------------------
@@ -235,28 +238,55 @@ class Forward:
     def enter(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """In front of a decoder layer: drop what leaves here, and shorten what comes beside the hidden states."""
         self.handed = kwargs.get("attention_mask")
+        rows, computed = self.rows, hidden.shape[-2]
+        if computed < (self.queries if rows is None else rows.source.shape[1]):
+            # The model itself goes on with its last tokens only, and with what comes beside them.
+            last = torch.arange(self.queries - computed, self.queries, device=hidden.device).expand(len(self.ids), -1)
+            self.streams["self"].rows = Rows(last, torch.ones_like(last, dtype=torch.bool), False)
+            self.sliced = True
         if self._pending is not None:
             keep, self._pending = self._pending, None
             source = self.streams["self"].narrow(keep, self.valid())
             if source is not None:
-                hidden, self._embeddings = gather_rows(hidden, source), None
+                hidden, self._short = gather_rows(hidden, source), {}
         if self._through is not None:
             through, self._through = self._through, None
             rows, stream = self.rows, self.streams["self"]
             source = stream.narrow(through, self.valid())
             if source is not None:
-                self._aside = _Aside(hidden, source, rows, self.groups, self._embeddings)
+                self._aside = _Aside(hidden, source, rows, self.groups, self._short)
                 self._narrow(through)
-                hidden, self._embeddings = gather_rows(hidden, source), None
+                hidden, self._short = gather_rows(hidden, source), {}
         if self.rows is None:
             return hidden, kwargs
-        if self._embeddings is None or self._embeddings[0] is not kwargs["position_embeddings"]:
-            full = kwargs["position_embeddings"]
-            self._embeddings = (full, tuple(gather_rows(part, self.rows.source) for part in full))
         # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; the
         # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
-        beside = {"position_embeddings": self._embeddings[1], "position_ids": None, "attention_mask": None}
-        return hidden, {**kwargs, **beside}
+        beside = {name: self._shortened(name, value) for name, value in kwargs.items()}
+        return hidden, beside | {"position_ids": None, **({} if self.sliced else {"attention_mask": None})}
+
+    def _shortened(self, name: str, value: Any) -> Any:
+        """What comes beside the hidden states, for the rows alone where it is of all tokens: position embeddings, and
+        inputs that a layer gets of its own, (batch | 1, q, ...); a tuple of these, or anything else as it is."""
+        if isinstance(value, tuple):
+            if id(value) not in self._short:
+                self._short[id(value)] = (value, tuple(self._shortened(name, part) for part in value))
+            return self._short[id(value)][1]
+        rows = self.rows
+        assert rows is not None
+        # Image features are no tokens of the prompt, even if there are as many.
+        fits = isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == self.queries
+        if not fits or self.sliced or name == "cross_attention_states":
+            return value
+        short = gather_rows(value if value.ndim == 3 else value.unsqueeze(-1), rows.source)
+        return short if value.ndim == 3 else short[..., 0]
+
+    def add(self, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+        """Hidden states (batch, rows, d) and what belongs to some tokens in them. where: bool (batch, q), these tokens;
+        features: (their number, d), theirs in order."""
+        assert self.rows is not None
+        full = hidden.new_zeros(*self.ids.shape, hidden.shape[-1])
+        full[where] = features.to(hidden)
+        return hidden + gather_rows(full, self.rows.source)
 
     def rejoin(self, hidden: Tensor) -> Tensor:
         """Behind a layer: put what it made, (batch, rows, d), among what waited, which comes back as it was."""
@@ -266,7 +296,7 @@ class Forward:
         assert self.rows is not None
         if self.rows.ragged:  # a filler is a copy of a row that waited
             hidden = hidden.where(self.rows.real.unsqueeze(-1), gather_rows(aside.hidden, aside.source))
-        self.streams["self"].rows, self.groups, self._embeddings = aside.rows, aside.groups, aside.embeddings
+        self.streams["self"].rows, self.groups, self._short = aside.rows, aside.groups, aside.short
         return aside.hidden.scatter(1, aside.source.unsqueeze(-1).expand_as(hidden), hidden)
 
     def norm(self, hidden: Tensor) -> Tensor:

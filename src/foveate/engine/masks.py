@@ -30,15 +30,15 @@ def physical_mask(
     return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def says_more(mask: Tensor, real: Tensor | None, past: int) -> bool:
+def says_more(mask: Tensor, real: Tensor | None, total: int) -> bool:
     """Whether a model's own mask lets tokens see less or more than what is real and not behind them.
 
     mask: (batch | 1, heads | 1, queries, keys), bool or additive, its last column the last query's. real: bool (batch,
-    keys), False at padding, whose rows do not count; None where all are tokens. past: keys before the first query.
+    total), False at padding, whose rows do not count; None where all are tokens. total: tokens up to the last query.
     One device synchronisation.
     """
     queries, keys = mask.shape[-2:]
-    if keys != past + queries:  # a window left some behind
+    if keys != total:  # a window left some behind
         return True
     causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
     plain = causal if real is None else causal & real[:, None, None, :]
@@ -47,7 +47,7 @@ def says_more(mask: Tensor, real: Tensor | None, past: int) -> bool:
     else:
         differs = (mask != 0).where(plain, mask > torch.finfo(mask.dtype).min / 2)
     if real is not None:
-        differs = differs & real[:, None, past:, None]
+        differs = differs & real[:, None, keys - queries :, None]
     return bool(differs.any())
 
 

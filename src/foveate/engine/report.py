@@ -120,7 +120,8 @@ class PruneReport:
         self._batch, self._kinds = forward.ids.shape[0], forward.target.kinds
         length, features = forward.past + forward.queries, forward.streams["cross"].tokens
         self._length = {"self": length, "cross": features}
-        layers = forward.cache.layers if forward.cache is not None else [None] * len(self._kinds)
+        sources = forward.target.sources
+        layers = [forward.layer(i) for i in range(len(self._kinds))]
         for layer in layers:
             if layer is not None and layer.kind == "cross":
                 self._length["cross"] = layer.length
@@ -131,14 +132,16 @@ class PruneReport:
         all_features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
         self._all = {"self": everything, "cross": all_features}
         self._past = {"self": forward.past, "cross": self._length["cross"] - features}
-        self._entered, self._taken = forward.entered, forward.taken
+        # A layer that attends to another one's entries keeps what that one keeps.
+        self._entered = {i: forward.entered.get(source) for i, source in enumerate(sources)}
+        self._taken = forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
         self._windows = [layer is not None and layer.is_sliding for layer in layers]
         self._index = [
             (layer.full_index(self._batch, device) if layer.index is not None else None)
             if layer is not None
-            else forward.entered[i].unsqueeze(1)  # type: ignore[union-attr]
-            if forward.entered.get(i) is not None
+            else self._entered[i].unsqueeze(1)  # type: ignore[union-attr]
+            if self._entered[i] is not None
             else None
             for i, layer in enumerate(layers)
         ]
@@ -146,9 +149,9 @@ class PruneReport:
             layer.physical if layer is not None else (everything.shape[-1] if index is None else index.shape[-1])
             for layer, index in zip(layers, self._index, strict=True)
         ]
-        self._evicted = forward.evicted
+        self._evicted = {i for i, source in enumerate(sources) if source in forward.evicted}
         self.records = record
-        held = [layer for layer in layers if layer is not None and layer.physical]
+        held = [layer for layer in forward.held if layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
         self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.most for layer in held)
         self.decoding: Decoding | None = None

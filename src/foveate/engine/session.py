@@ -149,6 +149,8 @@ class Pruned(NotPickled):
         self._steps.install(fixtures, self.model)
         for place in self._places:
             place.install(fixtures)
+        if self.family.deepstack is not None:
+            fixtures.wrap(self.decoder, self.family.deepstack, self._add)
         if self._acting:
             attentions = enumerate(self._target.attentions())
             fixtures.route({module: functools.partial(self._attend, index) for index, module in attentions})
@@ -321,7 +323,7 @@ class Pruned(NotPickled):
             action.finish()
         if forward.past and forward.mask is not None:
             evict_hidden(forward.cache, forward.mask)
-        for layer in forward.cache.layers if forward.cache is not None else ():
+        for layer in forward.held:
             layer.slide()
         if not entered.unreported and (forward.queries > 1 or not forward.past):
             report = self._outcome.report = PruneReport(forward, self.methods, self.record)
@@ -330,6 +332,13 @@ class Pruned(NotPickled):
         if entered.prompt is not None:
             output.last_hidden_state = torch.cat([entered.prompt, output.last_hidden_state], dim=1)
         return output
+
+    def _add(self, add: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Features that the model adds to image tokens between two layers: to those that still come."""
+        forward = active.forward
+        if forward is None or forward.target is not self._target or forward.rows is None:
+            return add(*args, **kwargs)
+        return forward.add(*args, **kwargs)
 
     def _attend(
         self, index: int, kernel: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any

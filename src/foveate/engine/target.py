@@ -46,13 +46,22 @@ class Target:
     def windows(self) -> list[int | None]:
         """How far back each decoder layer sees, None for all the way: what transformers' own cache makes of it."""
         layers = DynamicCache(config=self.decoder.config).layers
-        windows = [getattr(layer, "sliding_window", None) for layer in layers[: len(self.kinds)]]
-        return windows + [None] * (len(self.kinds) - len(windows))
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+        return [windows[source] if source < len(windows) else None for source in self.sources]
+
+    @cached_property
+    def sources(self) -> list[int]:
+        """The layer whose keys and values each decoder layer attends to: itself, or an earlier one."""
+        config, depth = self.decoder.config, len(self.kinds)
+        own = depth - (getattr(config, "num_kv_shared_layers", None) or 0)
+        types = getattr(config, "layer_types", None) or [""] * depth
+        return [i if i < own else max(j for j in range(own) if types[j] == types[i]) for i in range(depth)]
 
     @cached_property
     def readable(self) -> list[bool]:
-        """Which layers show a method how the prompt looks at all of its image tokens."""
-        return [kind == "self" and window is None for kind, window in zip(self.kinds, self.windows, strict=True)]
+        """Which layers show a method how the prompt looks at all of its image tokens, with keys of their own."""
+        layers = enumerate(zip(self.kinds, self.windows, self.sources, strict=True))
+        return [kind == "self" and window is None and source == i for i, (kind, window, source) in layers]
 
     def check_readable(self, method: str, layers: Sequence[int]) -> None:
         """Refuse a method that reads or evicts what none of these layers has.

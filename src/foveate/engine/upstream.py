@@ -32,7 +32,7 @@ def release_note() -> str | None:
 
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, cache_utils
     from transformers.cache_utils import (
         Cache,
         DynamicCache,
@@ -46,7 +46,13 @@ except ImportError as error:
         f"this release of transformers lacks what foveate stands on ({error}). {release_note() or ''}".strip()
     ) from error
 
+# Layers of a cache whose decoder layers attend to the entries of earlier ones; older releases just leave them out.
+BORROWING_LAYERS: tuple[type, ...] = tuple(
+    getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)
+)
+
 __all__ = [
+    "BORROWING_LAYERS",
     "CACHE_NAMES",
     "AttentionInterface",
     "Cache",

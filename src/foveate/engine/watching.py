@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -36,13 +37,23 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
     if index == 0 and forward.find_images():
         for action in forward.actions:
             action.begin()
-    hidden = args[0]
+    hidden, kwargs = args[0], _named(type(module), args[1:]) | kwargs
     for action in forward.actions:
         hidden, kwargs = action.before_layer(index, hidden, kwargs)
     hidden, kwargs = forward.enter(hidden, kwargs)
     for action in forward.actions:
         action.entering(index, hidden)
-    return (hidden, *args[1:]), kwargs
+    return (hidden,), kwargs
+
+
+def _named(layer: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """What a layer is given without names behind the hidden states, by name."""
+    return dict(zip(_parameters(layer)[1:], args, strict=False)) if args else {}
+
+
+@functools.cache
+def _parameters(layer: Any) -> list[str]:
+    return list(inspect.signature(layer.forward).parameters)[1:]
 
 
 def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:

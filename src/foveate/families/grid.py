@@ -124,3 +124,48 @@ class PaddleOcrVL(Grid):
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in self.encoder_layers(base)[:-1]]
+
+
+@register
+class KimiK25(Grid):
+    """MoonViT keeps patches in raster order, and joins the frames of a video; the decoder's cache is latent."""
+
+    model_type = "kimi_k25"
+    summary = "Kimi K2.5"
+    examples = ("moonshotai/Kimi-K2.5",)
+    raster, video = True, None
+
+    def merge(self, config: Any) -> int:
+        return config.vision_config.merge_kernel_size[0]
+
+    def encoder_layers(self, base: Any) -> list[Any]:
+        return list(base.vision_tower.layers)
+
+
+@register
+class Qwen3VL(Grid):
+    """Features of several encoder layers join the first layers of the decoder (DeepStack)."""
+
+    model_type = "qwen3_vl"
+    summary = "Qwen3-VL (DeepStack)"
+    examples = ("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct")
+    deepstack = "_deepstack_process"
+
+
+@register
+class Qwen3VLMoe(Qwen3VL):
+    """The same with experts."""
+
+    model_type = "qwen3_vl_moe"
+    summary = "Qwen3-VL (DeepStack, mixture of experts)"
+    examples = ("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct")
+
+
+@register
+class Ernie45VLMoe(Grid):
+    """Experts of its own for image tokens; which tokens those are comes beside the hidden states."""
+
+    model_type = "ernie4_5_vl_moe"
+    summary = "ERNIE 4.5 VL (mixture of experts)"
+    examples = ("baidu/ERNIE-4.5-VL-28B-A3B-PT",)
+    encoder, video = "vision_tower", None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from ..layout import ImageLayout, Tile
+from ..layout import ImageLayout, Tile, joined
 from . import register
 from .llava import Llava
 
@@ -70,3 +70,31 @@ class LlavaNext(Llava):
                     )
                 )
         return ImageLayout(side * side + height * (width + 1), tuple(tiles)), (1 + rows * columns) * side * side
+
+
+@register
+class LlavaNextVideo(LlavaNext):
+    """The patches of a video's frame are pooled, stride x stride of them to a token, in front of the projector."""
+
+    model_type = "llava_next_video"
+    summary = "LLaVA-NeXT-Video"
+    examples = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf")
+
+    def video_token_id(self, config: Any) -> int:
+        return config.video_token_id
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        side, stride = self.side(config), config.spatial_pool_stride
+        patches, n = joined(side, side, stride), (side // stride) ** 2
+        first = torch.arange(videos * frames).view(videos, frames) * side**2
+        return [
+            ImageLayout(
+                frames * n,
+                tuple(
+                    Tile(f * n + torch.arange(n), (side // stride, side // stride), patches + int(at), frame=f)
+                    for f, at in enumerate(starts)
+                ),
+            )
+            for starts in first
+        ]

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..layout import ImageLayout, Tile, joined
+from . import register
 from .base import Family
 
 
 class Pixtral(Family):
     """Every image is one grid of patches, of which merge x merge join into a token.
 
-    Tokens that break rows stand between the image's, and are text.
+    Tokens that break rows stand between the image's, and are text. tower: name of the vision encoder.
     """
+
+    tower: ClassVar[str] = "vision_tower"
 
     def merge(self, config: Any) -> int:
         """Patches along one side of a token."""
         return config.spatial_merge_size
 
     def encoder_layers(self, base: Any) -> list[Any]:
-        return list(base.vision_tower.transformer.layers)
+        return list(getattr(base, self.tower).transformer.layers)
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         return [layer.attention for layer in self.encoder_layers(base)[:-1]]
@@ -36,3 +39,22 @@ class Pixtral(Family):
             layouts.append(ImageLayout(len(patches), (Tile(torch.arange(len(patches)), grid, patches),)))
             first += height * width
         return layouts
+
+
+@register
+class Mistral3(Pixtral):
+    """Pixtral's encoder, and patches that join."""
+
+    model_type = "mistral3"
+    summary = "Mistral Small 3.1 and later, Ministral 3"
+    examples = ("mistralai/Mistral-Small-3.2-24B-Instruct-2506", "mistralai/Ministral-3-8B-Instruct-2512")
+
+
+@register
+class LightOnOcr(Pixtral):
+    """The same in front of another decoder."""
+
+    model_type = "lighton_ocr"
+    summary = "LightOnOCR"
+    examples = ("lightonai/LightOnOCR-2-1B", "lightonai/LightOnOCR-1B-1025")
+    tower = "vision_encoder"

@@ -171,3 +171,49 @@ class SmolVLM(Idefics3):
     model_type = "smolvlm"
     summary = "SmolVLM and SmolVLM2"
     examples = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct",)
+
+
+@register
+class VipLlava(Squares):
+    """Patches as several encoder layers leave them, joined; [CLS] goes."""
+
+    model_type = "vipllava"
+    summary = "ViP-LLaVA"
+    examples = ("llava-hf/vip-llava-7b-hf",)
+
+
+@register
+class DeepseekVL(Squares):
+    """A SigLIP."""
+
+    model_type = "deepseek_vl"
+    summary = "DeepSeek-VL"
+    examples = ("deepseek-community/deepseek-vl-7b-chat",)
+    tower = "vision_model"
+
+
+@register
+class Janus(DeepseekVL):
+    """Pictures that are looked at; those that it draws are no prompt."""
+
+    model_type = "janus"
+    summary = "Janus (understanding pictures)"
+    examples = ("deepseek-community/Janus-Pro-7B",)
+
+
+@register
+class Ovis2(Squares):
+    """Tiles stand apart, between indicator tokens: each is an image of its own."""
+
+    model_type = "ovis2"
+    summary = "Ovis2 (every tile is an image)"
+    examples = ("thisisiron/Ovis2-8B-hf",)
+
+    def factor(self, config: Any) -> int:
+        return config.vision_config.hidden_stride
+
+    def encoder_layers(self, base: Any) -> list[Any]:
+        return list(base.vision_tower.transformer.encoder.layers)
+
+    def vision_attentions(self, base: Any) -> list[nn.Module]:
+        return [layer.attention for layer in self.encoder_layers(base)[:-1]]

@@ -82,7 +82,7 @@ class CacheAction(Action):
         if forward.cache is None:
             return
         way_out = f"use {name} with decode_distance=None, or one sample at a time"
-        held = any(layer.fixed_point is not None for layer in forward.cache.layers)
+        held = any(layer.fixed_point is not None for layer in forward.held)
         if forward.images and len({row for row, _ in forward.places}) < forward.ids.shape[0]:
             raise UnsupportedError(f"{name} evicts while decoding, and not all samples have an image: {way_out}")
         if held and not forward.images and forward.queries > 1 and not bool(forward.valid().all()):
@@ -118,7 +118,7 @@ class CacheAction(Action):
             for i, (index, scores, tokens) in enumerate(self.waiting):
                 self._evict(index, scores, tokens, self.method.budgets(statistics, tokens.groups)[i])
         if forward.past and forward.queries == 1 and forward.cache is not None:
-            for layer in forward.cache.layers:
+            for layer in forward.held:
                 _evict_fixed(layer)
 
     def _budget(self, scores: Tensor, tokens: LayerTokens) -> Tensor:

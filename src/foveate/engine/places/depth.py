@@ -75,7 +75,9 @@ class DepthAction(Action):
         self.weight: Tensor | None = None
 
     def _routes(self, index: int) -> bool:
-        return self.forward.groups is not None and index in self.place.layers
+        # What has no keys of its own has none to save.
+        own = self.forward.target.sources[index] == index
+        return self.forward.groups is not None and own and index in self.place.layers
 
     def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if not self._routes(index):

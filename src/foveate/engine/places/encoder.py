@@ -129,13 +129,15 @@ class EncoderPlace(Place):
         features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
+            if any(tile.patches.ndim > 1 for layout in pictures for tile in layout.tiles):
+                reading.states = None  # several patches join into a token, and nothing leads from states to features
             patches = self._patches(reading)
             chosen = select_tokens(
                 self.method,
                 layouts,
                 features,
                 patches,
-                self._project,
+                self._project if "states" in patches else lambda states: states,
                 images={} if self._questions is None else {"question": self._questions.states(layouts, medium)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
                 picture=None if reading.readers is None else self._pictures(reading.shape),

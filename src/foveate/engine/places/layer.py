@@ -64,7 +64,8 @@ def _readable(target: Target, method: LayerMethod) -> list[int]:
     """The layers in front of which the method finds one to read: the layer itself where it looks ahead, or the one
     before."""
     ahead = int(method.looks_ahead)
-    return [layer for layer in range(1, len(target.kinds)) if target.readable[layer - 1 + ahead]]
+    layers = (layer for layer, source in enumerate(target.sources) if layer and source == layer)
+    return [layer for layer in layers if target.readable[layer - 1 + ahead]]
 
 
 class LayerAction(Action):

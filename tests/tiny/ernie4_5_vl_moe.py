@@ -1,0 +1,26 @@
+"""ERNIE 4.5 VL: text and images have experts of their own."""
+
+from .base import BREAK, IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START
+from .qwen2_5_vl import Grid, mrope
+
+
+class Ernie(Grid):
+    name = "ernie4_5_vl_moe"
+    types = ("mm_token_type_ids", "moe_mm_token_type_ids")
+    values = 3 * PATCH**2
+
+    def clip(self, kind):
+        return []  # frames of videos join
+
+    def options(self):
+        experts = dict(moe_intermediate_size=[32, 16], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1)
+        return dict(
+            vision_config=dict(depth=3, hidden_size=32, num_heads=2, patch_size=PATCH, intermediate_size=48),
+            text_config=LLM | experts | dict(rope_parameters=mrope(3, 3, 2)),
+            image_start_token_id=VISION_START,
+            image_end_token_id=VISION_END,
+            image_token_id=IMAGE,
+            video_start_token_id=BREAK,
+            video_end_token_id=MARK,
+            video_token_id=VIDEO,
+        )

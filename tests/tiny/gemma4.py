@@ -1,0 +1,62 @@
+"""Gemma 4: images of any size, 3 x 3 patches a token; and an E model, whose last layers share keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from .base import IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START, VOCAB, Tiny
+
+GRIDS = [(6, 9), (9, 6), (6, 6), (3, 6)]  # (rows, columns) of patches
+MOST = 90  # patches that a picture is padded to
+
+
+class Gemma4(Tiny):
+    name, before, after, types = "gemma4", (VISION_START,), (VISION_END,), ("mm_token_type_ids",)
+    window = 12
+
+    def decoding(self) -> dict[str, Any]:
+        return dict(use_bidirectional_attention="vision", num_kv_shared_layers=0)
+
+    def options(self):
+        vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, head_dim=16)
+        text = CONFIG_MAPPING["gemma4_text"](
+            **LLM | {"num_hidden_layers": 6},
+            **self.decoding(),
+            head_dim=16,
+            global_head_dim=16,
+            sliding_window=self.window,
+            layer_types=["sliding_attention", "full_attention"] * 3,
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=8,
+        )
+        marks = dict(boi_token_id=VISION_START, eoi_token_id=VISION_END, audio_token_id=MARK, boa_token_id=MARK)
+        return dict(
+            vision_config=vision | dict(num_key_value_heads=2, patch_size=PATCH, position_embedding_size=64),
+            text_config=text,
+            audio_config=None,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            **marks,
+        )
+
+    def tokens(self, kind):
+        rows, columns = GRIDS[kind]
+        return rows * columns // 9
+
+    def pixels(self, kinds, rng):
+        pixels = torch.zeros(len(kinds), MOST, 3 * PATCH**2)
+        places = torch.full((len(kinds), MOST, 2), -1)
+        for i, (rows, columns) in enumerate(GRIDS[kind] for kind in kinds):
+            pixels[i, : rows * columns] = torch.rand(rows * columns, 3 * PATCH**2, generator=rng)
+            places[i, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+        return {"pixel_values": pixels, "image_position_ids": places}
+
+
+class Gemma4E(Gemma4):
+    name, variant = "gemma4_e", True
+
+    def decoding(self):
+        return dict(num_kv_shared_layers=2)

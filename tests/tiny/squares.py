@@ -1,0 +1,68 @@
+"""Families whose images are one square each: ViP-LLaVA, DeepSeek-VL, Janus and Ovis2."""
+
+from transformers import GenerationMixin, JanusForConditionalGeneration, LlamaConfig, Qwen2Config
+
+from .base import IMAGE, LLM, MARK, PATCH, VISION, VISION_END, VISION_START, VOCAB, clip
+from .llava import SIDE, Llava, siglip
+
+
+class VipLlava(Llava):
+    name = "vipllava"
+
+    def options(self):
+        layers = dict(vision_feature_layers=[-2, -1])
+        return dict(vision_config=clip(SIDE), text_config=LlamaConfig(**LLM), image_token_index=IMAGE, **layers)
+
+
+class DeepseekVL(Llava):
+    name = "deepseek_vl"
+
+    def options(self):
+        vision = siglip(SIDE, vision_use_head=False)
+        return dict(vision_config=vision, text_config=LlamaConfig(**LLM), image_token_id=IMAGE)
+
+
+class Janus(Llava):
+    name = "janus"
+
+    def make(self, config):
+        return JanusForConditionalGeneration(config)
+
+    def options(self):
+        vision = {name: size for name, size in VISION.items() if name != "intermediate_size"}
+        vision |= dict(
+            mlp_ratio=1.5, image_size=SIDE, patch_size=PATCH, projection_dim=64, num_image_tokens=36, depth=2
+        )
+        drawing = dict(
+            embed_dim=8,
+            num_embeddings=16,
+            base_channels=32,
+            channel_multiplier=[1, 1],
+            num_res_blocks=1,
+            latent_channels=8,
+            num_patches=16,
+            image_token_embed_dim=64,
+            projection_dim=64,
+        )
+        return dict(text_config=LlamaConfig(**LLM), vision_config=vision, vq_config=drawing, image_token_id=IMAGE)
+
+    def replay(self, model, **kwargs):
+        return GenerationMixin.generate(model, **kwargs)  # its own takes no logits processor
+
+
+class Ovis2(Llava):
+    name, before, after = "ovis2", (VISION_START,), (VISION_END,)
+
+    def options(self):
+        vision = dict(**VISION, image_size=SIDE, patch_size=PATCH, vocab_size=32, num_visual_indicator_tokens=3)
+        return dict(
+            vision_config=vision | dict(hidden_stride=2),
+            text_config=Qwen2Config(**LLM),
+            image_token_id=IMAGE,
+            visual_indicator_token_ids=[MARK, VISION_START, VISION_END],
+            hidden_size=64,
+            vocab_size=VOCAB,
+        )
+
+    def tokens(self, kind):
+        return 9
