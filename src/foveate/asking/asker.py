@@ -137,7 +137,10 @@ class Asker:
                 "alone": said.exited,
             }
         if report is None:  # the model read no image, and holds no cache
-            images = [(layout.tokens, 0) for layout in pruned.family.layouts(pruned.base.config, self.inputs)]
+            family, config = pruned.family, pruned.base.config
+            lays = {"pixel_values": family.layouts, "pixel_values_videos": family.video_layouts}
+            shown = [lay_out(config, self.inputs) for name, lay_out in lays.items() if name in self.inputs]
+            images = [(layout.tokens, 0) for layouts in shown for layout in layouts]
             return Answer(method.name, options, text, images, 0, None, guide=guide)
         images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
         return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)
