@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import prune
+from cases import TOLERANCE, prune
 from PIL import Image
 from tiny.tiles import GRIDS
 
@@ -73,3 +73,23 @@ def test_pictures_apart_from_their_prompt_are_refused(family):
     pixels = {name: batch[name] for name in batch if name.startswith("pixel")}
     with prune(model, "divprune"), pytest.raises(foveate.UnsupportedError, match="stands only in the prompt"):
         model.model.get_image_features(**pixels)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_several_images_of_a_onevision_sample_are_one_tile_each(attn):
+    """The processor says how many images a sample has; of several each is one square and one newline token."""
+    family = tiny.found["llava_onevision"]
+    batch, model = (
+        tiny.inputs("llava_onevision", images=(2,), text=(6,), between=0),
+        tiny.build("llava_onevision", attn),
+    )
+    words = batch["input_ids"][0, [0, 1, -3, -2, -1]].tolist()
+    ids = torch.tensor([[*words[:2], *[family.image_id] * 17, 7, *[family.image_id] * 17, *words[2:]]])
+    batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "batch_num_images": torch.tensor([2])}
+    batch["pixel_values"] = batch["pixel_values"][:, :1]
+    with prune(model, "fopru_rank") as pruned:
+        run = oracle.run(model, batch, max_new_tokens=6)
+    assert [tokens for tokens, _ in pruned.report.images[0]] == [17, 17]
+    assert [len(image.tiles) for image in pruned.report.image_tokens[0]] == [1, 1]
+    hides = oracle.hidden(pruned.report, ids.shape[1])
+    assert oracle.errors(tiny.build("llava_onevision", "eager"), batch, run, hides).max() < TOLERANCE

@@ -35,37 +35,48 @@ class LlavaNext(Llava):
         if (strategy == "default") != bool(self.prefix_tokens(config)):
             raise ValueError(f"vision_feature_select_strategy {strategy!r} does not fit the vision encoder")
         layouts, patches = [], 0
-        for size in inputs["image_sizes"]:
-            layout, used = self._layout(config, size, patches)
+        for number, size in enumerate(inputs["image_sizes"]):
+            layout, used = self.layout(config, inputs, number, size, patches)
             layouts.append(layout)
             patches += used
         return layouts
 
-    def _layout(self, config: Any, size: Tensor, first: int) -> tuple[ImageLayout, int]:
-        """The layout of an image of `size` (height, width), whose patch scores start at `first`; and how many."""
+    def parts(self, config: Any, inputs: dict[str, Any], kept: Tensor) -> Tensor:
+        """(height, width, k) the patches of the merged crops that each token is made of, the one in its middle first.
+
+        kept: (rows, columns) the numbers of those that unpadding leaves.
+        """
+        return kept.unsqueeze(-1)
+
+    def layout(
+        self, config: Any, inputs: dict[str, Any], number: int, size: Tensor, first: int
+    ) -> tuple[ImageLayout, int]:
+        """The layout of an image of `size` (height, width), whose patches count from `first`; and how many it has."""
         side = self.side(config)
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
         whole = torch.arange(side * side)
         # The model itself says which positions survive: its own unpadding, run on their numbers.
         numbers = torch.arange(rows * side * columns * side).view(1, rows * side, columns * side)
-        kept = unpad_image(numbers, size)[0]
-        height, width = kept.shape
-        y, x = kept // (columns * side), kept % (columns * side)
+        parts = self.parts(config, inputs, unpad_image(numbers, size)[0])
+        height, width = parts.shape[:2]
+        row_of, column_of = parts // (columns * side), parts % (columns * side)
+        crop_of = row_of // side * columns + column_of // side
+        patches = (1 + crop_of) * side * side + row_of % side * side + column_of % side
+        patches = patches.squeeze(-1) if patches.shape[-1] == 1 else patches
         token = side * side + torch.arange(height)[:, None] * (width + 1) + torch.arange(width)
         tiles = [Tile(whole, (side, side), first + whole)]
         for row in range(rows):
             for column in range(columns):
-                inside = (y // side == row) & (x // side == column)
+                inside = crop_of[..., 0] == row * columns + column
                 if not inside.any():
                     continue
-                crop = 1 + row * columns + column
                 spot = inside.nonzero()
                 (top, left), (bottom, right) = spot[0].tolist(), (spot[-1] + 1).tolist()
                 tiles.append(
                     Tile(
                         token[inside],
                         (bottom - top, right - left),
-                        first + crop * side * side + (y % side * side + x % side)[inside],
+                        first + patches[inside],
                         (left / width, top / height, right / width, bottom / height),
                     )
                 )
