@@ -38,6 +38,8 @@ def rows(methods, few=()):
     out = []
     for number, (family, name) in enumerate(product(tiny.VIDEO_FAMILIES, methods)):
         taken = family in tiny.CORE or number % 3 == 0
+        if name in tiny.found[family].refused:
+            continue
         slow = not taken or (few and name not in few)
         out.append(pytest.param(family, name, marks=[pytest.mark.slow] if slow else []))
     return pytest.mark.parametrize(("family", "name"), out)
@@ -62,8 +64,12 @@ def check(family: str, name: str, batch: dict, attn: str = "sdpa", **decoding):
 
 def counted(family: str, **spec) -> list[list[int]]:
     """Tokens of each video and image, row by row."""
-    counts = tiny.video_counts(family, spec.get("videos", (1,)), spec.get("images"))
-    return [[sum(frames) for frames in row] for row in counts]
+    videos = spec.get("videos", (1,))
+    counts = tiny.video_counts(family, videos, spec.get("images"))
+    ends = [
+        [tiny.found[family].ends * (at < n) for at in range(len(row))] for row, n in zip(counts, videos, strict=True)
+    ]
+    return [[sum(frames) + end for frames, end in zip(*row, strict=True)] for row in zip(counts, ends, strict=True)]
 
 
 # Videos ------------------------------------------------------------------------------------------------------
@@ -240,6 +246,7 @@ def _others():
     return [
         pytest.param(family, name, marks=[] if number % 4 == number // 4 % 4 else [pytest.mark.slow])
         for number, (family, name) in enumerate(pairs)
+        if name not in tiny.found[family].refused
     ]
 
 

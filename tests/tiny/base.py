@@ -63,10 +63,10 @@ class Tiny:
     name: what tests call it; model_type: of its configuration, the name if not said. whole: all rows of the matrix run
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
     refused: methods that its models cannot do, and that are refused.
-    in_prompt: whether image tokens sit in the prompt. mixes: whether a prompt may hold images and videos. image_id: the
-    placeholder. before, after: ids around every image. window: how many tokens most layers of its decoder see, None for
-    all. first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the
-    language model inside the base model.
+    in_prompt: whether image tokens sit in the prompt. mixes: whether a prompt may hold images and videos. ends: tokens
+    of a film behind its frames. image_id: the placeholder. before, after: ids around every image. window: how many tokens
+    most layers of its decoder see, None for all. first: words in front of the first image. types: inputs that mark the
+    placeholders. decoder: name of the language model inside the base model.
     """
 
     name: str = ""
@@ -74,6 +74,7 @@ class Tiny:
     whole = variant = False
     refused: tuple[str, ...] = ()
     in_prompt = mixes = True
+    ends = 0
     image_id = IMAGE
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()

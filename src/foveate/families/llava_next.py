@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,7 +85,12 @@ class LlavaNext(Llava):
 
 @register
 class LlavaNextVideo(LlavaNext):
-    """The patches of a video's frame are pooled, stride x stride of them to a token, in front of the projector."""
+    """The patches of a video's frame are pooled, stride x stride of them to a token, in front of the projector.
+
+    ends: newline tokens behind a video.
+    """
+
+    ends: ClassVar[int] = 0
 
     model_type = "llava_next_video"
     summary = "LLaVA-NeXT-Video"
@@ -96,16 +101,15 @@ class LlavaNextVideo(LlavaNext):
 
     def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         videos, frames = inputs["pixel_values_videos"].shape[:2]
-        side, stride = self.side(config), config.spatial_pool_stride
-        patches, n = joined(side, side, stride), (side // stride) ** 2
-        first = torch.arange(videos * frames).view(videos, frames) * side**2
-        return [
-            ImageLayout(
-                frames * n,
-                tuple(
-                    Tile(f * n + torch.arange(n), (side // stride, side // stride), patches + int(at), frame=f)
-                    for f, at in enumerate(starts)
-                ),
-            )
-            for starts in first
-        ]
+        side, (rows, patches) = self.side(config), self.pooled(config)
+        index, layouts = torch.arange(rows * rows), []
+        for video in range(videos):
+            starts = [(frame, (video * frames + frame) * side**2) for frame in range(frames)]
+            tiles = (Tile(f * len(index) + index, (rows, rows), first + patches, frame=f) for f, first in starts)
+            layouts.append(ImageLayout(frames * len(index) + self.ends, tuple(tiles)))
+        return layouts
+
+    def pooled(self, config: Any) -> tuple[int, Tensor]:
+        """Of a video's frame: tokens along one side, and (n, k) the patches that each is made of."""
+        stride = config.spatial_pool_stride
+        return self.side(config) // stride, joined(self.side(config), self.side(config), stride)
