@@ -151,6 +151,54 @@ def test_evs_keeps_what_the_untouched_encoder_says_changed(family):
     assert change[gone].max() < change[~gone].min()
 
 
+# Methods without a row in the matrix, each as its own file builds it.
+OTHERS = {
+    "visionzip": lambda model: foveate.VisionZip(keep=0.5, contextual=0.4),
+    "pooling": lambda model: foveate.Pooling(keep=0.25),
+    "zipvl": lambda model: foveate.ZipVL(keep=0.5),
+    "elastic_cache": lambda model: foveate.ElasticCache(keep=0.5),
+    "mint": lambda model: foveate.MINT(keep=0.5, layer=2),
+    "sgl": lambda model: foveate.SGL(keep=0.5, layer=2, guide=tiny.build("qwen2_5_vl", seed=1)),
+    "videollm_mod": lambda model: foveate.VideoLLMMoD(keep=0.5, router="random", layers=(1, 3)),
+    "last_step": lambda model: foveate.LastStep(keep=0.5),
+    "running_sum": lambda model: foveate.RunningSum(keep=0.5),
+    "pages": lambda model: foveate.Pages(keep=0.5),
+    "per_turn": lambda model: foveate.PerTurn(keep=0.5),
+    "fastvid": lambda model: foveate.FastVID(keep=0.5),
+    "holitom": lambda model: foveate.HoliTom(keep=0.5),
+}
+
+
+@pytest.mark.parametrize("name", [*EACH, *OTHERS])
+@pytest.mark.parametrize("decoding", [oracle.GREEDY, oracle.BEAMS], ids=["greedy", "beams"])
+def test_a_video_of_one_frame_is_a_picture_to_every_method(name, decoding):
+    """The same patches as a picture and as a video: the model says the same of both, and so it does under each method."""
+    images = tiny.inputs("qwen2_5_vl", images=(1, 2), text=(4, 7))
+    is_image = images["input_ids"] == tiny.IMAGE
+    videos = {
+        "input_ids": images["input_ids"].masked_fill(is_image, tiny.VIDEO),
+        "attention_mask": images["attention_mask"],
+        "mm_token_type_ids": 2 * images["mm_token_type_ids"],
+        "pixel_values_videos": images["pixel_values"],
+        "video_grid_thw": images["image_grid_thw"],
+    }
+    if name == "mint" and "num_beams" in decoding:
+        decoding = {**decoding, "num_beams": 2}
+    said = []
+    for batch in (images, videos):
+        model = tiny.build("qwen2_5_vl")
+        method = OTHERS[name](model) if name in OTHERS else foveate.get_method(METHODS[name][0], **METHODS[name][1])
+        with foveate.prune(model, method) as handle:
+            said.append(oracle.run(model, batch, **decoding))
+        said[-1].report = handle.report
+    assert torch.equal(said[0].sequences[:, -20:], said[1].sequences[:, -20:])
+    assert torch.allclose(said[0].logits, said[1].logits, atol=1e-5)
+    reports = [run.report.to_dict() for run in said]
+    assert reports[0] == reports[1], "kept, and where steps choose, read alike"
+    dropped = any(image["kept"] < image["tokens"] for row in reports[1]["images"] for image in row)
+    assert dropped or reports[1]["decoding"]["read"] < reports[1]["decoding"]["held"]
+
+
 @core
 @pytest.mark.parametrize("name", ["evs", "fastv", "plphp"])
 @pytest.mark.parametrize("brings", ["words", "an image"])

@@ -64,9 +64,9 @@ class Tiny:
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
     refused: methods that its models cannot do, and that are refused.
     in_prompt: whether image tokens sit in the prompt. mixes: whether a prompt may hold images and videos. ends: tokens
-    of a film behind its frames. image_id: the placeholder. before, after: ids around every image. window: how many tokens
-    most layers of its decoder see, None for all. first: words in front of the first image. types: inputs that mark the
-    placeholders. decoder: name of the language model inside the base model.
+    of a film behind its frames. image_id: the placeholder. before, after: ids around every image. window: how many
+    tokens most layers of its decoder see, None for all. first: words in front of the first image. types: inputs that
+    mark the placeholders. decoder: name of the language model inside the base model.
     """
 
     name: str = ""
