@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tiny
@@ -101,6 +102,29 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def silenced(model, report, rows: Tensor) -> Iterator[None]:
+    """Zero what attention hands to its output projection at the prompt rows that a report says a layer dropped."""
+
+    def silence(kept: Tensor):
+        def hook(module, args):
+            (states,) = args
+            return None if states.shape[1] == 1 else (states * kept[:, -states.shape[1] :].unsqueeze(-1),)
+
+        return hook
+
+    decoder = tiny.of(model).language_model(model)
+    handles = [
+        decoder.layers[layer.index].self_attn.o_proj.register_forward_pre_hook(silence(layer.kept[rows, 0]))
+        for layer in report.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Replay(LogitsProcessor):
     """Force `generate` to produce given tokens."""
 
@@ -165,6 +189,55 @@ def errors(reference: PreTrainedModel, batch: dict, pruned: Run, hides: Sequence
     """Return the largest absolute logit difference of each step."""
     dense, _ = dense_logits(reference, batch, pruned.sequences, [h.rows(pruned.rows) for h in hides])
     return (dense - pruned.logits).abs().amax((0, 2))
+
+
+@contextmanager
+def without(decoder: Any, alive: Tensor) -> Iterator[None]:
+    """Let each layer go on with its own tokens only. alive: bool (layers, tokens); fewer from layer to layer."""
+
+    def drop(index: int, layer: Any, args: Any, kwargs: Any) -> Any:
+        before = alive[max(index - 1, 0)] if index else torch.ones_like(alive[0])
+        rotary = tuple(part[:, alive[index]] for part in kwargs["position_embeddings"])
+        more = {"position_embeddings": rotary, "position_ids": None}
+        return (args[0][:, alive[index][before]], *args[1:]), kwargs | more
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(drop, index), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def short_errors(reference: PreTrainedModel, batch: dict, pruned: Run, report: Any) -> Tensor:
+    """The largest absolute logit difference of each step, where a mask cannot hide what a layer read into its state.
+
+    The untouched decoder runs on each sequence by itself, without a cache, and what was dropped is not there. What is
+    evicted behind the prefill cannot be shown so. reference: with sdpa, which needs no mask to be causal.
+    """
+    assert all(layer.since == "prefill" for layer in report.layers)
+    decoder = tiny.of(reference).language_model(reference)
+    prompt, steps = batch["input_ids"].shape[1], pruned.logits.shape[1]
+    embeds, positions = embedded(reference, batch)
+    kept = torch.stack([layer.kept[:, 0] for layer in report.layers], 1)
+    worst = torch.zeros(steps)
+    for row, sequence, found in zip(pruned.rows.tolist(), pruned.sequences, pruned.logits, strict=True):
+        sample = row * len(embeds) // len(kept)
+        real = batch["attention_mask"][sample].bool()
+        answer = reference.get_input_embeddings()(sequence[prompt:-1])
+        where = positions[..., sample : sample + 1, real]
+        where = torch.cat([where, where[..., -1:] + torch.arange(1, steps)], -1)
+        alive = torch.nn.functional.pad(kept[row][:, real], (0, steps - 1), value=True)
+        with without(decoder, alive):
+            prompt_and_answer = torch.cat([embeds[sample, real], answer]).unsqueeze(0)
+            states = decoder(inputs_embeds=prompt_and_answer, position_ids=where, use_cache=False).last_hidden_state
+        logits = reference.get_output_embeddings()(states)[0, -steps:]
+        worst = torch.maximum(worst, (logits - found).abs().amax(-1))
+    return worst
 
 
 @torch.no_grad()

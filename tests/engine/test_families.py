@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import tiny
 import torch
-from cases import IN_CROSS_ATTENTION, METHODS, SAMPLED, TOLERANCE, prune, pruned_run
+from cases import IN_CROSS_ATTENTION, METHODS, SAMPLED, TOLERANCE, prune, pruned_run, relative_errors
 from sampling import pairwise, taking_turns
 
 import foveate
@@ -55,8 +57,7 @@ def check(family, name, batch, attn, **kwargs):
         return
     run, report = pruned_run(tiny.build(family, attn), name, batch, **kwargs)
     assert any(kept < tokens for row in report.images for tokens, kept in row), "nothing was pruned"
-    hides = oracle.hidden(report, batch["input_ids"].shape[1])
-    error = oracle.errors(tiny.build(family, "eager"), batch, run, hides) / run.logits.abs().max()
+    error = relative_errors(family, batch, run, report)
     assert error.max() < TOLERANCE, [f"{e:.1e}" for e in error.tolist()]
 
 
@@ -68,3 +69,12 @@ def test_keeping_everything_changes_nothing_at_all(family):
         run = oracle.run(model, batch, **oracle.BEAMS)
     assert torch.equal(run.sequences, untouched.sequences)
     assert torch.equal(run.logits, untouched.logits)
+
+
+@pytest.mark.parametrize("family", [name for name in OTHERS if tiny.found[name].rounding > 1])
+def test_the_short_reference_sees_a_wrong_choice(family):
+    batch = tiny.inputs(family)
+    run, report = pruned_run(tiny.build(family), "fopru_rank", batch, **oracle.GREEDY)
+    shifted = [replace(layer, kept=layer.kept.roll(1, -1)) for layer in report.layers]
+    wrong = oracle.short_errors(tiny.build(family), batch, run, SimpleNamespace(layers=shifted))
+    assert wrong.max() > 1e-2

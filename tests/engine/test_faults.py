@@ -305,14 +305,18 @@ def test_one_compressed_entry_for_all_heads():
     with prune(model, "fopru_rank") as pruned:
         model.generate(**batch, max_new_tokens=2)
     assert pruned.report.images == [[(36, 9)]]
-    latent = model(**batch)
-    layer = getattr(latent, tiny.CACHE).layers[0]
-    with prune(model, "plphp"):
-        if layer.keys.shape[1] == 4:  # before 5.24 every head's entries are held
+    dense = llava_of("eager", text=DeepseekV3Config(**SAME, **LATENT))
+    for name in ("plphp", "plphp_fixed", "csp", "visual_snapkv"):
+        run, report = pruned_run(model, name, batch, **oracle.GREEDY)
+        assert any(kept < tokens for row in report.images for tokens, kept in row)
+        assert oracle.errors(dense, batch, run, hidden(report, batch["input_ids"].shape[1])).max() < TOLERANCE
+    layer = getattr(model(**batch), tiny.CACHE).layers[0]
+    if layer.keys.shape[1] == 1:  # before 5.24 every head's entries are held
+        with foveate.prune(model, "zipvl", keep=0.5):
             model.generate(**batch, max_new_tokens=2)
-        else:
-            with pytest.raises(foveate.UnsupportedError, match="one compressed entry for all heads"):
-                model.generate(**batch, max_new_tokens=2)
+        refused = pytest.raises(foveate.UnsupportedError, match="one compressed entry for all heads")
+        with foveate.prune(model, "running_sum", keep=0.5), refused:
+            model.generate(**batch, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])

@@ -7,9 +7,6 @@ reference hides the same keys for all queries and zeroes what the attention of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import oracle
 import pytest
 import tiny
@@ -215,30 +212,6 @@ def test_elastic_cache_holds_its_length_while_decoding(family):
 # ZipVL -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def silenced(model, report, rows: Tensor) -> Iterator[None]:
-    """Zero what attention hands to its output projection at the prompt rows that a report says a layer dropped."""
-
-    def silence(kept: Tensor):
-        def hook(module, args):
-            (states,) = args
-            return None if states.shape[1] == 1 else (states * kept[:, -states.shape[1] :].unsqueeze(-1),)
-
-        return hook
-
-    handles = [
-        model.model.language_model.layers[layer.index].self_attn.o_proj.register_forward_pre_hook(
-            silence(layer.kept[rows, 0])
-        )
-        for layer in report.layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 ZIPVL = {
     "cap": foveate.ZipVL(keep=0.5, threshold=1.0),
     "threshold": foveate.ZipVL(keep=0.99, threshold=0.8, probes=6),
@@ -254,7 +227,7 @@ def test_zipvl_equals_a_plain_model_with_silent_rows(family, batch, options, att
     run, report = pruned(family, batch, ZIPVL[options], oracle.DECODING[decoding], attn)
     assert all(layer.since == "prefill" and layer.kept_length < layer.length for layer in report.layers)
     hides, dense = hidden(report, batch["input_ids"].shape[1]), tiny.build(family, "eager")
-    with silenced(dense, report, run.rows):
+    with oracle.silenced(dense, report, run.rows):
         assert oracle.errors(dense, batch, run, hides).max() < TOLERANCE
     assert oracle.errors(dense, batch, run, hides).max() > FAR, "dropped rows that attend are a mistake it would see"
 
@@ -266,7 +239,7 @@ def test_zipvl_behind_another_method(family, batch, first):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     run, report = pruned(family, batch, [IN_FRONT[first], ZIPVL["cap"]], oracle.GREEDY)
     hides, dense = seen_and_kept(report, batch["input_ids"].shape[1]), tiny.build(family, "eager")
-    with silenced(dense, report, run.rows):
+    with oracle.silenced(dense, report, run.rows):
         assert oracle.errors(dense, batch, run, hides).max() < TOLERANCE
 
 
@@ -282,10 +255,10 @@ def test_zipvl_goes_on_with_another_image(family, batch):
         later = handle.report
     dense = tiny.build(family, "eager")
     hides = hidden(report, batch["input_ids"].shape[1])
-    with silenced(dense, report, first.rows):
+    with oracle.silenced(dense, report, first.rows):
         _, cache = oracle.dense_logits(dense, batch, first.sequences, hides)
     hides += hidden(later, turn["input_ids"].shape[1])
-    with silenced(dense, later, second.rows):
+    with oracle.silenced(dense, later, second.rows):
         assert oracle.errors(dense, turn | {tiny.CACHE: cache}, second, hides).max() < TOLERANCE
     assert all(layer.kept_length < layer.length for layer in later.layers)
 

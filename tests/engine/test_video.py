@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, METHODS, TOLERANCE, prune
+from cases import FITS, METHODS, TOLERANCE, prune, relative_errors
 from oracle import Hide, hidden
 
 import foveate
@@ -56,8 +56,7 @@ def check(family: str, name: str, batch: dict, attn: str = "sdpa", **decoding):
     with pruned(model, name) as handle:
         run, report = oracle.run(model, batch, **decoding), handle.report
     assert any(kept < tokens for row in report.images for tokens, kept in row), "nothing was pruned"
-    hides = hidden(report, batch["input_ids"].shape[1])
-    error = oracle.errors(tiny.build(family, "eager"), batch, run, hides) / run.logits.abs().max()
+    error = relative_errors(family, batch, run, report)
     assert error.max() < TOLERANCE, [f"{e:.1e}" for e in error.tolist()]
     return run, report
 
@@ -172,7 +171,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", [*EACH, *OTHERS])
 @pytest.mark.parametrize("decoding", [oracle.GREEDY, oracle.BEAMS], ids=["greedy", "beams"])
 def test_a_video_of_one_frame_is_a_picture_to_every_method(name, decoding):
-    """The same patches as a picture and as a video: the model says the same of both, and so it does under each method."""
+    """The same patches as a picture and as a video: of both a model says the same, and so it does under each method."""
     images = tiny.inputs("qwen2_5_vl", images=(1, 2), text=(4, 7))
     is_image = images["input_ids"] == tiny.IMAGE
     videos = {
@@ -306,8 +305,7 @@ def test_frames_of_every_family_equal_the_dense_reference(family, name):
         run, report = oracle.run(model, batch, **oracle.GREEDY), handle.report
     (clip,), (one, other) = report.images
     assert clip[0] == 3 * one[0] == 3 * other[0] and clip[1] < clip[0]
-    hides = hidden(report, batch["input_ids"].shape[1])
-    error = oracle.errors(tiny.build(family, "eager"), batch, run, hides) / run.logits.abs().max()
+    error = relative_errors(family, batch, run, report)
     assert error.max() < TOLERANCE, [f"{e:.1e}" for e in error.tolist()]
 
 

@@ -24,8 +24,8 @@ class AyaVision(Tiles):
         return dict(vision_config=siglip(SIDE), text_config=cohere2(self.window), image_token_index=IMAGE)
 
     def image(self, kind):
-        tiles = [[80 + tile, *[IMAGE] * 9] for tile in range(squares(kind) - 1)]
-        return [*self.before, *(token for tile in tiles for token in tile), MARK, *[IMAGE] * 9, *self.after]
+        tiles = [token for tile in range(squares(kind) - 1) for token in (80 + tile, *[IMAGE] * 9)]
+        return [*self.before, *tiles, MARK, *[IMAGE] * 9, *self.after]
 
 
 class Cohere2Vision(Tiles):

@@ -62,23 +62,27 @@ class Tiny:
 
     name: what tests call it; model_type: of its configuration, the name if not said. whole: all rows of the matrix run
     in CI, not a sample of them. variant: another encoder or decoder of a family that has a tiny model already.
-    refused: methods that its models cannot do, and that are refused.
-    in_prompt: whether image tokens sit in the prompt. mixes: whether a prompt may hold images and videos. ends: tokens
-    of a film behind its frames. image_id: the placeholder. before, after: ids around every image. window: how many
-    tokens most layers of its decoder see, None for all. first: words in front of the first image. types: inputs that
-    mark the placeholders. decoder: name of the language model inside the base model.
+    refused: methods that its models cannot do, and that are refused. rounding: how much more than others it rounds.
+    in_prompt: whether image tokens sit in the prompt. image_id: the placeholder. before, after: ids around every image.
+    first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
+    model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
+    tokens see later ones. backends: implementations of attention that it has. mixes: whether a prompt may hold images
+    and videos. ends: tokens of a film behind its frames.
     """
 
     name: str = ""
     model_type: str = ""
     whole = variant = False
     refused: tuple[str, ...] = ()
+    rounding = 1.0
     in_prompt = mixes = True
     ends = 0
     image_id = IMAGE
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     window: int | None = None
+    both_ways = False
+    backends: tuple[str, ...] = ("sdpa", "eager")
     first = 2
     types: tuple[str, ...] = ()
     decoder = "language_model"
@@ -144,6 +148,24 @@ class Tiny:
     def go_on(self, model: PreTrainedModel, batch: dict, turn: dict, length: int, image: bool) -> dict[str, Tensor]:
         """Make `turn` what `generate` takes after a talk of `length` tokens that began with `batch`."""
         return turn
+
+    def beside(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Two batches as one, the shorter prompts padded on the left and the smaller pictures behind."""
+        length = 3 + max(batch["input_ids"].shape[1] for batch in (one, other))
+        words = ("input_ids", "attention_mask", "token_type_ids", *self.types)
+        both = {}
+        for name in one:
+            parts = [one[name], other[name]]
+            if name in words:
+                parts = [torch.nn.functional.pad(part, (length - part.shape[1], 0)) for part in parts]
+            elif parts[0].shape[1:] != parts[1].shape[1:]:
+                shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+                room = [part.new_zeros(len(part), *shape) for part in parts]
+                for old, new in zip(parts, room, strict=True):
+                    new[tuple(slice(size) for size in old.shape)] = old
+                parts = room
+            both[name] = torch.cat(parts)
+        return both
 
     def inputs(
         self,

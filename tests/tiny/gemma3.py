@@ -9,6 +9,7 @@ from .llava import SIDE, Llava, siglip
 class Gemma3(Llava):
     name, model_type, whole = "gemma3", "gemma3", False
     before, after, types, window = (VISION_START,), (VISION_END,), ("token_type_ids",), 12
+    both_ways = True
 
     def options(self):
         kinds = ["sliding_attention", "full_attention"] * 2

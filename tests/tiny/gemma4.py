@@ -15,7 +15,7 @@ MOST = 90  # patches that a picture is padded to
 
 class Gemma4(Tiny):
     name, before, after, types = "gemma4", (VISION_START,), (VISION_END,), ("mm_token_type_ids",)
-    window = 12
+    window, both_ways = 12, True
 
     def decoding(self) -> dict[str, Any]:
         return dict(use_bidirectional_attention="vision", num_kv_shared_layers=0)
@@ -56,7 +56,7 @@ class Gemma4(Tiny):
 
 
 class Gemma4E(Gemma4):
-    name, variant = "gemma4_e", True
+    name, variant, both_ways = "gemma4_e", True, False
 
     def decoding(self):
         return dict(num_kv_shared_layers=2)

@@ -7,7 +7,6 @@ from .qwen2_5_vl import TOKENS
 
 class KimiK25(PatchPictures):
     name, types = "kimi_k25", ()
-    refused = ("plphp", "csp")
 
     def clip(self, kind):
         return []  # frames of videos join

@@ -11,7 +11,7 @@ SIDE = 4
 
 
 class Molmo2(Tiny):
-    name, types = "molmo2", ("mm_token_type_ids",)
+    name, types, both_ways = "molmo2", ("mm_token_type_ids",), True
 
     def options(self):
         vision = dict(**VISION, num_key_value_heads=4, head_dim=8, image_size=[16, 16], patch_size=PATCH)
@@ -36,6 +36,11 @@ class Molmo2(Tiny):
         rows, columns = GRIDS[kind]
         small, large = ([*[IMAGE] * c, MARK] * r for r, c in ((2, 2), (rows, columns)))
         return [VISION_START, *small, VISION_END, VISION_START, *large, VISION_END]
+
+    def beside(self, one, other):
+        seen = one["pixel_values"].shape[:2].numel()
+        pooling = other["image_token_pooling"]
+        return super().beside(one, other | {"image_token_pooling": pooling.where(pooling < 0, pooling + seen)})
 
     def pixels(self, kinds, rng):
         joined = torch.arange(SIDE**2).view(2, 2, 2, 2).transpose(1, 2).reshape(-1, 4)

@@ -10,7 +10,7 @@ from .llava import SIDE, Llava, siglip
 
 
 class PaliGemma(Llava):
-    name, model_type, first = "paligemma", "paligemma", 0
+    name, model_type, first, both_ways = "paligemma", "paligemma", 0, True
 
     def text(self):
         return GemmaConfig(**LLM, head_dim=16)
@@ -25,7 +25,7 @@ class PaliGemma(Llava):
 
 
 class PaliGemma2(PaliGemma):
-    name, variant, window = "paligemma2", True, 16
+    name, variant, window, backends = "paligemma2", True, 16, ("eager",)
 
     def text(self):
         return Gemma2Config(**LLM, head_dim=16, query_pre_attn_scalar=16, sliding_window=self.window)

@@ -14,13 +14,16 @@ VISION = dict(
 )
 
 
-class Qwen3VL(Grid):
-    name = "qwen3_vl"
+class Stamped(Grid):
+    """Films are written a frame at a time, each behind when it is shown."""
 
     def film(self, kind):
-        """A frame at a time, each behind when it is shown."""
         frames = [[3 + i, VISION_START, *[VIDEO] * n, VISION_END] for i, n in enumerate(self.clip(kind))]
         return [token for frame in frames for token in frame]
+
+
+class Qwen3VL(Stamped):
+    name = "qwen3_vl"
 
     def options(self):
         vision = VISION | dict(deepstack_visual_indexes=[0, 1, 2])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..methods.tokens import ImageGroups, LayerTokens
 from .cache import PrunedLayer
-from .forward import Forward
+from .forward import Forward, Lent
 from .masks import gather_mask, physical_mask
 from .routes import Kernel
 from .target import Kind
@@ -89,6 +89,7 @@ class Attention:
             last=last,
             text=stream.rows_of(forward.text, samples),
             sees=self._sees(),
+            softcap=self.options.get("softcap"),
             layer=self.index,
             depth=len(forward.target.kinds),
             guidance=guidance,
@@ -125,7 +126,7 @@ class Attention:
     @property
     def lent(self) -> Tensor | None:
         """Of a layer that borrows in a prompt, the position of each key, None where none went."""
-        return self.forward.lent[self.forward.target.sources[self.index]]
+        return self.forward.lent[self.forward.target.sources[self.index]].positions
 
     @property
     def whole(self) -> bool:
@@ -210,8 +211,8 @@ class Attention:
         if self.kind == "self":
             forward, rows = self.forward, self.forward.rows
             if self.index in forward.target.sources[self.index + 1 :] and forward.queries > 1:
-                # What later layers borrow is what this one sees, even if it is evicted meanwhile.
-                forward.lent[self.index] = None if self.whole else self.positions
+                at = None if self.whole else self.positions
+                forward.lent[self.index] = Lent(at, forward.streams["self"].index, self.key.shape[2])
             if not self.whole:
                 filled = (
                     None if self.borrows and forward.queries > 1 else forward.visible(self.layer, self.key.shape[2])

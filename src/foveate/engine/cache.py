@@ -13,6 +13,7 @@ from .memory import Memory
 from .rows import Compaction, Stream, compact, gather_entries
 from .upstream import (
     BORROWING_LAYERS,
+    STATE_LAYERS,
     Cache,
     DynamicCache,
     DynamicLayer,
@@ -165,8 +166,7 @@ class PrunedLayer(DynamicLayer):
         self.pruned_cache.add("entries")
         self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
-        self.keys = gather_entries(self.keys, choice.source)
-        self.values = gather_entries(self.values, choice.source)
+        self.keys, self.values = (gather_entries(held, choice.source) for held in (self.keys, self.values))
         if self.memory is not None:
             self.memory = self.memory.moved(choice, held=present.shape[-1])
         return choice
@@ -286,24 +286,24 @@ def check_cache(cache: Any) -> None:
     if cache.offloading:
         raise UnsupportedError(f"foveate cannot prune an offloaded cache: evicted entries live elsewhere; {advice}")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, *BORROWING_LAYERS):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, *STATE_LAYERS, *BORROWING_LAYERS):
             raise UnsupportedError(f"foveate cannot prune a cache of {type(layer).__name__}s; {advice}")
     if not cache.layers and cache.layer_class_to_replicate is not DynamicLayer:
         raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
 
 
-def adopt_cache(cache: Any, kinds: list[Literal["self", "cross"]]) -> None:
+def adopt_cache(cache: Any, kinds: list[Literal["self", "cross", "state"]]) -> None:
     """Swap pruned layers into `cache` in place; what the layers hold stays. Layers that hold nothing stay, too."""
     grows, shared = cache.layer_class_to_replicate is not None, None
     for i, kind in enumerate(kinds):
         if i == len(cache.layers):
             if not grows:
                 break  # the layers from here on read the entries of earlier ones
-            cache.layers.append(PrunedLayer(kind))
-        elif isinstance(cache.layers[i], BORROWING_LAYERS):
+            cache.layers.append(PrunedLayer("cross" if kind == "cross" else "self"))
+        elif type(cache.layers[i]) in (*STATE_LAYERS, *BORROWING_LAYERS):
             continue
         elif not isinstance(cache.layers[i], PrunedLayer):
-            cache.layers[i] = PrunedLayer.adopt(cache.layers[i], kind)
+            cache.layers[i] = PrunedLayer.adopt(cache.layers[i], "cross" if kind == "cross" else "self")
         shared = cache.layers[i].pruned_cache if shared is None else shared
         cache.layers[i].pruned_cache = shared
 

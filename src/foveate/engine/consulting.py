@@ -85,7 +85,7 @@ class Guide:
         spots = {medium: ids.eq(self.target.token_ids[medium]) for medium in images}
         groups = group_images(*place_images(images, spots))
         reading = _Reading(ids, is_image, groups, config, self.method.exit_threshold is not None)
-        attentions = self.target.attentions()
+        attentions = list(self.target.attentions().values())
         hooks: list[Any] = []
         add_routes(dict.fromkeys(attentions, reading.attend))
         try:
@@ -120,7 +120,7 @@ class Guide:
             source, keep = choice.source[:, 0], choice.real[:, 0]
             embeds = gather_rows(embeds, source)
             positions = positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1))
-        attentions = self.target.attentions()
+        attentions = list(self.target.attentions().values())
         add_routes(dict.fromkeys(attentions, _without_positions))
         try:
             hidden = self.target.decoder(

@@ -33,6 +33,19 @@ class _Aside:
     short: dict[int, tuple[Any, Any]]
 
 
+@dataclass(frozen=True)
+class Lent:
+    """The entries of a layer as later layers borrow them: what it sees itself, even if it is evicted meanwhile.
+
+    positions: (batch, kv_heads | 1, slots) of the keys, None where none went. rows: (batch, width) which tokens of this
+    pass are among them, None for all. slots: how many keys there are.
+    """
+
+    positions: Tensor | None
+    rows: Tensor | None
+    slots: int
+
+
 class Forward:
     """State of one forward pass; lives between the base model's hooks.
 
@@ -43,8 +56,8 @@ class Forward:
     the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
     how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
-    to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, the positions of keys that
-    later layers share, None where none went. sliced: whether the model itself goes on with its last tokens only.
+    to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
+    sliced: whether the model itself goes on with its last tokens only.
     """
 
     def __init__(
@@ -78,7 +91,7 @@ class Forward:
         self._through: Tensor | None = None
         self._aside: _Aside | None = None
         self._short: dict[int, tuple[Any, Any]] = {}
-        self.lent: dict[int, Tensor | None] = {}
+        self.lent: dict[int, Lent] = {}
         self.sliced = False
 
     def unhook(self) -> None:
@@ -91,8 +104,9 @@ class Forward:
         return id(layer) in self._layers
 
     def layer(self, index: int) -> PrunedLayer | None:
-        """The cache layer of a decoder layer."""
-        return None if self.cache is None else self.cache.layers[self.target.sources[index]]
+        """The cache layer of a decoder layer; None where it holds no entries."""
+        layer = None if self.cache is None else self.cache.layers[self.target.sources[index]]
+        return layer if isinstance(layer, PrunedLayer) else None
 
     # -- tokens -----------------------------------------------------------------------------------------------
 
@@ -263,6 +277,13 @@ class Forward:
         # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
         beside = {name: self._shortened(name, value) for name, value in kwargs.items()}
         return hidden, beside | {"position_ids": None, **({} if self.sliced else {"attention_mask": None})}
+
+    def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """In front of a layer that carries a state, behind `enter`: its mask is of tokens, and leaves padding out."""
+        self.entered[index] = self.streams["self"].index
+        if self.rows is None:
+            return kwargs
+        return {**kwargs, "attention_mask": self.rows.real if self.rows.ragged else None}
 
     def _shortened(self, name: str, value: Any) -> Any:
         """What comes beside the hidden states, for the rows alone where it is of all tokens: position embeddings, and

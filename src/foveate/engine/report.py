@@ -27,8 +27,10 @@ class ImageTokens:
 class LayerReport:
     """One decoder layer.
 
-    length: logical entries; kept_length: slots physically held (of the longest sample).
-    What a sliding window left behind counts as kept: it leaves the untouched model's cache, too.
+    kind: what it attends to, the prompt ("self") or image features ("cross"); "state" where it carries a state along
+    instead, whose entries are the tokens that it read.
+    length: logical entries; kept_length: slots physically held (of the longest sample). What a sliding window left
+        behind counts as kept: it leaves the untouched model's cache, too.
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
     seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
@@ -37,7 +39,7 @@ class LayerReport:
     """
 
     index: int
-    kind: Literal["self", "cross"]
+    kind: Literal["self", "cross", "state"]
     length: int
     kept_length: int
     since: Literal["prefill", "decode"]
@@ -119,7 +121,7 @@ class PruneReport:
         self.methods = tuple(method.to_dict() for method in methods)
         self._batch, self._kinds = forward.ids.shape[0], forward.target.kinds
         length, features = forward.past + forward.queries, forward.streams["cross"].tokens
-        self._length = {"self": length, "cross": features}
+        self._length = {"self": length, "state": length, "cross": features}
         sources = forward.target.sources
         layers = [forward.layer(i) for i in range(len(self._kinds))]
         for layer in layers:
@@ -130,10 +132,13 @@ class PruneReport:
         if forward.mask is not None:
             everything = forward.mask[:, :length].unsqueeze(1)
         all_features = torch.ones(self._batch, 1, self._length["cross"], dtype=torch.bool, device=device)
-        self._all = {"self": everything, "cross": all_features}
-        self._past = {"self": forward.past, "cross": self._length["cross"] - features}
+        self._all = {"self": everything, "state": everything, "cross": all_features}
+        self._past = {"self": forward.past, "state": forward.past, "cross": self._length["cross"] - features}
         # A layer that attends to another one's entries keeps what that one keeps.
-        self._entered = {i: forward.entered.get(source) for i, source in enumerate(sources)}
+        self._entered = {
+            i: forward.entered.get(i) if source == i or source not in forward.lent else forward.lent[source].rows
+            for i, source in enumerate(sources)
+        }
         self._taken = forward.taken
         # References, not copies: the masks are only worked out when somebody asks.
         self._windows = [layer is not None and layer.is_sliding for layer in layers]
@@ -149,7 +154,11 @@ class PruneReport:
             layer.physical if layer is not None else (everything.shape[-1] if index is None else index.shape[-1])
             for layer, index in zip(layers, self._index, strict=True)
         ]
-        self._evicted = {i for i, source in enumerate(sources) if source in forward.evicted}
+        # What a layer lost behind its own attention, those that borrow from it have seen.
+        lost = {i for i, lent in forward.lent.items() if not self._windows[i] and self._physical[i] < lent.slots}
+        self._evicted = forward.evicted | {
+            i for i, source in enumerate(sources) if i != source and source in forward.evicted | lost
+        }
         self.records = record
         held = [layer for layer in forward.held if layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)

@@ -152,8 +152,8 @@ class Pruned(NotPickled):
         if self.family.deepstack is not None:
             fixtures.wrap(self.decoder, self.family.deepstack, self._add)
         if self._acting:
-            attentions = enumerate(self._target.attentions())
-            fixtures.route({module: functools.partial(self._attend, index) for index, module in attentions})
+            attentions = self._target.attentions()
+            fixtures.route({module: functools.partial(self._attend, index) for index, module in attentions.items()})
 
     def remove(self) -> None:
         """Restore the model to what it was; harmless when done already."""

@@ -63,7 +63,7 @@ def find_target(model: Any) -> Target:
     cache_name(base.forward)  # or the reason why there is none
     target = Target(model, family, base, decoder)
     check_attention(target)
-    if target.norm is None or any(module is None for module in target.attentions()):
+    if target.norm is None or None in target.attentions().values():
         raise UnsupportedError(
             f"foveate does not know its way round a {decoder.config.model_type} decoder: it needs layers with "
             "self_attn and a norm behind them; use a model with another language model"

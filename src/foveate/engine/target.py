@@ -15,9 +15,9 @@ from ..errors import UnsupportedError
 from ..families.base import Family, ImageLayout
 from ..methods.host import Encoder, Host
 from .clips import Clips
-from .upstream import DynamicCache, cache_name
+from .upstream import STATE_LAYERS, DynamicCache, cache_name
 
-Kind = Literal["self", "cross"]
+Kind = Literal["self", "cross", "state"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,17 @@ class Target:
 
     @cached_property
     def kinds(self) -> list[Kind]:
-        """What each decoder layer attends to: the prompt ("self") or image features ("cross")."""
-        return ["cross" if hasattr(layer, self.family.cross_attention) else "self" for layer in self.decoder.layers]
+        """What each decoder layer attends to: the prompt ("self") or image features ("cross"); or "state", where it
+        attends to nothing and carries a state along (linear attention, convolutions)."""
+        held = dict(enumerate(DynamicCache(config=self.decoder.config).layers))
+        return [
+            "cross"
+            if hasattr(layer, self.family.cross_attention)
+            else "state"
+            if type(held.get(index)) in STATE_LAYERS
+            else "self"
+            for index, layer in enumerate(self.decoder.layers)
+        ]
 
     @cached_property
     def windows(self) -> list[int | None]:
@@ -73,7 +82,7 @@ class Target:
             seen = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
             raise UnsupportedError(
                 f"{method} needs a decoder layer that attends to the whole prompt, and layers {seen} of this "
-                f"{self.decoder.config.model_type} decoder see a window of it: use a method that acts before the LLM"
+                f"{self.decoder.config.model_type} decoder do not: use a method that acts before the LLM"
             )
 
     @property
@@ -115,7 +124,7 @@ class Target:
     @property
     def norm(self) -> nn.Module | None:
         """The module behind the last decoder layer; None where it has none of the usual names."""
-        found = (getattr(self.decoder, name, None) for name in ("norm", "final_layernorm"))
+        found = (getattr(self.decoder, name, None) for name in ("norm", "final_layernorm", "embedding_norm"))
         return next((module for module in found if module is not None), None)
 
     def attention(self, index: int) -> nn.Module | None:
@@ -123,9 +132,10 @@ class Target:
         layer, kind = self.decoder.layers[index], self.kinds[index]
         return getattr(layer, getattr(self.family, f"{kind}_attention"), None)
 
-    def attentions(self) -> list[nn.Module]:
-        """The attention modules of all decoder layers."""
-        return [self.attention(index) for index in range(len(self.kinds))]  # type: ignore[misc]
+    def attentions(self) -> dict[int, nn.Module]:
+        """The attention modules of the decoder layers that attend to anything."""
+        attending = (index for index, kind in enumerate(self.kinds) if kind != "state")
+        return {index: self.attention(index) for index in attending}  # type: ignore[misc]
 
     @property
     def host(self) -> Host:

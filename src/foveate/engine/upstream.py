@@ -39,6 +39,7 @@ try:
         DynamicLayer,
         DynamicSlidingWindowLayer,
         EncoderDecoderCache,
+        LinearAttentionLayer,
     )
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
@@ -51,9 +52,13 @@ BORROWING_LAYERS: tuple[type, ...] = tuple(
     getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)
 )
 
+# Layers of a cache that hold a state in place of entries; those that hold both are none of them.
+STATE_LAYERS: tuple[type, ...] = (LinearAttentionLayer,)
+
 __all__ = [
     "BORROWING_LAYERS",
     "CACHE_NAMES",
+    "STATE_LAYERS",
     "AttentionInterface",
     "Cache",
     "DynamicCache",

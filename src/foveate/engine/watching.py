@@ -41,6 +41,8 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
     for action in forward.actions:
         hidden, kwargs = action.before_layer(index, hidden, kwargs)
     hidden, kwargs = forward.enter(hidden, kwargs)
+    if forward.target.kinds[index] == "state":
+        kwargs = forward.enter_state(index, kwargs)
     for action in forward.actions:
         action.entering(index, hidden)
     return (hidden,), kwargs

@@ -162,6 +162,24 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 @register
+class Qwen35(Grid):
+    """Most decoder layers carry a state, and attend to nothing."""
+
+    model_type = "qwen3_5"
+    summary = "Qwen3.5 (linear attention in most layers)"
+    examples = ("Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B")
+
+
+@register
+class Qwen35Moe(Grid):
+    """The same with experts."""
+
+    model_type = "qwen3_5_moe"
+    summary = "Qwen3.5 (linear attention in most layers, mixture of experts)"
+    examples = ("Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-397B-A17B")
+
+
+@register
 class Ernie45VLMoe(Grid):
     """Experts of its own for image tokens; which tokens those are comes beside the hidden states."""
 

@@ -128,7 +128,7 @@ class LayerTokens:
     visible: bool (batch, keys), False at padding and fillers, or None where all are tokens.
     last: (batch,) the row of the prompt's last token.
     sees: bool (batch | 1, heads | 1, rows, keys) what each row attends to, where that is no matter of what came before
-        it (windows, or images that see themselves both ways); None where it is.
+        it (windows, or images that see themselves both ways); None where it is. softcap: of the logits, in some models.
     text: (batch, t) rows of the text tokens that come after the start of the sample's first image, in order, the last
         token always among them; -1 at padding.
     entered: (batch, rows, hidden) hidden states in front of the layer; left: behind it. Only for layer methods.
@@ -155,6 +155,7 @@ class LayerTokens:
     guidance: Tensor | None = None
     norm: Callable[[Tensor], Tensor] = lambda states: states
     sees: Tensor | None = None
+    softcap: float | None = None
 
     @property
     def past(self) -> int:
@@ -193,6 +194,8 @@ class LayerTokens:
         grouped = picked.reshape(batch, self.key.shape[1], -1, dim)
         # Scaled first: the bare product can overflow float16.
         logits = ((grouped * self.scaling) @ self.key.transpose(-1, -2)).float().view(batch, heads, at.shape[1], -1)
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
         if self.sees is not None:
             sees = self.sees.expand(batch, -1, -1, -1)
             hidden = ~sees.gather(2, at[:, None, :, None].expand(-1, sees.shape[1], -1, sees.shape[3]))

@@ -15,6 +15,10 @@ from .tokens import ImageGroups, LayerTokens
 
 def probes_that_see(tokens: LayerTokens, rows: Tensor) -> Tensor:
     """How many of the rows may look at each key: (batch, keys). rows: (batch, r), -1 counts nothing."""
+    if tokens.sees is not None:
+        sees = tokens.sees[:, 0].expand(len(rows), -1, -1)
+        at = rows.clamp(min=0).unsqueeze(-1).expand(-1, -1, sees.shape[-1])
+        return (sees.gather(1, at) & (rows >= 0).unsqueeze(-1)).sum(1)
     at = torch.where(rows < 0, -1, rows + tokens.past).unsqueeze(-1)
     return (torch.arange(tokens.key.shape[2], device=rows.device) <= at).sum(1)
 

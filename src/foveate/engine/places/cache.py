@@ -17,7 +17,7 @@ from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import refuse_assisted
 from ..report import Outcome
-from ..rows import compact
+from ..rows import compact, gather_entries
 from ..target import Target
 from .place import Action, Place
 
@@ -95,14 +95,13 @@ class CacheAction(Action):
         return held and reads and attention.index >= self.method.first_layer()
 
     def attend(self, attention: Attention, run: Run) -> Output:
-        attention.check_heads(self.method.name)
         # Stages of a method inside the LLM are none of this one's business.
         groups = dataclasses.replace(attention.tokens.groups, dropped=0)
         tokens = dataclasses.replace(attention.tokens, groups=groups)
         if self.method.sparse_attention:
             return self._attend_sparsely(attention, tokens, run)
         out = run(attention)
-        scores = self.method.score(tokens)
+        scores = self._score(attention, tokens)
         if self.method.needs_all_layers:
             # Queries and keys need not wait, too.
             rest = dataclasses.replace(tokens, query=tokens.query[:, :, :0].clone(), key=tokens.key[:, :, :0].clone())
@@ -120,6 +119,12 @@ class CacheAction(Action):
         if forward.past and forward.queries == 1 and forward.cache is not None:
             for layer in forward.held:
                 _evict_fixed(layer)
+
+    def _score(self, attention: Attention, tokens: LayerTokens) -> Tensor:
+        """What the method scores, a mean over heads where the cache holds one compressed entry for all of them."""
+        scores, layer = self.method.score(tokens), attention.layer
+        assert layer is not None and layer.keys is not None
+        return scores.mean(1, keepdim=True) if layer.keys.shape[1] < scores.shape[1] else scores
 
     def _budget(self, scores: Tensor, tokens: LayerTokens) -> Tensor:
         """(groups,) what the images of one layer may keep, for methods that do not compare layers."""
@@ -156,23 +161,24 @@ class CacheAction(Action):
         """Evict first; then only the rows whose entries stay attend, and the attention of the others is zero."""
         layer, forward, query = attention.layer, self.forward, attention.query
         assert layer is not None
-        scores, width = self.method.score(tokens), query.shape[2]
+        scores, width = self._score(attention, tokens), query.shape[2]
         _, stay = self._stays(scores, tokens, self._budget(scores, tokens), layer.physical)
         # The last token must attend even if it is an image token: its row becomes the next token.
         stay = stay.scatter(2, (tokens.last + tokens.past)[:, None, None].expand(-1, stay.shape[1], 1), True)
         choice = layer.keep(stay[:, :1], tokens.visible)
         if choice is None:
             return run(attention)
+        # Not the cache's own, which may be compressed.
+        key, value = (gather_entries(held, choice.source) for held in (attention.key, attention.value))
         if tokens.past:
             choice = compact(stay[:, :1, tokens.past :], torch.ones_like(stay[:, :1, tokens.past :]))
             assert choice is not None
         source, real = choice.source[:, 0], choice.real[:, 0]
         rows = source[:, None, :, None]
         picked = query.gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
-        assert layer.keys is not None and layer.values is not None
         logical = source if forward.rows is None else forward.rows.source.gather(1, source)
         filled, at = forward.visible(layer, layer.physical), layer.full_index(len(query), query.device)
-        out, weights = run(attention.over(layer.keys, layer.values, filled, picked, logical, at))
+        out, weights = run(attention.over(key, value, filled, picked, logical, at))
         forward.entered[attention.index] = torch.where(real, logical, -1)
         out = out.masked_fill(~real[..., None, None], 0)
         full = out.new_zeros(out.shape[0], width, *out.shape[2:])

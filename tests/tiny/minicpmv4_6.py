@@ -1,0 +1,37 @@
+"""MiniCPM-V 4.6: 4 x 4 patches a token, and the decoder of Qwen3.5."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import IMAGE, PATCH, VIDEO, VISION, VISION_END, VISION_START, Tiny
+from .qwen2_5_vl import GRIDS
+from .qwen3_5 import Qwen35, hybrid
+
+
+class MiniCPMV46(Tiny):
+    name, before, after = "minicpmv4_6", (VISION_START,), (VISION_END,)
+    rounding = Qwen35.rounding
+
+    def options(self):
+        return dict(
+            vision_config=VISION | dict(num_hidden_layers=5, image_size=48, patch_size=PATCH),
+            text_config=hybrid(4) | dict(model_type="qwen3_5_text"),
+            insert_layer_id=1,
+            image_size=48,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        )
+
+    def tokens(self, kind):
+        _, height, width = GRIDS[kind]
+        return height * width // 16
+
+    def pixels(self, kinds, rng):
+        sizes = [GRIDS[kind][1:] for kind in kinds]
+        strips = [torch.randn(1, 3, PATCH, PATCH * height * width, generator=rng) for height, width in sizes]
+        return {"pixel_values": torch.cat(strips, -1), "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
+
+    def beside(self, one, other):
+        pixels = torch.cat([one["pixel_values"], other["pixel_values"]], -1)
+        return super().beside(one, other) | {"pixel_values": pixels}
