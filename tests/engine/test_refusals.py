@@ -120,21 +120,6 @@ def test_prompts_whose_image_tokens_cannot_be_found_are_refused(family, name):
         model.generate(**rest, mm_encoder_outputs={"image": features}, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("name", ["fopru_rank", "fastv", "plphp"])
-def test_videos_are_refused(name):
-    batch, model = tiny.inputs("qwen2_5_vl"), tiny.build("qwen2_5_vl")
-    video = {
-        "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMAGE, tiny.VIDEO),
-        "attention_mask": batch["attention_mask"],
-        "mm_token_type_ids": 2 * batch["mm_token_type_ids"],
-        "pixel_values_videos": batch["pixel_values"],
-        "video_grid_thw": batch["image_grid_thw"],
-    }
-    assert oracle.run(model, video, max_new_tokens=2).logits.isfinite().all()
-    with prune(model, name), pytest.raises(foveate.UnsupportedError, match="video"):
-        model.generate(**video, max_new_tokens=2)
-
-
 @pytest.mark.parametrize("name", ["fastv", "topv", "plphp", "running_sum"])
 def test_methods_that_find_no_layer_without_a_window_are_refused(name):
     model = tiny.build("llava_sliding")

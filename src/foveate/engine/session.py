@@ -26,7 +26,7 @@ from .attention import Attention
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
-from .generation import run_prompt, split_prompt
+from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
@@ -219,6 +219,21 @@ class Pruned(NotPickled):
         finally:
             self._steps.prompt = outer
 
+    def clips(self, frames: int | Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """Say which of the pictures that come in this block are frames of clips, where frames are pictures to a model.
+
+        A clip is then one image to every method: `keep` is of all its frames together, and methods that compare frames
+        see them. Videos that a model takes as videos need no word.
+
+        frames: how many pictures each clip is of, 1 for a picture, in order and for the whole batch; or one number, for
+        clips that all have as many.
+
+        Raises:
+            ValueError: for a clip without frames.
+            UnsupportedError: in the call, where other pictures come.
+        """
+        return self._target.clips.said(frames)
+
     @contextlib.contextmanager
     def saying(self, *, image_sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
         """Say of the images in this block what no input of the model tells.
@@ -252,8 +267,9 @@ class Pruned(NotPickled):
         step = self._steps.take()
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        images = (kwargs.get("pixel_values"), encoded.get("image"), kwargs.get("cross_attention_states"))
-        call = Call(kwargs, any(given is not None for given in images), step.behind if step.assisted else 0)
+        images = (*(encoded.get(medium) for medium in PIXELS), kwargs.get("cross_attention_states"))
+        brings_images = brings_pixels(kwargs) or any(given is not None for given in images)
+        call = Call(kwargs, brings_images, step.behind if step.assisted else 0)
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
         cache = cache_in(kwargs)
@@ -277,7 +293,7 @@ class Pruned(NotPickled):
         if brings_images and splits and step.behind:
             # The prompt runs without what stands behind it, so that methods see its true end.
             head, kwargs = split_prompt(kwargs, step.behind)
-            if bool(kwargs["input_ids"].eq(self._target.image_token_id).any()):
+            if bool(self._target.is_image(kwargs["input_ids"]).any()):
                 raise UnsupportedError(
                     "a picture stands behind the end of this prompt (the first label): run the turns one by one"
                 )
@@ -292,8 +308,9 @@ class Pruned(NotPickled):
         forward.actions = [action for place in self._places if (action := place.act(forward)) is not None]
         if forward.past and forward.mask is not None:
             evict_hidden(cache, forward.mask)
-        if encoded.get("image") is not None:
-            forward.encoded = attached(encoded["image"], self.family.features)
+        for medium in PIXELS:
+            if encoded.get(medium) is not None:
+                forward.encoded[medium] = attached(encoded[medium], self.family.features)
         if brings_images:
             watch_layers(forward, routed=bool(self._acting))
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.

@@ -166,11 +166,12 @@ def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) ->
             "these position ids start again inside a row, as those of samples packed into one do, and samples cannot "
             "be told apart once tokens were dropped: pass them as a batch, padded, with an attention mask"
         )
-    if (
-        kwargs.get("pixel_values_videos") is not None
-        or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None
-    ):
-        raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
+    videos = (kwargs.get("pixel_values_videos"), (kwargs.get("mm_encoder_outputs") or {}).get("video"))
+    if any(given is not None for given in videos) and "video" not in target.token_ids:
+        raise UnsupportedError(
+            f"foveate knows where the images of {target.family.model_type} models lie, not the frames of their videos: "
+            "pass the frames as images (and say so with `with pruned.clips(frames):`), or run videos outside the block"
+        )
     if brings_images and "encoder" in target.family.places and kwargs.get("input_ids") is None:
         raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
     for name in ("output_attentions", "output_hidden_states"):
