@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from foveate.engine.support import find_target
 from foveate.evaluation.results import run_script
-from foveate.families import family_of
+from foveate.families import get_family
 from foveate.methods.trained import TrainedMethod
 from foveate.methods.vistog import VisToG, members
 
@@ -84,7 +84,7 @@ def spread(model: Any, pixels: Tensor, weights: dict[str, Tensor]) -> None:
     pixels: (pictures, 3, height, width), or (pictures, tiles, 3, height, width), as the model takes them.
     """
     seen: list[Tensor] = []
-    layer = family_of(model.config).encoder_layers(model.model)[0]
+    layer = get_family(model.config).encoder_layers(model.model)[0]
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.model.vision_tower(pixels.flatten(0, -4).to(model.device, model.dtype))
     handle.remove()

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import IN_CROSS_ATTENTION, METHODS, SAMPLED, TOLERANCE, prune, pruned_run
+from cases import IN_CROSS_ATTENTION, METHODS, SAMPLED, TOLERANCE, prune, pruned_run, relative_errors
 from sampling import pairwise, taking_turns
 
 import foveate
@@ -57,13 +57,8 @@ def check(family, name, batch, attn, **kwargs):
         return
     run, report = pruned_run(tiny.build(family, attn), name, batch, **kwargs)
     assert any(kept < tokens for row in report.images for tokens, kept in row), "nothing was pruned"
-    layers, length = report.layers, batch["input_ids"].shape[1]
-    if any(layer.kind == "state" for layer in layers) and all(layer.since == "prefill" for layer in layers):
-        error = oracle.short_errors(tiny.build(family), batch, run, report)
-    else:
-        error = oracle.errors(tiny.build(family, "eager"), batch, run, oracle.hidden(report, length))
-    error = error / run.logits.abs().max()
-    assert error.max() < TOLERANCE * tiny.found[family].rounding, [f"{e:.1e}" for e in error.tolist()]
+    error = relative_errors(family, batch, run, report)
+    assert error.max() < TOLERANCE, [f"{e:.1e}" for e in error.tolist()]
 
 
 @others

@@ -9,6 +9,9 @@ class Ernie(Grid):
     types = ("mm_token_type_ids", "moe_mm_token_type_ids")
     values = 3 * PATCH**2
 
+    def clip(self, kind):
+        return []  # frames of videos join
+
     def options(self):
         experts = dict(moe_intermediate_size=[32, 16], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1)
         return dict(

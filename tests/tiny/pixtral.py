@@ -56,11 +56,10 @@ class LightOnOcr(Packed):
         return dict(vision_config=self.vision(), text_config=text, image_token_id=IMAGE, **merge)
 
 
-class LlavaPixtral(Packed):
-    name, model_type, variant = "llava_pixtral", "llava", True
-    merge = 1
+class Pixtral12B(Packed):
+    name, model_type, variant, merge = "pixtral", "llava", True, 1
 
     def options(self):
         text = MistralConfig(**LLM, head_dim=16, sliding_window=None)
-        options = dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
-        return dict(vision_config=self.vision(), text_config=text, image_token_index=IMAGE, **options)
+        strategy = dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
+        return dict(vision_config=self.vision(), text_config=text, image_token_index=IMAGE, **strategy)

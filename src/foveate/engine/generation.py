@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,14 @@ from transformers import GenerationConfig
 from ..errors import UnsupportedError
 from .fixtures import Fixtures
 from .upstream import cache_in
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""What a model looks at, as transformers calls it, and the input that brings its pixels."""
+
+
+def brings_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether pictures or videos are among these inputs of a model, not encoded yet."""
+    return any(inputs.get(name) is not None for name in PIXELS.values())
 
 
 @dataclass
@@ -52,8 +60,8 @@ class GenerateCall:
 
     @property
     def brings_images(self) -> bool:
-        """Whether there are pictures to look at."""
-        return self.inputs.get("pixel_values") is not None or bool(self.inputs.get("mm_encoder_outputs"))
+        """Whether there are pictures or videos to look at."""
+        return brings_pixels(self.inputs) or bool(self.inputs.get("mm_encoder_outputs"))
 
     def asks(self, names: Iterable[str]) -> list[str]:
         """Those of these arguments and settings that are set to anything but their neutral value."""
@@ -90,7 +98,8 @@ def refuse_assisted(fixtures: Fixtures, model: Any, why: str) -> None:
 
 # What a forward over later tokens of the same prompt must not bring again.
 _IMAGE_INPUTS = (
-    "pixel_values", "mm_encoder_outputs", "image_sizes", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"
+    "pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_sizes", "image_sizes_videos", "image_grid_thw",
+    "video_grid_thw", "second_per_grid_ts", "aspect_ratio_ids", "aspect_ratio_mask",
 )  # fmt: skip
 
 

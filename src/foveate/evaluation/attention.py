@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.evaluation.reference import eager
-from foveate.families import family_of
+from foveate.families import get_family
 
 
 @torch.inference_mode()
@@ -19,7 +19,7 @@ def last_token_attention(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor
     that share a KV head; length is the prompt's, for cross-attention layers the number of image features. Only one
     layer's attention map is in memory at a time.
     """
-    family = family_of(model.config)
+    family = get_family(model.config)
     assert family is not None
     decoder = family.decoder(family.base(model))
     rows: dict[int, Tensor] = {}

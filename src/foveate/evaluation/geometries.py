@@ -220,32 +220,47 @@ def _randomize(model: nn.Module, rng: torch.Generator) -> None:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)  # norms, gates, [CLS]
 
 
-def synthetic(config: Config, batch: int, *, tokens: int | None = None, padded: bool = False, seed: int = 0) -> Inputs:
-    """Inputs of `generate()` on the CPU: noise for one picture a sample, random words around it.
+def synthetic(
+    config: Config,
+    batch: int,
+    *,
+    tokens: int | None = None,
+    frames: int | None = None,
+    padded: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    """Inputs of `generate()` on the CPU: noise for one picture or clip a sample, random words around it.
 
-    tokens: image tokens of each picture, where the architecture takes pictures of any size. padded: make every
-    second sample shorter, and pad it on the left.
+    tokens: image tokens of each picture or frame, where the architecture takes pictures of any size. frames: of a clip,
+    None for a picture. padded: make every second sample shorter, and pad it on the left.
 
     Raises:
         Mistake: for an architecture without synthetic inputs, or a number of tokens that it cannot give.
     """
     if config.model_type not in _PICTURES:
         raise Mistake(f"no synthetic inputs for {config.model_type} models: bench takes {', '.join(_PICTURES)}")
+    if frames is not None and config.model_type not in _CLIPS:
+        raise Mistake(f"--frames: no synthetic clips for {config.model_type} models: use one of {', '.join(_CLIPS)}")
     rng = torch.Generator().manual_seed(seed)
-    pixels, count, around = _PICTURES[config.model_type](config, batch, tokens, rng)
+    pictures = batch * (frames or 1)
+    pixels, count, around = _PICTURES[config.model_type](config, pictures, tokens, rng)
+    placeholder = config.image_token_id
+    if frames is not None:
+        pixels, placeholder = _CLIPS[config.model_type](config, pixels, frames)
+        count *= frames
     words = min(config.get_text_config().vocab_size, config.image_token_id, *around)  # no special tokens
     lengths = [AFTER - SHORTER * (padded and row % 2 == 1) for row in range(batch)]
     rows = []
     for after in lengths:
         text = torch.randint(3, words, (BEFORE + after,), generator=rng)
-        picture = torch.full((count,), config.image_token_id)
+        picture = torch.full((count,), placeholder)
         edges = [torch.tensor([edge]) for edge in around] or [torch.tensor([], dtype=torch.long)] * 2
         rows.append(torch.cat([text[:BEFORE], edges[0], picture, edges[1], text[BEFORE:]]))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     inputs = {"input_ids": ids, "attention_mask": mask, **pixels}
     if config.model_type == "qwen2_5_vl":
-        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        inputs["mm_token_type_ids"] = (ids == placeholder).int() * (1 if frames is None else 2)
     if config.model_type == "mllama":
         seen = (ids == config.image_token_id).cumsum(1) > 0  # the words after the image look at it
         inputs["cross_attention_mask"] = seen[:, :, None, None].expand(-1, -1, 1, config.vision_config.max_num_tiles)
@@ -324,4 +339,17 @@ _PICTURES: dict[str, Callable[[Config, int, int | None, torch.Generator], Pictur
     "llava_next": _llava_next_pixels,
     "qwen2_5_vl": _qwen_pixels,
     "mllama": _mllama_pixels,
+}
+
+
+def _qwen_clip(config: Config, pixels: Inputs, frames: int) -> tuple[Inputs, int]:
+    grids = pixels["image_grid_thw"][::frames].clone()
+    grids[:, 0] = frames
+    return {"pixel_values_videos": pixels["pixel_values"], "video_grid_thw": grids}, config.video_token_id
+
+
+# What the pixels of frames become as clips, and the placeholder; where frames are pictures they stay what they are.
+_CLIPS: dict[str, Callable[[Config, Inputs, int], tuple[Inputs, int]]] = {
+    "llava": lambda config, pixels, frames: (pixels, config.image_token_id),
+    "qwen2_5_vl": _qwen_clip,
 }

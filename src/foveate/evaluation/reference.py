@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 from foveate.engine.session import prune
 from foveate.engine.upstream import cache_behind, held_layers
 from foveate.errors import UnsupportedError
-from foveate.families import family_of
+from foveate.families import get_family
 from foveate.methods.base import DepthMethod, GuidedMethod
 
 if TYPE_CHECKING:
@@ -107,11 +107,19 @@ def cannot_prove(methods: Sequence[Method]) -> str | None:
 
 
 @torch.inference_mode()
-def prove(model: Any, inputs: dict[str, Any], methods: Sequence[Method], *, steps: int = 16) -> Proof:
+def prove(
+    model: Any,
+    inputs: dict[str, Any],
+    methods: Sequence[Method],
+    *,
+    steps: int = 16,
+    clips: int | Sequence[int] | None = None,
+) -> Proof:
     """Generate `steps` tokens with the pruned model, and replay them on the untouched one, dropped keys hidden.
 
     model: not pruned at the moment; it is left as it was. inputs: what `generate` takes, on the model's device.
-    methods: applied together. The model goes on behind the end of its answer, so that all steps are compared.
+    methods: applied together. clips: as `Pruned.clips` takes it, None to say nothing. The model goes on behind the end
+    of its answer, so that all steps are compared.
 
     Raises:
         UnsupportedError: what `foveate.prune` refuses, and methods that do more than drop tokens.
@@ -119,7 +127,11 @@ def prove(model: Any, inputs: dict[str, Any], methods: Sequence[Method], *, step
     """
     if reason := cannot_prove(methods):
         raise UnsupportedError(reason)
-    with prune(model, methods, record=True) as pruned, _note_storage(pruned.base) as held:
+    with (
+        prune(model, methods, record=True) as pruned,
+        nullcontext() if clips is None else pruned.clips(clips),
+        _note_storage(pruned.base) as held,
+    ):
         sequences, logits, _ = _generate(model, inputs, steps)
     report = pruned.report
     assert report is not None
@@ -265,7 +277,7 @@ def _generate(
 
 
 def _family(model: Any) -> Family:
-    family = family_of(model.config)
+    family = get_family(model.config)
     assert family is not None, "what was pruned has a family"
     return family
 

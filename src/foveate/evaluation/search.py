@@ -25,7 +25,7 @@ from foveate.asking.loading import (
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import variants
 from foveate.asking.subject import fingerprints
-from foveate.families import family_of
+from foveate.families import get_family
 from foveate.methods import get_method
 from foveate.methods.gsearch import GSearch
 from foveate.methods.psigmoid import PSigmoid
@@ -231,6 +231,6 @@ def _seek(options: Options, model: Any, notes: Notes, parts: tuple[Questions, Qu
 
 
 def _depth(model: Any) -> int:
-    family = family_of(model.config)
+    family = get_family(model.config)
     assert family is not None
     return len(family.decoder(family.base(model)).layers)

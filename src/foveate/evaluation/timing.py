@@ -16,7 +16,7 @@ import torch
 from ..engine.upstream import held_layers
 
 # What a method computes, in any place: once for a prompt, and in every step of decoding.
-SELECTION = ("observe", "score", "statistics", "budgets", "select", "merge")
+SELECTION = ("choose", "observe", "score", "statistics", "budgets", "select", "merge")
 CHOOSING = ("score", "select", "remember")
 
 
@@ -92,8 +92,10 @@ class Stopwatch:
 @contextmanager
 def watched(watch: Stopwatch, family: Any, base: Any, method: Any | None) -> Iterator[None]:
     """Time the vision encoder of a model, and the computations of a method object, inside the block."""
-    encoder = (base, "get_image_features") if "encoder" in family.places else (base.vision_model, "forward")
-    spans = [(*encoder, "vision")]
+    encoders = [(base, name) for name in ("get_image_features", "get_video_features") if hasattr(base, name)]
+    if "encoder" not in family.places:
+        encoders = [(base.vision_model, "forward")]
+    spans = [(*encoder, "vision") for encoder in encoders]
     steps = CHOOSING if getattr(method, "place", None) == "decode" else ()
     spans += [(method, name, "choosing") for name in steps]
     spans += [(method, name, "selection") for name in SELECTION if name not in steps and hasattr(method, name)]

@@ -37,20 +37,15 @@ def unknown_family(model_type: str) -> str:
     )
 
 
-def get_family(model_type: str) -> Family | None:
+def get_family(model: str | Any) -> Family | None:
     """The family of a model type, or None when there is none.
 
-    Raises:
-        ValueError: for a plug-in that could not be loaded.
-    """
-    return _registry.get(model_type)
-
-
-def family_of(config: Any) -> Family | None:
-    """The family of the models of a configuration: that of its `model_type`, or of a part of it that is another's.
+    model: the type, or a configuration, which may say more: one type may come with encoders of several kinds.
 
     Raises:
         ValueError: for a plug-in that could not be loaded.
     """
-    family = get_family(config.model_type)
-    return None if family is None else family.of(config)
+    if isinstance(model, str):
+        return _registry.get(model)
+    family = _registry.get(model.model_type)
+    return None if family is None else family.of(model)

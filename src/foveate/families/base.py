@@ -35,7 +35,7 @@ class Family:
     needs_prompt: ClassVar[bool] = False
 
     def of(self, config: Any) -> Family:
-        """The family of models of this configuration, where one `model_type` has several."""
+        """The family of this very configuration, where models of one type lay images out in several ways."""
         return self
 
     def check(self, base: Any) -> str | None:
@@ -60,6 +60,17 @@ class Family:
         inputs: the arguments of the model's `get_image_features`; with `needs_prompt` also `input_ids`, (batch, q).
         """
         raise NotImplementedError  # asked only of families with the place "encoder"
+
+    def video_token_id(self, config: Any) -> int | None:
+        """The id of the video placeholder in the prompt; None where the model takes no videos."""
+        return None
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        """One layout per video, in order, a tile per frame. inputs: the arguments of `get_video_features`.
+
+        A frame is what has tokens of its own: some encoders join two pictures of a film into one.
+        """
+        raise NotImplementedError  # asked only of families with a `video_token_id`
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""

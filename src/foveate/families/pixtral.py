@@ -41,17 +41,6 @@ class Pixtral(Family):
         return layouts
 
 
-class LlavaPixtral(Pixtral):
-    """Pixtral 12B is a model of the type "llava"; every patch is a token."""
-
-    model_type = "llava"
-    summary = "Pixtral 12B"
-    examples = ("mistral-community/pixtral-12b",)
-
-    def merge(self, config: Any) -> int:
-        return 1
-
-
 @register
 class Mistral3(Pixtral):
     """Pixtral's encoder, and patches that join."""
