@@ -28,7 +28,8 @@ class LayerReport:
     """One decoder layer.
 
     kind: what it attends to, the prompt ("self") or image features ("cross"); "state" where it carries a state along
-    instead, whose entries are the tokens that it read. length: logical entries; kept_length: slots physically held (of the longest sample).
+    instead, whose entries are the tokens that it read.
+    length: logical entries; kept_length: slots physically held (of the longest sample).
     What a sliding window left behind counts as kept: it leaves the untouched model's cache, too.
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.

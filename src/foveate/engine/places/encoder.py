@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...families.base import Family
+from ...methods import method_class, method_names
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
@@ -26,6 +27,9 @@ from ..question import Questions
 from ..report import Outcome
 from ..target import Target
 from .place import Action, Place
+
+ATTENTION = frozenset({"received", "given", "cls", "keys"})
+"""What methods read of the encoder's attention."""
 
 
 @dataclass
@@ -57,7 +61,7 @@ class EncoderPlace(Place):
         self.family, self.base, self.method = target.family, target.base, method
         self.reads = method.reads if method is not None else frozenset()
         self._modules: list[nn.Module] = []
-        if method is not None and self.reads & {"received", "given", "cls", "keys"}:
+        if method is not None and self.reads & ATTENTION:
             self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
         self._current = _Current()
         self._prompts = Prompts(target)
@@ -73,6 +77,24 @@ class EncoderPlace(Place):
                 raise UnsupportedError(
                     f"{method.name} sends tokens of its own through the vision encoder beside the patches, and that of "
                     f"{target.family.model_type} models has no place for them: use a method that chooses among patches"
+                )
+
+            if not isinstance(method, EncoderMethod):
+                continue
+            family, lacks = target.family, frozenset[str]()
+            if not family.vision_attentions(target.base):
+                lacks |= ATTENTION
+            if not family.encoder_layers(target.base):
+                lacks |= {"levels", "readers"}
+            if method.reads & lacks:
+                encoder = {name: method_class(name) for name in method_names() if method_class(name).place == "encoder"}
+                # What some read is an option of theirs.
+                reads = {name: getattr(kind, "reads", None) for name, kind in encoder.items()}
+                fits = [name for name, read in reads.items() if isinstance(read, frozenset) and not read & lacks]
+                raise UnsupportedError(
+                    f"{method.name} reads the attention or the layers of the vision encoder, and those of "
+                    f"{family.model_type} models cannot be read; use a method that does without "
+                    f"({', '.join(fits)}), or one inside the LLM"
                 )
 
     @classmethod
