@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from unittest import mock
 
-import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForImageTextToText
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .base import BREAK, LLM, MARK, VISION_END, VISION_START, VOCAB
 from .llava import SIDE, Llava
-
-
-class Convolution(nn.Module):
-    """In place of an encoder of timm's."""
-
-    dtype = torch.float32
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, stride, stride)
-
-    def forward(self, pixel_values, **kwargs):
-        return BaseModelOutputWithPooling(last_hidden_state=self.conv(pixel_values))
+from .unread import UNREAD, Convolution
 
 
 class Gemma3n(Llava):
     name, model_type, whole = "gemma3n", "gemma3n", False
     image_id, before, after, window = BREAK, (VISION_START,), (VISION_END,), 12
-    refused = ("fopru", "vtc_cls", "visionzip", "quecc", "vistog")
+    refused = UNREAD
 
     def options(self):
         text = CONFIG_MAPPING["gemma3n_text"](

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..families import get_family, unknown_family
+from ..families.base import Family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
 from ..methods.places import PLACES
@@ -97,15 +98,34 @@ def check_attention(target: Target) -> None:
         )
 
 
+def reads_encoder(method: Method) -> bool:
+    """Whether a method reads what happens between the layers of a vision encoder."""
+    return bool(getattr(method, "reads", frozenset()) & {"received", "given", "cls", "keys", "levels", "readers"})
+
+
+def fitting(family: Family) -> list[str]:
+    """The methods that find in models of this family what they need."""
+    names = [name for name in method_names() if method_class(name).place in family.places]
+    if family.shows_attention:
+        return names
+    return [name for name in names if method_class(name).place != "encoder" or not reads_encoder(get_method(name))]
+
+
 def check_methods(target: Target, methods: Sequence[Method]) -> None:
     """Refuse methods whose place the model does not offer, and two of one place."""
     taken: dict[str, str] = {}
     for method in methods:
         if method.place not in target.family.places:
-            fits = [name for name in method_names() if method_class(name).place in target.family.places]
             raise UnsupportedError(
                 f"{method.name} acts {PLACES[method.place]}, which {target.family.model_type} does not offer; "
-                f"methods that fit: {', '.join(fits)}"
+                f"methods that fit: {', '.join(fitting(target.family))}"
+            )
+        if reads_encoder(method) and not target.family.shows_attention:
+            others = [name for name in fitting(target.family) if method_class(name).place == "encoder"]
+            raise UnsupportedError(
+                f"{method.name} reads the layers of the vision encoder, and that of {target.family.model_type} models "
+                f"shows none whose tokens are the LLM's: use a method that does not ({', '.join(others)}), or one "
+                "inside the LLM"
             )
         if other := taken.get(method.place):
             raise UnsupportedError(

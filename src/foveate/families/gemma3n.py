@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from . import register
 from .squares import Squares
 
@@ -17,12 +15,7 @@ class Gemma3n(Squares):
     model_type = "gemma3n"
     summary = "Gemma 3n (an encoder without attention, sliding windows, shared KV layers)"
     examples = ("google/gemma-3n-E2B-it", "google/gemma-3n-E4B-it")
+    shows_attention = False
 
     def side(self, config: Any) -> int:
         return int(config.vision_soft_tokens_per_image**0.5)
-
-    def encoder_layers(self, base: Any) -> list[Any]:
-        return []
-
-    def vision_attentions(self, base: Any) -> list[nn.Module]:
-        return []

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...families.base import Family
-from ...methods import method_class, method_names
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
@@ -77,24 +76,6 @@ class EncoderPlace(Place):
                 raise UnsupportedError(
                     f"{method.name} sends tokens of its own through the vision encoder beside the patches, and that of "
                     f"{target.family.model_type} models has no place for them: use a method that chooses among patches"
-                )
-
-            if not isinstance(method, EncoderMethod):
-                continue
-            family, lacks = target.family, frozenset[str]()
-            if not family.vision_attentions(target.base):
-                lacks |= ATTENTION
-            if not family.encoder_layers(target.base):
-                lacks |= {"levels", "readers"}
-            if method.reads & lacks:
-                encoder = {name: method_class(name) for name in method_names() if method_class(name).place == "encoder"}
-                # What some read is an option of theirs.
-                reads = {name: getattr(kind, "reads", None) for name, kind in encoder.items()}
-                fits = [name for name, read in reads.items() if isinstance(read, frozenset) and not read & lacks]
-                raise UnsupportedError(
-                    f"{method.name} reads the attention or the layers of the vision encoder, and those of "
-                    f"{family.model_type} models cannot be read; use a method that does without "
-                    f"({', '.join(fits)}), or one inside the LLM"
                 )
 
     @classmethod
