@@ -11,8 +11,8 @@ import torch
 from cases import METHODS, pruned_run
 from torch import Tensor
 
-import foveate
 from foveate.engine.images import by_image
+from foveate.families import get_family
 
 families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
 
@@ -33,7 +33,7 @@ def encoded(family: str, medium: str) -> tuple[list, Tensor, list[Tensor], int]:
         batch = tiny.inputs(family, **tiny.BATCHES["ragged"])
     else:
         batch = tiny.videos(family, videos=(1, 2, 1), text=(4, 9, 2))
-    known = foveate.get_family(model.config)
+    known = get_family(model.config)
     if not known.shows_attention:
         pytest.skip("an encoder whose attention is not read")
     base, seen = known.base(model), []

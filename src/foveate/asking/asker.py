@@ -147,10 +147,10 @@ class Asker:
 
     def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
         """The answer of the model as it is; its cache is measured, not computed."""
-        from foveate.engine.upstream import cache_behind
+        from foveate.engine.upstream import cache_behind, held_layers
 
         out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
-        tensors = [t for layer in cache_behind(out).layers for t in (layer.keys, layer.values) if t is not None]
+        tensors = [t for layer in held_layers(cache_behind(out)).values() for t in (layer.keys, layer.values)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         return Answer(None, {}, self.text(), [(tokens, tokens) for tokens, _ in images], size, size)
 

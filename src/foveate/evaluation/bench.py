@@ -15,7 +15,7 @@ from foveate.asking.loading import built_in, check_dtype, hush, load, read_confi
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import parse_keeps, parse_methods, variants
 from foveate.asking.subject import option_files
-from foveate.families import unknown_family
+from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
 
 from . import geometries
@@ -72,7 +72,6 @@ def bench(
 
     with console.status("preparing"):
         hush()
-        import foveate
 
         if methods != "all":  # a wrong name should not wait
             variants(methods, keeps, tuple(PLACES), "", seed=seed)
@@ -84,7 +83,7 @@ def bench(
             assert model is not None
             source, dtype = built_in(model, dtype)
             config = read_config(source)
-        family = foveate.get_family(config)
+        family = get_family(config)
         if family is None:
             raise Mistake(unknown_family(config.model_type))
         inputs = {

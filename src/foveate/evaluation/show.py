@@ -120,11 +120,11 @@ def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:
 
 
 def _layers(report: PruneReport) -> list[Layer]:
-    """The layers that read the images: the cross-attention layers where there are any."""
+    """The layers that attend to the images: the cross-attention layers where there are any."""
     assert report.image_tokens is not None
     cross = [layer for layer in report.layers if layer.kind == "cross"]
     layers = []
-    for layer in cross or report.layers:
+    for layer in cross or [layer for layer in report.layers if layer.kind == "self"]:
         assert layer.kept is not None
         kept = [layer.kept[0][:, image.positions.to(layer.kept.device)].cpu() for image in report.image_tokens[0]]
         layers.append(Layer(layer.index, kept, layer.since == "decode"))

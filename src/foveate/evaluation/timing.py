@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..engine.upstream import held_layers
+
 # What a method computes, in any place: once for a prompt, and in every step of decoding.
 SELECTION = ("choose", "observe", "score", "statistics", "budgets", "select", "merge")
 CHOOSING = ("score", "select", "remember")
@@ -156,7 +158,7 @@ def synchronize(device: torch.device) -> None:
 
 def cache_bytes(cache: Any) -> int:
     """Memory that a KV cache really holds: whole storages, so that a view of a large one counts as large."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    tensors = [t for layer in held_layers(cache).values() for t in (layer.keys, layer.values)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
