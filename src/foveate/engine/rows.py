@@ -68,7 +68,12 @@ class Rows:
 
 
 def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
-    """Rows of a (batch | 1, n, d) tensor. source: (batch, width). Returns (batch, width, d)."""
+    """Rows of a (batch | 1, n, d) tensor, or of several streams of such, (streams, batch, n, d).
+
+    source: (batch, width). Returns (batch, width, d), or the same of all streams.
+    """
+    if tensor.ndim == 4:
+        return torch.stack([gather_rows(stream, source) for stream in tensor])
     batch, n, dim = tensor.shape
     # Whole rows of memory: an order of magnitude quicker than `gather` with an index for every number.
     first = torch.arange(0, batch * n, n, device=source.device).unsqueeze(1)
@@ -79,6 +84,11 @@ def gather_entries(held: Tensor, source: Tensor) -> Tensor:
     """Entries of every head. held: (batch, heads, slots, d). source: (batch, heads | 1, width)."""
     source = source.expand(-1, held.shape[1], -1)
     return gather_rows(held.flatten(0, 1), source.flatten(0, 1)).unflatten(0, source.shape[:2])
+
+
+def first_stream(hidden: Tensor) -> Tensor:
+    """Hidden states (batch, rows, d), of several streams the first, which is the one that attends."""
+    return hidden[0] if hidden.ndim == 4 else hidden
 
 
 class Stream:

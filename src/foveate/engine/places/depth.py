@@ -83,6 +83,11 @@ class DepthAction(Action):
         if not self._routes(index):
             return hidden, kwargs
         forward = self.forward
+        if hidden.ndim == 4:
+            raise UnsupportedError(
+                f"{self.place.method.name} lets tokens skip a layer, and this decoder carries several streams of "
+                "hidden states, each of which a layer changes: use a method of another place"
+            )
         # Stages of a method inside the LLM are none of this one's business.
         assert forward.groups is not None
         groups = dataclasses.replace(forward.groups, dropped=0)

@@ -28,6 +28,9 @@ from ..target import Target
 from ..upstream import untraced
 from .place import Action, Place
 
+ATTENTION = frozenset({"received", "given", "cls", "keys"})
+"""What methods read of the encoder's attention."""
+
 
 @dataclass
 class _Reading:
@@ -58,7 +61,7 @@ class EncoderPlace(Place):
         self.family, self.base, self.method = target.family, target.base, method
         self.reads = method.reads if method is not None else frozenset()
         self._modules: list[nn.Module] = []
-        if method is not None and self.reads & {"received", "given", "cls", "keys"}:
+        if method is not None and self.reads & ATTENTION:
             self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
         self._current = _Current()
         self._prompts = Prompts(target)

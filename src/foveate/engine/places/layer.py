@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...methods.base import LayerMethod, Method
 from ...methods.tokens import LayerTokens
 from ..ahead import look_ahead
 from ..attention import Attention, Output, Run
 from ..forward import Forward
 from ..report import Outcome
-from ..rows import gather_rows
+from ..rows import first_stream, gather_rows
 from ..target import Target
 from .place import Action, Place
 
@@ -85,7 +86,7 @@ class LayerAction(Action):
     def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if self.forward.groups is not None:
             if index == 0 and self.place.method.uses_embeddings:
-                self.embedded = hidden
+                self.embedded = first_stream(hidden)
             if index in self.place.stages:
                 if self.place.method.looks_ahead:
                     self.view = look_ahead(self.forward, index, hidden, kwargs)
@@ -93,7 +94,7 @@ class LayerAction(Action):
         return hidden, kwargs
 
     def entering(self, index: int, hidden: Tensor) -> None:
-        self.entered = hidden if self._reads(index) else None
+        self.entered = first_stream(hidden) if self._reads(index) else None
 
     def attends(self, attention: Attention) -> bool:
         return self._reads(attention.index)
@@ -112,10 +113,15 @@ class LayerAction(Action):
         if embedded is not None and forward.rows is not None:
             embedded = gather_rows(embedded, forward.rows.source)
         tokens = dataclasses.replace(
-            view, entered=self.entered, left=hidden, embedded=embedded, stage=stage, norm=forward.norm
+            view, entered=self.entered, left=first_stream(hidden), embedded=embedded, stage=stage, norm=forward.norm
         )
         chosen = method.select(tokens)
         states = method.merge(tokens, chosen)
+        if states is not None and hidden.ndim == 4:
+            raise UnsupportedError(
+                f"{method.name} merges hidden states, of which this decoder carries several streams at once: use a "
+                "method inside the LLM that drops tokens"
+            )
         if states is not None:
             # Padding points one past the end.
             at = torch.where(chosen, tokens.slots - tokens.past, hidden.shape[1])
