@@ -22,6 +22,7 @@ from typer.main import get_command
 
 import foveate
 from foveate.commands.app import app
+from foveate.engine.support import fitting
 from foveate.families import family_names, get_family
 from foveate.methods import built_in_classes, method_class, method_names
 from foveate.methods.base import Method
@@ -115,9 +116,9 @@ def families_table() -> str:
     for model_type in family_names():
         family = get_family(model_type)
         assert family is not None
-        fits = {name: method_class(name).place in family.places for name in method_names()}
-        fitting, others = ([f"`{name}`" for name in fits if fits[name] is fit] for fit in (True, False))
-        methods = ", ".join(fitting) if len(fitting) <= len(others) else f"all but {', '.join(others)}" * bool(others)
+        fits = fitting(family)
+        named, others = ([f"`{name}`" for name in method_names() if (name in fits) is fit] for fit in (True, False))
+        methods = ", ".join(named) if len(named) <= len(others) else f"all but {', '.join(others)}" * bool(others)
         rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {methods or 'all'} |")
     return "\n".join(rows)
 
@@ -146,7 +147,7 @@ def stub() -> str:
     for cls in built_in_classes().values():
         modules.setdefault(cls.__module__.removeprefix("foveate."), []).append(cls.__name__)
     imports = {
-        "engine": "Pruned, PruneReport, UnsupportedError, prune",
+        "engine": "Pruned, PruneReport, UnsupportedError, prune, restore",
         "methods.base": "Method",
         **{module: ", ".join(ordered(names)) for module, names in modules.items()},
     }

@@ -1,6 +1,6 @@
 # Written by docs/generate.py from the registry. What the package does stands in __init__.py.
 
-from .engine import Pruned, PruneReport, UnsupportedError, prune
+from .engine import Pruned, PruneReport, UnsupportedError, prune, restore
 from .families import family_names as families
 from .families import get_family
 from .methods import get_method, method_class
@@ -93,4 +93,5 @@ __all__ = [
     "method_class",
     "methods",
     "prune",
+    "restore",
 ]

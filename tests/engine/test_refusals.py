@@ -137,11 +137,6 @@ def test_flash_attention_with_windows_is_refused(variant):
         foveate.prune(model, "fopru", keep=0.5)
 
 
-def test_a_compiled_wrapper_is_refused():
-    with pytest.raises(foveate.UnsupportedError, match="compile"):
-        foveate.prune(torch.compile(tiny.build("llava"), backend="eager"), "fopru", keep=0.5)
-
-
 def test_an_unknown_family_is_told_the_known_ones():
     model = LlamaForCausalLM(LlamaConfig(**tiny.LLM))
     before = snapshot(model)

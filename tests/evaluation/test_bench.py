@@ -384,7 +384,7 @@ def test_geometries_have_the_size_of_the_published_models(name):
     assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(PARAMETERS[name], abs=0.01)
     ids = geometries.synthetic(config, 1)["input_ids"]
     assert (ids == config.image_token_id).sum() == TOKENS[name]
-    assert foveate.get_family(config.model_type) is not None
+    assert foveate.get_family(config) is not None
 
 
 def test_random_weights_give_finite_logits_and_listen_to_the_seed():

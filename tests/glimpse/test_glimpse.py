@@ -81,7 +81,7 @@ def test_the_one_with_cross_attention_is_a_plain_mllama(cross):
     model, processor = cross
     assert type(model) is MllamaForConditionalGeneration and type(processor) is MllamaProcessor
     assert sum(file.stat().st_size for file in glimpse.CROSS_PATH.iterdir()) < 8e6
-    assert foveate.get_family(model.config.model_type).places == {"cross"}
+    assert foveate.get_family(model.config).places == {"cross"}
     batch = prepare(processor, [Image.new("RGB", (300, 90))], ["What is in the picture?"])[0]
     assert batch.inputs["pixel_values"].shape == (1, 1, 1, 3, 168, 168)
     with foveate.prune(model, "trimmed_llama", keep=0.1) as pruned:

@@ -54,3 +54,12 @@ class LightOnOcr(Packed):
         text = Qwen3Config(**LLM, head_dim=16)
         merge = dict(spatial_merge_size=self.merge)
         return dict(vision_config=self.vision(), text_config=text, image_token_id=IMAGE, **merge)
+
+
+class Pixtral12B(Packed):
+    name, model_type, variant, merge = "pixtral", "llava", True, 1
+
+    def options(self):
+        text = MistralConfig(**LLM, head_dim=16, sliding_window=None)
+        strategy = dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
+        return dict(vision_config=self.vision(), text_config=text, image_token_index=IMAGE, **strategy)

@@ -16,14 +16,15 @@ from foveate.commands.parameters import Json
 def families(as_json: Json = False) -> None:
     """List the model families, the methods that fit each, and models of it."""
     import foveate
+    from foveate.engine.support import fitting
 
     rows: list[dict[str, Any]] = []
     for name in foveate.families():
         family = foveate.get_family(name)
         assert family is not None
-        fitting = [m for m in foveate.methods() if foveate.method_class(m).place in family.places]
+        methods = fitting(family)
         examples = list(family.examples)
-        rows.append({"model_type": name, "summary": family.summary, "methods": fitting, "examples": examples})
+        rows.append({"model_type": name, "summary": family.summary, "methods": methods, "examples": examples})
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

@@ -122,18 +122,19 @@ def _build(names: Sequence[str], options: dict[str, Any], guide: str | None) -> 
 def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     """The methods asked for, or the family's natural one; checked against the family before weights load."""
     import foveate
+    from foveate.engine.support import fitting
 
-    family = foveate.get_family(config.model_type)
+    family = foveate.get_family(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
-    fitting = [name for name in foveate.methods() if foveate.method_class(name).place in family.places]
+    fits = fitting(family)
     if not names:
-        blind = [name for name in fitting if foveate.method_class(name).source.startswith("baseline")]
-        return ["fopru"] if "fopru" in fitting else [name for name in fitting if name not in blind][:1]
+        blind = [name for name in fits if foveate.method_class(name).source.startswith("baseline")]
+        return ["fopru"] if "fopru" in fits else [name for name in fits if name not in blind][:1]
     for name in names:
-        if name not in fitting:
+        if foveate.method_class(name).place not in family.places:
             place = PLACES[foveate.method_class(name).place]
-            others = ", ".join(fitting)
+            others = ", ".join(fits)
             raise Mistake(f"{name} drops tokens {place}, which {config.model_type} models lack: use {others}")
     return names
 

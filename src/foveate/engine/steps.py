@@ -10,6 +10,7 @@ import torch
 
 from .fixtures import Fixtures, NotPickled
 from .generation import brings_pixels
+from .upstream import untraced
 
 # An answer that is scored would take part in choosing the tokens it is scored on.
 UNSAID = (
@@ -74,6 +75,7 @@ class Steps(NotPickled, threading.local):
         self._prepared = inputs.get("input_ids"), bool(kwargs.get("is_first_iteration", False))
         return inputs
 
+    @untraced
     def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of the model: assisted decoding says only here how many of the coming tokens are guesses."""
         prepared, self._prepared = self._prepared, None

@@ -153,7 +153,7 @@ class Target:
         )
 
     def _encoder(self) -> Encoder | None:
-        if "encoder" not in self.family.places:
+        if "encoder" not in self.family.places or not self.family.shows_attention:
             return None
         config = self.base.config
         layers = self.family.encoder_layers(self.base)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import requires, version
 from typing import Any
 
+import torch
 from packaging.requirements import Requirement
 
 from ..errors import UnsupportedError
@@ -70,8 +71,14 @@ __all__ = [
     "cache_in",
     "cache_name",
     "release_note",
+    "untraced",
     "without_cache",
 ]
+
+
+untraced = torch.compiler.disable
+"""Of hooks and all else that is put on a model: where it was compiled, torch runs them between its graphs as they are,
+since what they do to a pass differs from one to the next."""
 
 
 def cache_name(forward: Callable[..., Any]) -> str:

@@ -19,7 +19,7 @@ def last_token_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     head; length is the prompt's, for cross-attention layers the number of image features. Only one layer's attention
     map is in memory at a time.
     """
-    family = get_family(model.config.model_type)
+    family = get_family(model.config)
     assert family is not None
     decoder = family.decoder(family.base(model))
     rows: dict[int, Tensor] = {}

@@ -84,7 +84,7 @@ def bench(
             assert model is not None
             source, dtype = built_in(model, dtype)
             config = read_config(source)
-        family = foveate.get_family(config.model_type)
+        family = foveate.get_family(config)
         if family is None:
             raise Mistake(unknown_family(config.model_type))
         inputs = {

@@ -269,7 +269,7 @@ def _generate(
 
 
 def _family(model: Any) -> Family:
-    family = get_family(model.config.model_type)
+    family = get_family(model.config)
     assert family is not None, "what was pruned has a family"
     return family
 

@@ -231,6 +231,6 @@ def _seek(options: Options, model: Any, notes: Notes, parts: tuple[Questions, Qu
 
 
 def _depth(model: Any) -> int:
-    family = get_family(model.config.model_type)
+    family = get_family(model.config)
     assert family is not None
     return len(family.decoder(family.base(model)).layers)

@@ -86,7 +86,7 @@ class Bench:
     def __init__(
         self, model: Any, inputs: dict[str, Any], *, new_tokens: int, repeat: int, clips: int | None = None
     ) -> None:
-        family = foveate.get_family(model.config.model_type)
+        family = foveate.get_family(model.config)
         assert family is not None
         self.model, self.family, self.base, self.inputs = model, family, family.base(model), inputs
         self.batch, self.length = inputs["input_ids"].shape

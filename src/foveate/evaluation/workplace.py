@@ -144,7 +144,7 @@ def known_family(source: str) -> tuple[Any, Any]:
     import foveate
 
     config = read_config(source)
-    family = foveate.get_family(config.model_type)
+    family = foveate.get_family(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
     return config, family

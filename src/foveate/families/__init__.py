@@ -6,7 +6,7 @@ A module of this folder is known as soon as it is here; other packages use the e
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
 
@@ -37,10 +37,15 @@ def unknown_family(model_type: str) -> str:
     )
 
 
-def get_family(model_type: str) -> Family | None:
+def get_family(model: str | Any) -> Family | None:
     """The family of a model type, or None when there is none.
+
+    model: the type, or a configuration, which may say more: one type may come with encoders of several kinds.
 
     Raises:
         ValueError: for a plug-in that could not be loaded.
     """
-    return _registry.get(model_type)
+    if isinstance(model, str):
+        return _registry.get(model)
+    family = _registry.get(model.model_type)
+    return None if family is None else family.of(model)

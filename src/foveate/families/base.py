@@ -19,6 +19,7 @@ class Family:
     model_type: of the configuration. places: where methods may act. self_attention, cross_attention: name of
     the attention module inside a decoder layer. features: field of `get_image_features`' output that the LLM gets.
     deepstack: the decoder's method that adds features to image tokens behind a layer: hidden states, where, features.
+    shows_attention: whether the encoder's attention can be read, token by token; else nothing asks for its layers.
     needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
     """
 
@@ -29,8 +30,13 @@ class Family:
     self_attention: ClassVar[str] = "self_attn"
     cross_attention: ClassVar[str] = "cross_attn"
     features: ClassVar[str] = "pooler_output"
+    shows_attention: ClassVar[bool] = True
     deepstack: ClassVar[str | None] = None
     needs_prompt: ClassVar[bool] = False
+
+    def of(self, config: Any) -> Family:
+        """The family of this very configuration, where models of one type lay images out in several ways."""
+        return self
 
     def check(self, base: Any) -> str | None:
         """Why this very model cannot be pruned, or None."""

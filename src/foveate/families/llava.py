@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..layout import ImageLayout, Tile
 from . import register
 from .base import Family
+from .pixtral import Pixtral
 
 
 @register
@@ -19,6 +20,9 @@ class Llava(Family):
     model_type = "llava"
     summary = "LLaVA 1.5 and models of its architecture (CLIP or SigLIP encoder)"
     examples = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
+
+    def of(self, config: Any) -> Family:
+        return Pixtral12B() if config.vision_config.model_type == "pixtral" else self
 
     def check(self, base: Any) -> str | None:
         tower, kind = base.vision_tower, base.config.vision_config.model_type
@@ -85,3 +89,14 @@ class Llava(Family):
             ImageLayout(cls + side * side, (Tile(cls + patches, (side, side), picture * side * side + patches),))
             for picture in range(len(inputs["pixel_values"]))
         ]
+
+
+class Pixtral12B(Pixtral):
+    """Pixtral's encoder behind a "llava" model: a token for every patch."""
+
+    model_type = "llava"
+    summary = Llava.summary
+    examples = ("mistral-community/pixtral-12b",)
+
+    def merge(self, config: Any) -> int:
+        return 1

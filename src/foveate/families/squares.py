@@ -217,3 +217,29 @@ class Ovis2(Squares):
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         return [layer.attention for layer in self.encoder_layers(base)[:-1]]
+
+
+@register
+class GotOcr2(Squares):
+    """A SAM encoder, whose attention adds relative positions outside of any interface; two convolutions behind it."""
+
+    model_type = "got_ocr2"
+    summary = "GOT-OCR 2 (an encoder without attention to read)"
+    examples = ("stepfun-ai/GOT-OCR-2.0-hf",)
+    shows_attention = False
+
+    def factor(self, config: Any) -> int:
+        return 4
+
+
+@register
+class FastVlm(Squares):
+    """An encoder of convolutions."""
+
+    model_type = "fast_vlm"
+    summary = "FastVLM (an encoder without attention to read)"
+    examples = ("KamilaMila/FastVLM-7B",)
+    shows_attention = False
+
+    def side(self, config: Any) -> int:
+        return int(config.image_seq_length**0.5)

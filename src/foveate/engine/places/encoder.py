@@ -25,6 +25,7 @@ from ..prompts import Prompts
 from ..question import Questions
 from ..report import Outcome
 from ..target import Target
+from ..upstream import untraced
 from .place import Action, Place
 
 
@@ -190,6 +191,7 @@ class EncoderPlace(Place):
         patches = tokens - self.family.prefix_tokens(self.base.config)
         return torch.arange(pictures, device=self.base.device).repeat_interleave(patches)
 
+    @untraced
     def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._current.reading is not None:
             states = output if isinstance(output, Tensor) else output[0]
@@ -197,10 +199,12 @@ class EncoderPlace(Place):
             states = states[:, prefix:] if states.ndim == 3 else states.unsqueeze(0)  # a packed encoder has no prefix
             self._current.reading.levels.setdefault(number, []).append(states)
 
+    @untraced
     def _note_read(self, which: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._current.reading is not None:
             self._current.reading.read.setdefault(which, output)
 
+    @untraced
     def _carry(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Behind an encoder layer: the method's own tokens go through it beside the patches."""
         reading = self._current.reading
@@ -213,6 +217,7 @@ class EncoderPlace(Place):
             reading.readers = self.family.carry(layer, readers, key, value)
             reading.read.clear()
 
+    @untraced
     def _note_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._current.reading is not None:
             self._current.reading.states = args[0]
