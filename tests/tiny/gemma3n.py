@@ -45,8 +45,8 @@ class Gemma3n(Llava):
         known = AutoModel.from_config
         stubs = {"gemma3n_vision": lambda: Convolution(32, SIDE // 4), "gemma3n_audio": nn.Identity}
 
-        def from_config(part, *args, **kwargs):
-            return stubs[part.model_type]() if part.model_type in stubs else known(part, *args, **kwargs)
+        def from_config(config, **kwargs):
+            return stubs[config.model_type]() if config.model_type in stubs else known(config, **kwargs)
 
         with mock.patch.object(AutoModel, "from_config", from_config):
             return AutoModelForImageTextToText.from_config(config)
