@@ -22,7 +22,7 @@ from typer.main import get_command
 
 import foveate
 from foveate.commands.app import app
-from foveate.engine.support import fitting
+from foveate.engine.support import fitting_in_words
 from foveate.families import family_names, get_family
 from foveate.methods import built_in_classes, method_class, method_names
 from foveate.methods.base import Method
@@ -116,10 +116,7 @@ def families_table() -> str:
     for model_type in family_names():
         family = get_family(model_type)
         assert family is not None
-        fits = fitting(family)
-        named, others = ([f"`{name}`" for name in method_names() if (name in fits) is fit] for fit in (True, False))
-        methods = ", ".join(named) if len(named) <= len(others) else f"all but {', '.join(others)}" * bool(others)
-        rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {methods or 'all'} |")
+        rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {fitting_in_words(family, '`')} |")
     return "\n".join(rows)
 
 

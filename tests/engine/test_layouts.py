@@ -58,13 +58,11 @@ def encoded(family: str, medium: str) -> tuple[list, Tensor, list[Tensor], int]:
     return layouts, made, seen, known.prefix_tokens(base.config)
 
 
-@pytest.mark.parametrize(
-    ("family", "medium"),
-    [
-        *((name, "image") for name in (*tiny.DECODER_FAMILIES, *tiny.VARIANTS)),
-        *((name, "video") for name in tiny.VIDEO_FAMILIES),
-    ],
-)
+LAYOUTS = [(name, "image") for name in (*tiny.DECODER_FAMILIES, *tiny.VARIANTS)]
+LAYOUTS += [(name, "video") for name in tiny.VIDEO_FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "medium"), LAYOUTS)
 def test_a_token_is_made_of_exactly_the_patches_that_its_layout_names(family, medium):
     layouts, made, seen, prefix = encoded(family, medium)
     first = 0

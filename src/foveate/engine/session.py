@@ -6,13 +6,12 @@ it in their order, and makes the report. It knows nothing about any one place.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
+from .sayings import Sayings
 from .steps import UNSAID, Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods, unwrapped
 from .target import Target
@@ -105,7 +105,7 @@ class _Pass:
         self.unreported = unreported or prompt is not None
 
 
-class Pruned(NotPickled):
+class Pruned(Sayings, NotPickled):
     """A pruned model: what `prune` returns.
 
     report: what the last prefill kept; None before the first, and when the last answer is a guide's.
@@ -200,54 +200,6 @@ class Pruned(NotPickled):
     def __exit__(self, *exception: object) -> None:
         """See `remove`."""
         self.remove()
-
-    @contextlib.contextmanager
-    def prompt(self, tokens: int) -> Iterator[None]:
-        """Say how many tokens of the plain forwards in this block are the prompt: an answer behind it is only scored.
-
-        Methods then choose as for `generate()`, at the prompt's end, and what they evict is hidden from the answer.
-        `labels` say the same: the prompt ends where they begin. tokens: with padding on the left, at least 1.
-
-        Raises:
-            ValueError: for a number below 1, and in the forward where it has fewer tokens.
-        """
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(f"a prompt has at least 1 token, got {tokens!r}")
-        outer, self._steps.prompt = self._steps.prompt, tokens
-        try:
-            yield
-        finally:
-            self._steps.prompt = outer
-
-    def clips(self, frames: int | Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """Say which of the pictures that come in this block are frames of clips, where frames are pictures to a model.
-
-        A clip is then one image to every method: `keep` is of all its frames together, and methods that compare frames
-        see them. Videos that a model takes as videos need no word.
-
-        frames: how many pictures each clip is of, 1 for a picture, in order and for the whole batch; or one number, for
-        clips that all have as many.
-
-        Raises:
-            ValueError: for a clip without frames.
-            UnsupportedError: in the call, where other pictures come.
-        """
-        return self._target.clips.said(frames)
-
-    @contextlib.contextmanager
-    def saying(self, *, image_sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """Say of the images in this block what no input of the model tells.
-
-        image_sizes: (height, width) of each picture in pixels, in order, as it went into the processor. Models that
-        cut pictures into tiles without a word on rows and columns need them to say where the tiles lie.
-        """
-        outer = dict(self._target.said)
-        self._target.said.update(image_sizes=[(int(height), int(width)) for height, width in image_sizes])
-        try:
-            yield
-        finally:
-            self._target.said.clear()
-            self._target.said.update(outer)
 
     # -- the forward pass -------------------------------------------------------------------------------------
 

@@ -119,10 +119,27 @@ def reads_encoder(method: Method) -> bool:
 
 def fitting(family: Family) -> list[str]:
     """The methods that find in models of this family what they need."""
-    names = [name for name in method_names() if method_class(name).place in family.places]
-    if family.shows_attention:
-        return names
-    return [name for name in names if method_class(name).place != "encoder" or not reads_encoder(get_method(name))]
+    carries = type(family).keys_and_values is not Family.keys_and_values
+
+    def fits(name: str) -> bool:
+        place = method_class(name).place
+        if place != "encoder" or place not in family.places:
+            return place in family.places
+        method = get_method(name)
+        if "readers" in getattr(method, "reads", ()) and not carries:
+            return False
+        return family.shows_attention or not reads_encoder(method)
+
+    return [name for name in method_names() if fits(name)]
+
+
+def fitting_in_words(family: Family, quote: str = "") -> str:
+    """The same in as few words as it takes, such as "all but vistog". quote: around each name."""
+    fits = fitting(family)
+    named, others = ([f"{quote}{n}{quote}" for n in method_names() if (n in fits) is fit] for fit in (True, False))
+    if len(named) <= len(others):
+        return ", ".join(named)
+    return f"all but {', '.join(others)}" if others else "all"
 
 
 def check_methods(target: Target, methods: Sequence[Method]) -> None:

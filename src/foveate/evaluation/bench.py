@@ -19,8 +19,10 @@ from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
 
 from . import geometries
+from .architectures import GEOMETRIES
 from .results import Results, Row
 from .speed import KEYS, Bench, run
+from .synthetic import synthetic
 from .tables import Table, table
 from .workplace import device_name, dtype_name, fitting
 
@@ -62,7 +64,7 @@ def bench(
     Returns the results, and a line for each variant that could not be measured.
     """
     if (model is None) == (geometry is None):
-        known = ", ".join(geometries.GEOMETRIES)
+        known = ", ".join(GEOMETRIES)
         raise Mistake(f"give either --geometry, for random weights ({known}), or --model, a hub id or a model folder")
     check_dtype(dtype)
     keeps, batches = parse_keeps(keep), _batches(batch)
@@ -87,7 +89,7 @@ def bench(
         if family is None:
             raise Mistake(unknown_family(config.model_type))
         inputs = {
-            size: geometries.synthetic(config, size, tokens=image_tokens, frames=frames, padded=padded, seed=seed)
+            size: synthetic(config, size, tokens=image_tokens, frames=frames, padded=padded, seed=seed)
             for size in batches
         }
         sketch = _sketch(config, attn)
