@@ -61,7 +61,7 @@ def test_a_tile_of_unknown_place_is_not_drawn():
         oracle.run(model, batch, max_new_tokens=1)
     ((image,),) = pruned.report.image_tokens
     picture, white = Image.new("RGB", (60, 60), "red"), torch.ones(45)
-    (view,) = views([picture], [image.tiles])
+    (view,) = views([[picture]], [image.tiles])
     assert view.tiles == image.tiles[-1:] and view.name == ""
     drawn = draw_kept(picture, image.tiles, torch.cat([torch.zeros(36), white[36:]]))
     assert drawn.tobytes() == draw_kept(picture).tobytes(), "only the whole picture counts, which is kept"
