@@ -82,10 +82,12 @@ class Asker:
     def __init__(
         self, model: Any, processor: Any, shown: Sequence[Image | Clip], question: str, max_new_tokens: int
     ) -> None:
-        from foveate.asking.clips import frames_of, in_turn, pictures_each, told
+        from foveate.asking.clips import Clip, in_turn, pictures_each, told
 
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
-        self.image_sizes = [(frame.height, frame.width) for one in shown for frame in frames_of(one)]
+        # Of how many frames of a clip the processor makes pictures is its own affair, and none is cut into tiles.
+        pictures = [one for one in shown if not isinstance(one, Clip)]
+        self.image_sizes = [(one.height, one.width) for one in pictures] if len(pictures) == len(shown) else []
         for what in ("image", "video"):
             placeholder = getattr(processor, f"{what}_token", None)
             if placeholder and placeholder in question:
@@ -111,7 +113,7 @@ class Asker:
 
         with (
             foveate.prune(self.model, methods, record=record) as pruned,
-            pruned.saying(image_sizes=self.image_sizes),
+            pruned.saying(image_sizes=self.image_sizes) if self.image_sizes else nullcontext(),
             pruned.clips(self.clips) if self.clips else nullcontext(),
         ):
             yield pruned
