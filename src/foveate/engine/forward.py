@@ -63,8 +63,8 @@ class Forward:
     how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
-    sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of. home:
-    the device of the token ids.
+    sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
+    home: the device of the token ids.
     """
 
     def __init__(
