@@ -36,7 +36,10 @@ def unless_upstream_fails(family, batch, **kwargs):
     try:
         yield
     except Exception:
-        run, once = (oracle.run(tiny.build(family), batch, **more) for more in (kwargs, dict(max_new_tokens=1)))
+        try:
+            run, once = (oracle.run(tiny.build(family), batch, **more) for more in (kwargs, dict(max_new_tokens=1)))
+        except Exception as error:
+            pytest.skip(f"this release of transformers cannot repeat {family} prompts: {error}")
         copies = kwargs.get("num_beams", kwargs.get("num_return_sequences", 1))
         if (run.logits[:, 0] - once.logits[run.rows // copies, 0]).abs().max() > TOLERANCE:
             pytest.skip(f"this release of transformers gives repeated {family} prompts each other's images")
