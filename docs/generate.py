@@ -1,8 +1,8 @@
-"""Writes docs/methods.md, the stub of the package, and the tables in README.md, docs/measuring.md, training/README.md.
+"""Writes docs/methods.md, the stub of the package, and the tables in README.md, training/README.md and pages of docs.
 
 Facts (place, options, source) come from the code, prose from docs/methods/NAME.md. Tables stand between
-`<!-- methods -->`, `<!-- families -->`, or `<!-- foveate table ... -->` with any of that command's options, and
-`<!-- end -->`.
+`<!-- methods -->`, `<!-- families -->`, `<!-- videos -->`, or `<!-- foveate table ... -->` with any of that command's
+options, and `<!-- end -->`.
 
 python docs/generate.py
 """
@@ -22,7 +22,7 @@ from typer.main import get_command
 
 import foveate
 from foveate.commands.app import app
-from foveate.engine.support import fitting
+from foveate.engine.support import fitting_in_words
 from foveate.families import family_names, get_family
 from foveate.methods import built_in_classes, method_class, method_names
 from foveate.methods.base import Method
@@ -30,7 +30,7 @@ from foveate.methods.places import PLACES
 
 HERE = Path(__file__).parent
 STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
-PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE.parent / "training" / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE / "video.md", HERE.parent / "training" / "README.md")
 
 
 def meanings(cls: type[Method]) -> dict[str, str]:
@@ -116,10 +116,20 @@ def families_table() -> str:
     for model_type in family_names():
         family = get_family(model_type)
         assert family is not None
-        fits = fitting(family)
-        named, others = ([f"`{name}`" for name in method_names() if (name in fits) is fit] for fit in (True, False))
-        methods = ", ".join(named) if len(named) <= len(others) else f"all but {', '.join(others)}" * bool(others)
-        rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {methods or 'all'} |")
+        rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {fitting_in_words(family, '`')} |")
+    return "\n".join(rows)
+
+
+def videos_table() -> str:
+    """The families whose models take videos that can be pruned, and models of each."""
+    from transformers import CONFIG_MAPPING
+
+    rows = ["| `model_type` | models, for example |", "|---|---|"]
+    for model_type in family_names():
+        family = get_family(model_type)
+        assert family is not None
+        if model_type in CONFIG_MAPPING and family.video_token_id(CONFIG_MAPPING[model_type]()) is not None:
+            rows.append(f"| `{model_type}` | {', '.join(family.examples)} |")
     return "\n".join(rows)
 
 
@@ -134,7 +144,7 @@ def stub() -> str:
     for cls in built_in_classes().values():
         modules.setdefault(cls.__module__.removeprefix("foveate."), []).append(cls.__name__)
     imports = {
-        "engine": "Pruned, PruneReport, UnsupportedError, prune",
+        "engine": "Pruned, PruneReport, UnsupportedError, prune, restore",
         "methods.base": "Method",
         **{module: ", ".join(ordered(names)) for module, names in modules.items()},
     }
@@ -175,11 +185,11 @@ def renewed(path: Path) -> str:
     """A page with its tables renewed, between two comments each."""
 
     def block(match: re.Match[str]) -> str:
-        tables = {"methods": methods_table, "families": families_table}
+        tables = {"methods": methods_table, "families": families_table, "videos": videos_table}
         table = tables[match[1]]() + "\n" if match[1] in tables else printed(match[1])
         return f"<!-- {match[1]} -->\n{table}<!-- end -->"
 
-    blocks = r"<!-- (methods|families|foveate table [^\n]*) -->\n.*?<!-- end -->"
+    blocks = r"<!-- (methods|families|videos|foveate table [^\n]*) -->\n.*?<!-- end -->"
     return re.sub(blocks, block, path.read_text(), flags=re.DOTALL)
 
 

@@ -58,6 +58,8 @@ OWN_FILES = {
     "elastic_cache": "test_merging_cache.py",
     **dict.fromkeys(("attention_predictor", "last_step", "running_sum", "pages", "per_turn"), "test_decode.py"),
     "quecc": "test_quecc.py",
+    **dict.fromkeys(("evs", "vidcom2", "dycoke", "random_clip", "uniform_frames"), "test_video.py"),
+    **dict.fromkeys(("fastvid", "holitom"), "test_merging_video.py"),
 }
 # Of families beyond the core: where a method of each kind reads, chooses and drops.
 SAMPLED = ("fopru_rank", "divprune", "random", "fastv", "plphp", "csp")
@@ -75,6 +77,19 @@ def pruned_run(model, name: str, batch: dict, seed: int = 0, **kwargs) -> tuple[
     with prune(model, name) as pruned:
         run = oracle.run(model, batch, seed, **kwargs)
         return run, pruned.report
+
+
+def relative_errors(family: str, batch: dict, run: oracle.Run, report: Any) -> torch.Tensor:
+    """The largest logit difference of each step to the reference that fits the decoder, by the largest logit.
+
+    In units of what the family rounds: to be below TOLERANCE.
+    """
+    if any(layer.kind == "state" for layer in report.layers) and all(x.since == "prefill" for x in report.layers):
+        error = oracle.short_errors(tiny.build(family), batch, run, report)
+    else:
+        hides = oracle.hidden(report, batch["input_ids"].shape[1])
+        error = oracle.errors(tiny.build(family, "eager"), batch, run, hides)
+    return error / run.logits.abs().max() / tiny.found[family].rounding
 
 
 def check_second_turn(model, name: str, batch: dict, image: bool, variant: str = "") -> tuple[list[oracle.Hide], Any]:

@@ -1,10 +1,14 @@
-"""Draws what examples/ shows of glimpse's world, finer than the models see it: demo.png, and the frames of a clip.
+"""Draws what examples/ shows of glimpse's world, finer than the models see it: demo.png, and a clip as frames and film.
 
 python training/make_demo.py
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import av
+from PIL.Image import Image
 
 from foveate.glimpse.clips import SIZE, Clip, Track
 from foveate.glimpse.drawing import render
@@ -34,9 +38,24 @@ CLIP = Clip(
     background=33,
 )
 
+FPS = 2  # of the film: three seconds
+
+
+def film(pictures: Sequence[Image], path: Path) -> None:
+    """Write pictures as a film of FPS frames a second."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=FPS, options={"crf": "18", "threads": "1"})
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            out.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        out.mux(stream.encode())
+
+
 if __name__ == "__main__":
     folder = Path(__file__).parents[1] / "examples"
     (folder / "clip").mkdir(parents=True, exist_ok=True)
     render(Scene(THINGS, background=30), 504).save(folder / "demo.png", optimize=True)
     for number, picture in enumerate(CLIP.pictures(2 * SIZE), start=1):
         picture.save(folder / "clip" / f"{number}.png", optimize=True)
+    film(CLIP.pictures(2 * SIZE), folder / "clip.mp4")

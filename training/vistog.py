@@ -84,7 +84,7 @@ def spread(model: Any, pixels: Tensor, weights: dict[str, Tensor]) -> None:
     pixels: (pictures, 3, height, width), or (pictures, tiles, 3, height, width), as the model takes them.
     """
     seen: list[Tensor] = []
-    layer = get_family(model.config.model_type).encoder_layers(model.model)[0]
+    layer = get_family(model.config).encoder_layers(model.model)[0]
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.model.vision_tower(pixels.flatten(0, -4).to(model.device, model.dtype))
     handle.remove()

@@ -24,7 +24,7 @@ _QUICK = {
 # torch and transformers take seconds to import; `foveate --help` should not. The classes of the methods come from the
 # registry, and `__all__` with them: both load the methods, and with them torch.
 _LAZY = {
-    **dict.fromkeys(("Pruned", "PruneReport", "UnsupportedError", "prune"), "engine"),
+    **dict.fromkeys(("Pruned", "PruneReport", "UnsupportedError", "prune", "restore"), "engine"),
     "Method": "methods.base",
 }
 

@@ -1,6 +1,6 @@
 # Written by docs/generate.py from the registry. What the package does stands in __init__.py.
 
-from .engine import Pruned, PruneReport, UnsupportedError, prune
+from .engine import Pruned, PruneReport, UnsupportedError, prune, restore
 from .families import family_names as families
 from .families import get_family
 from .methods import get_method, method_class
@@ -9,13 +9,18 @@ from .methods.aircache import AirCache
 from .methods.attention_predictor import AttentionPredictor
 from .methods.base import Method
 from .methods.baselines import Random, RandomCache, RandomCross, RandomLayer, Uniform
+from .methods.clip_baselines import RandomClip, UniformFrames
 from .methods.csp import CSP
 from .methods.dart import DART
 from .methods.divprune import DivPrune
+from .methods.dycoke import DyCoke
 from .methods.elastic_cache import ElasticCache
+from .methods.evs import EVS
 from .methods.fastv import FastV
+from .methods.fastvid import FastVID
 from .methods.fopru import FoPru
 from .methods.gsearch import GSearch
+from .methods.holitom import HoliTom
 from .methods.mint import MINT
 from .methods.plphp import PLPHP
 from .methods.pooling import Pooling
@@ -27,6 +32,7 @@ from .methods.sparsevlm import SparseVLM
 from .methods.step_baselines import LastStep, Pages, PerTurn, RunningSum
 from .methods.topv import TopV
 from .methods.trimmed_llama import TrimmedLlama
+from .methods.vidcom2 import VidCom2
 from .methods.videollm_mod import VideoLLMMoD
 from .methods.visionzip import VisionZip
 from .methods.vistog import VisToG
@@ -38,6 +44,7 @@ __version__: str
 __all__ = [
     "CSP",
     "DART",
+    "EVS",
     "MINT",
     "PLPHP",
     "SGL",
@@ -45,10 +52,13 @@ __all__ = [
     "AirCache",
     "AttentionPredictor",
     "DivPrune",
+    "DyCoke",
     "ElasticCache",
     "FastV",
+    "FastVID",
     "FoPru",
     "GSearch",
+    "HoliTom",
     "LastStep",
     "Method",
     "PSigmoid",
@@ -61,6 +71,7 @@ __all__ = [
     "QueCC",
     "Random",
     "RandomCache",
+    "RandomClip",
     "RandomCross",
     "RandomLayer",
     "RunningSum",
@@ -68,7 +79,9 @@ __all__ = [
     "TopV",
     "TrimmedLlama",
     "Uniform",
+    "UniformFrames",
     "UnsupportedError",
+    "VidCom2",
     "VideoLLMMoD",
     "VisToG",
     "VisionZip",
@@ -80,4 +93,5 @@ __all__ = [
     "method_class",
     "methods",
     "prune",
+    "restore",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """One image: how many tokens it has in the prompt, and its tiles. Tokens outside tiles are structure.
+    """One image or clip: how many tokens it has in the prompt, and its tiles. Tokens outside tiles are structure.
+
+    The tiles of a clip come frame by frame, each frame with equally many.
 
     candidates: (n,) indices of the tokens in tiles, ascending; methods choose among these. centers: (n, 2), and cells,
     (n, 3) tile, row and column, theirs.
@@ -66,6 +69,8 @@ class ImageLayout:
     cells: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if not self.tiles:
+            raise ValueError("a clip without frames has no tokens to choose from: leave it out of the prompt")
         # Methods inside the LLM choose among these; the rest (newline tokens) is pinned.
         index, order = torch.cat([tile.index for tile in self.tiles]).sort()
         object.__setattr__(self, "candidates", index)
@@ -77,3 +82,23 @@ class ImageLayout:
     def pinned(self) -> int:
         """Tokens that always stay."""
         return self.tokens - len(self.candidates)
+
+    @property
+    def frames(self) -> int:
+        """Of a clip; 1 for a picture."""
+        return 1 + max(tile.frame for tile in self.tiles)
+
+    @property
+    def tracks(self) -> list[list[int]]:
+        """The tiles that show the same place in frame after frame, by their numbers; of a picture each alone."""
+        each = len(self.tiles) // self.frames
+        return [list(range(place, len(self.tiles), each)) for place in range(each)]
+
+
+def as_clip(pictures: Sequence[ImageLayout]) -> ImageLayout:
+    """One layout of pictures that follow one another in the prompt, the frames of a clip."""
+    tiles, tokens = [], 0
+    for frame, picture in enumerate(pictures):
+        tiles += [replace(tile, index=tile.index + tokens, frame=frame) for tile in picture.tiles]
+        tokens += picture.tokens
+    return ImageLayout(tokens, tuple(tiles))

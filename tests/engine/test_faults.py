@@ -110,30 +110,7 @@ def test_replicas_of_a_pruned_model_are_pruned(family, name):
         assert pruned.report is not report and pruned.report.to_dict() == report.to_dict()
 
 
-dynamo = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, at its import
-
-# -- models that are compiled, switched, packed -------------------------------------------------------------------
-
-
-@dynamo
-@places
-@pytest.mark.parametrize("part", ["", "model", "model.language_model.layers.1"])
-def test_a_model_compiled_in_place_is_refused(family, name, part):
-    model = tiny.build(family)
-    model.get_submodule(part).compile()
-    before = snapshot(model)
-    with pytest.raises(foveate.UnsupportedError, match="compiled in place"):
-        prune(model, name)
-    assert changes(before, snapshot(model)) == []
-
-
-@dynamo
-def test_a_model_compiled_inside_the_block_is_refused():
-    batch, model = tiny.inputs("llava"), tiny.build("llava")
-    with prune(model, "plphp"):
-        model.model.compile()
-        with pytest.raises(foveate.UnsupportedError, match="compiled in place"):
-            model.generate(**batch, max_new_tokens=2)
+# -- models that are switched, packed ----------------------------------------------------------------------------
 
 
 @places

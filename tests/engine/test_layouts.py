@@ -11,24 +11,29 @@ import torch
 from cases import METHODS, pruned_run
 from torch import Tensor
 
-import foveate
 from foveate.engine.images import by_image
+from foveate.families import get_family
 
 families = pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
 
 
-def features(base, batch: dict) -> tuple[dict, object]:
-    """What `get_image_features` takes of the batch, and what it makes of it."""
-    taken = inspect.signature(base.get_image_features).parameters
+def features(base, batch: dict, medium: str = "image") -> tuple[dict, object]:
+    """What `get_image_features` (or that of videos) takes of the batch, and what it makes of it."""
+    encode = getattr(base, f"get_{medium}_features")
+    taken = inspect.signature(encode).parameters
     arguments = {name: value for name, value in batch.items() if name in taken}
-    return arguments, base.get_image_features(**arguments, return_dict=True)
+    return arguments, encode(**arguments, return_dict=True)
 
 
-def encoded(family: str) -> tuple[list, Tensor, list[Tensor], int]:
+def encoded(family: str, medium: str) -> tuple[list, Tensor, list[Tensor], int]:
     """The layouts of a batch, its features (tokens, hidden), and states of the encoder (pictures, n, width) behind the
     last attention that methods read, from where on patches mix no more; and how many of these n come before patches."""
-    model, batch = tiny.build(family, "eager"), tiny.inputs(family, **tiny.BATCHES["ragged"])
-    known = foveate.get_family(model.config)
+    model = tiny.build(family, "eager")
+    if medium == "image":
+        batch = tiny.inputs(family, **tiny.BATCHES["ragged"])
+    else:
+        batch = tiny.videos(family, videos=(1, 2, 1), text=(4, 9, 2))
+    known = get_family(model.config)
     if not known.shows_attention:
         pytest.skip("an encoder whose attention is not read")
     base, seen = known.base(model), []
@@ -46,15 +51,20 @@ def encoded(family: str) -> tuple[list, Tensor, list[Tensor], int]:
         for weight in later.parameters():
             weight.zero_()
     readable[-1].register_forward_hook(watch, with_kwargs=True)
-    arguments, output = features(base, batch)
-    layouts = known.layouts(base.config, {**arguments, "input_ids": batch["input_ids"]})
+    arguments, output = features(base, batch, medium)
+    lay_out = known.layouts if medium == "image" else known.video_layouts
+    layouts = lay_out(base.config, {**arguments, "input_ids": batch["input_ids"]})
     made = torch.cat(by_image(getattr(output, known.features), layouts, family))
     return layouts, made, seen, known.prefix_tokens(base.config)
 
 
-@pytest.mark.parametrize("family", (*tiny.DECODER_FAMILIES, *tiny.VARIANTS))
-def test_a_token_is_made_of_exactly_the_patches_that_its_layout_names(family):
-    layouts, made, seen, prefix = encoded(family)
+LAYOUTS = [(name, "image") for name in (*tiny.DECODER_FAMILIES, *tiny.VARIANTS)]
+LAYOUTS += [(name, "video") for name in tiny.VIDEO_FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "medium"), LAYOUTS)
+def test_a_token_is_made_of_exactly_the_patches_that_its_layout_names(family, medium):
+    layouts, made, seen, prefix = encoded(family, medium)
     first = 0
     for layout in layouts:
         for tile in layout.tiles:

@@ -120,21 +120,6 @@ def test_prompts_whose_image_tokens_cannot_be_found_are_refused(family, name):
         model.generate(**rest, mm_encoder_outputs={"image": features}, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("name", ["fopru_rank", "fastv", "plphp"])
-def test_videos_are_refused(name):
-    batch, model = tiny.inputs("qwen2_5_vl"), tiny.build("qwen2_5_vl")
-    video = {
-        "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMAGE, tiny.VIDEO),
-        "attention_mask": batch["attention_mask"],
-        "mm_token_type_ids": 2 * batch["mm_token_type_ids"],
-        "pixel_values_videos": batch["pixel_values"],
-        "video_grid_thw": batch["image_grid_thw"],
-    }
-    assert oracle.run(model, video, max_new_tokens=2).logits.isfinite().all()
-    with prune(model, name), pytest.raises(foveate.UnsupportedError, match="video"):
-        model.generate(**video, max_new_tokens=2)
-
-
 @pytest.mark.parametrize("name", ["fastv", "topv", "plphp", "running_sum"])
 def test_methods_that_find_no_layer_without_a_window_are_refused(name):
     model = tiny.build("llava_sliding")
@@ -150,11 +135,6 @@ def test_flash_attention_with_windows_is_refused(variant):
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(foveate.UnsupportedError, match=r"window.*sdpa"):
         foveate.prune(model, "fopru", keep=0.5)
-
-
-def test_a_compiled_wrapper_is_refused():
-    with pytest.raises(foveate.UnsupportedError, match="compile"):
-        foveate.prune(torch.compile(tiny.build("llava"), backend="eager"), "fopru", keep=0.5)
 
 
 def test_an_unknown_family_is_told_the_known_ones():

@@ -18,6 +18,7 @@ from foveate.engine.cache import PrunedLayer
 from foveate.evaluation import geometries, timing
 from foveate.evaluation.ideal import Plan, ideal
 from foveate.evaluation.speed import Bench, _compare
+from foveate.evaluation.synthetic import synthetic
 from foveate.methods.base import CacheMethod
 
 FAST = ["--geometry", "tiny", "--device", "cpu", "--dtype", "float32", "--new-tokens", "3", "--repeat", "2"]
@@ -30,7 +31,7 @@ def run(*args):
 def bench(attn="sdpa", batch=1, padded=False):
     config = geometries.get_config("tiny")
     model = geometries.build(config, device="cpu", dtype="float32", attn=attn)
-    return Bench(model, geometries.synthetic(config, batch, padded=padded), new_tokens=3, repeat=2)
+    return Bench(model, synthetic(config, batch, padded=padded), new_tokens=3, repeat=2)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_image_tokens_pass_through_a_share_of_the_layers():
     config = geometries.get_config("tiny", 25)
     config.text_config.num_hidden_layers = 6
     model = geometries.build(config, device="cpu", dtype="float32", attn="sdpa")
-    it = Bench(model, geometries.synthetic(config, 1, tokens=25), new_tokens=2, repeat=1)
+    it = Bench(model, synthetic(config, 1, tokens=25), new_tokens=2, repeat=1)
     for router in ("learned", "uniform"):
         row = it.measure(foveate.VideoLLMMoD(router=router).untrained())
         assert row["token_layers"] == 0.6 and row["kept_tokens"] == 5 and row["image_tokens"] == 25
@@ -270,7 +271,7 @@ def test_the_ideal_of_fewer_image_tokens_is_the_untouched_model_on_fewer_embeddi
 @pytest.mark.parametrize("family", tiny.CORE)
 def test_every_family_is_measured(family):
     model = tiny.build(family)
-    inputs = geometries.synthetic(model.config, 2, padded=True)
+    inputs = synthetic(model.config, 2, padded=True)
     method = foveate.TrimmedLlama(keep=0.1) if family == "mllama" else foveate.FastV(keep=0.5, layer=2)
     row = Bench(model, inputs, new_tokens=2, repeat=1).measure(method)
     assert row["kept_tokens"] < row["image_tokens"]
@@ -382,7 +383,7 @@ def test_geometries_have_the_size_of_the_published_models(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(PARAMETERS[name], abs=0.01)
-    ids = geometries.synthetic(config, 1)["input_ids"]
+    ids = synthetic(config, 1)["input_ids"]
     assert (ids == config.image_token_id).sum() == TOKENS[name]
     assert foveate.get_family(config) is not None
 
@@ -390,7 +391,7 @@ def test_geometries_have_the_size_of_the_published_models(name):
 def test_random_weights_give_finite_logits_and_listen_to_the_seed():
     config = geometries.get_config("tiny")
     one, same, other = (geometries.build(config, device="cpu", dtype="float32", attn=None, seed=s) for s in (0, 0, 1))
-    inputs = geometries.synthetic(config, 1)
+    inputs = synthetic(config, 1)
     with torch.inference_mode():
         logits = [model(**inputs).logits for model in (one, same, other)]
     assert logits[0].isfinite().all() and 0.1 < logits[0].std() < 10
@@ -400,12 +401,12 @@ def test_random_weights_give_finite_logits_and_listen_to_the_seed():
 @pytest.mark.parametrize(("name", "tokens", "given"), [("1b", 2500, 2500), ("qwen2.5-vl-7b", 600, 600)])
 def test_image_tokens_can_be_chosen(name, tokens, given):
     config = geometries.get_config(name, tokens)
-    ids = geometries.synthetic(config, 1, tokens=tokens)["input_ids"]
+    ids = synthetic(config, 1, tokens=tokens)["input_ids"]
     assert (ids == config.image_token_id).sum() == given
 
 
 def test_padded_batches_are_padded_on_the_left():
-    inputs = geometries.synthetic(geometries.get_config("tiny"), 3, padded=True)
+    inputs = synthetic(geometries.get_config("tiny"), 3, padded=True)
     assert inputs["attention_mask"].sum(1).tolist() == [100, 84, 100]
     assert inputs["attention_mask"][1, 0] == 0 and inputs["attention_mask"][1, -1] == 1
 

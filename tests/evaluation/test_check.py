@@ -20,6 +20,7 @@ from foveate.engine.forward import Forward
 from foveate.engine.report import PruneReport
 from foveate.engine.session import Pruned
 from foveate.evaluation import reference
+from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.reference import cannot_prove, prove
 from foveate.methods.base import CacheMethod
 from foveate.methods.fopru import FoPru
@@ -438,3 +439,12 @@ def test_mistakes_end_with_one_line_and_write_nothing(args, expected, tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("foveate: ") and expected in line
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_state_has_read_cannot_be_checked_by_masks():
+    """But what the cache loses behind it can, and a layer without attention is nothing to look at."""
+    model, batch = tiny.build("qwen3_5"), tiny.inputs("qwen3_5")
+    with pytest.raises(foveate.UnsupportedError, match="carry a state along"):
+        prove(model, batch, [foveate.FoPru(keep=0.25)], steps=3)
+    assert prove(model, batch, [foveate.PLPHP(keep=0.5, start_layer=1)], steps=3).holds
+    assert sorted(last_token_attention(model, batch)) == [1, 3, 5]

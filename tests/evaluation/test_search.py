@@ -73,7 +73,7 @@ def test_layers_are_compared_by_the_attention_of_the_untouched_model():
     for item in items:
         (batch,) = Batches(processor, [item], 1)
         image = batch.inputs["input_ids"][0] == model.config.image_token_id
-        maps = [heads.mean(0)[image] for heads in last_token_attention(model, batch.inputs)]
+        maps = [heads.mean(0)[image] for heads in last_token_attention(model, batch.inputs).values()]
         each.append(kendall(torch.stack(maps)))
     assert torch.allclose(fast, torch.stack(each).mean(0), atol=2e-3)
 

@@ -33,7 +33,10 @@ def subject(family, *names, images=1, keep=0.3):
     """What the command loads, of a tiny model that has no processor."""
     model, inputs = tiny.build(family), tiny.inputs(family, images=(images,), seed=1)
     asker = SimpleNamespace(
-        max_new_tokens=64, inputs=inputs, text=lambda: str(model.generate(**inputs, max_new_tokens=2)[0, -2:].tolist())
+        max_new_tokens=64,
+        inputs=inputs,
+        text=lambda: str(model.generate(**inputs, max_new_tokens=2)[0, -2:].tolist()),
+        under=lambda methods, record: foveate.prune(model, methods, record=record),
     )
     return Subject(
         model,
@@ -176,7 +179,7 @@ console.log(JSON.stringify({ frames: captions.length, captions, cells, names }))
 @pytest.mark.parametrize("family", tiny.CORE)
 def test_attention_is_the_last_row_of_the_eager_model(family):
     inputs = tiny.inputs(family)
-    found = last_token_attention(tiny.build(family, "sdpa"), inputs)
+    found = list(last_token_attention(tiny.build(family, "sdpa"), inputs).values())
     expected = tiny.build(family, "eager")(**inputs, output_attentions=True)
     rows = [a for a in expected.attentions if a is not None]
     if family == "mllama":  # which returns self-attention and cross-attention apart
@@ -222,11 +225,23 @@ def test_tiles_above_each_other_become_views():
 
     picture = Image.new("RGB", (8, 8))
     whole, left, right = at(0, 0, 1, 1), at(0, 0, 0.5, 1), at(0.5, 0, 1, 1)
-    assert [(v.name, v.tiles) for v in views([picture], [(whole, left, right)])] == [
+    assert [(v.name, v.tiles) for v in views([[picture]], [(whole, left, right)])] == [
         ("overview", (whole,)),
         ("tiles", (left, right)),
     ]
-    assert [(v.image, v.name) for v in views([picture] * 2, [(left, right), (whole,)])] == [(0, ""), (1, "")]
+    assert [(v.image, v.name) for v in views([[picture]] * 2, [(left, right), (whole,)])] == [(0, ""), (1, "")]
+
+
+def test_every_frame_of_a_clip_is_a_view():
+    def at(frame):
+        return Tile(torch.arange(4) + 4 * frame, (2, 2), torch.arange(4), frame=frame)
+
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue", "white")]
+    clip = views([frames], [(at(0), at(1), at(2), at(3))])
+    assert [(v.image, v.name) for v in clip] == [(0, f"frame {number}") for number in (1, 2, 3, 4)]
+    assert [v.picture for v in clip] == frames
+    # Qwen joins two pictures into one frame: the first of them is drawn.
+    assert [v.picture for v in views([frames], [(at(0), at(1))])] == frames[::2]
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "BATCHES", "CACHE", "CORE", "CORE_DECODERS", "DECODER_FAMILIES", "FAMILIES", "IMAGE", "LLM", "PAD", "PATCH",
-    "TEXT", "VARIANTS", "VIDEO", "VISION", "VISION_END", "VISION_START", "VOCAB", "Tiny", "build", "config",
-    "image_counts", "inputs", "next_turn", "of", "sampled",
+    "TEXT", "VARIANTS", "VIDEO", "VIDEO_FAMILIES", "VISION", "VISION_END", "VISION_START", "VOCAB", "Tiny", "build",
+    "config", "image_counts", "inputs", "next_turn", "of", "sampled", "video_counts", "videos",
 ]  # fmt: skip
 
 FAMILIES = tuple(name for name, family in found.items() if not family.variant)
@@ -38,6 +38,8 @@ DECODER_FAMILIES = tuple(name for name in FAMILIES if found[name].in_prompt)
 # All rows of the matrix run for these, and a sample for the others: each of them stands for a kind.
 CORE = tuple(name for name in FAMILIES if found[name].whole)
 CORE_DECODERS = tuple(name for name in CORE if name in DECODER_FAMILIES)
+# Their models take videos.
+VIDEO_FAMILIES = tuple(name for name in FAMILIES if found[name].clip(0))
 VARIANTS = tuple(name for name, family in found.items() if family.variant)
 
 
@@ -96,13 +98,44 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, peak: float = 1.5) -> 
 
 
 def inputs(
-    family: str, images: Sequence[int] = (1,), text: Sequence[int] = (6,), seed: int = 0, between: int = 2
+    family: str,
+    images: Sequence[int] = (1,),
+    text: Sequence[int] = (6,),
+    seed: int = 0,
+    between: int = 2,
+    alike: bool = False,
 ) -> dict[str, Tensor]:
     """Return a left-padded batch: row b has `images[b]` images and ends with `text[b]` words.
 
-    Every image is followed by `between` words. Successive images differ in kind, from kind `seed % 4` on.
+    Every image is followed by `between` words. Successive images differ in kind, from kind `seed % 4` on, unless they
+    are `alike`.
     """
-    return found[family].inputs(images, text, seed, between)
+    return found[family].inputs(images, text, seed, between, alike)
+
+
+def videos(
+    family: str,
+    videos: Sequence[int] = (1,),
+    text: Sequence[int] = (6,),
+    images: Sequence[int] | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The same with films: row b has `videos[b]` of them, then `images[b]` images. Films differ in length and size."""
+    return found[family].videos(videos, text, images, seed)
+
+
+def video_counts(
+    family: str, videos: Sequence[int], images: Sequence[int] | None = None, seed: int = 0
+) -> list[list[list[int]]]:
+    """For each row the films and then the images, for each of these how many tokens each frame has."""
+    film, image, tiny = count(seed), count(), found[family]
+    return [
+        [
+            *(tiny.clip(next(film) % 4) for _ in range(n)),
+            *([tiny.features(next(image) % 4)] for _ in range(images[row] if images else 0)),
+        ]
+        for row, n in enumerate(videos)
+    ]
 
 
 BATCHES = {

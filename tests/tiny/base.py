@@ -50,6 +50,13 @@ def noise(rng: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=rng) * torch.rand((*shape[:-2], 1, 1), generator=rng).mul(2)
 
 
+def moving(frames: int, patches: int, values: int, rng: torch.Generator) -> Tensor:
+    """(frames * patches, values) pixels of a film in which half of the patches change from one frame to the next."""
+    still = torch.randn(1, patches, values, generator=rng)
+    moves = torch.rand(frames, patches, 1, generator=rng) < 0.5
+    return torch.where(moves, torch.randn(frames, patches, values, generator=rng), still).flatten(0, 1)
+
+
 class Tiny:
     """A family's tiny model and its inputs. A subclass with a `name` is found because it is there.
 
@@ -59,7 +66,8 @@ class Tiny:
     in_prompt: whether image tokens sit in the prompt. image_id: the placeholder. before, after: ids around every image.
     first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
     model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
-    tokens see later ones. backends: implementations of attention that it has.
+    tokens see later ones. backends: implementations of attention that it has. mixes: whether a prompt may hold images
+    and videos. ends: tokens of a film behind its frames.
     """
 
     name: str = ""
@@ -67,7 +75,8 @@ class Tiny:
     whole = variant = False
     refused: tuple[str, ...] = ()
     rounding = 1.0
-    in_prompt = True
+    in_prompt = mixes = True
+    ends = 0
     image_id = IMAGE
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -116,6 +125,18 @@ class Tiny:
         """The inputs that bring these images, of which there is at least one."""
         raise NotImplementedError
 
+    def clip(self, kind: int) -> list[int]:
+        """How many tokens each frame of a film of this kind, one of four, has; none for a family without videos."""
+        return []
+
+    def film(self, kind: int) -> list[int]:
+        """The ids a film is written as."""
+        raise NotImplementedError
+
+    def films(self, kinds: Sequence[int], rng: torch.Generator) -> dict[str, Tensor]:
+        """The inputs that bring these films, of which there is at least one."""
+        raise NotImplementedError
+
     def images(self, ids: Tensor, kinds: Sequence[Sequence[int]], rng: torch.Generator) -> dict[str, Tensor]:
         """The same from the kinds of each row's images, some of them."""
         return self.pixels([kind for row in kinds for kind in row], rng)
@@ -147,7 +168,12 @@ class Tiny:
         return both
 
     def inputs(
-        self, images: Sequence[int] = (1,), text: Sequence[int] = (6,), seed: int = 0, between: int = 2
+        self,
+        images: Sequence[int] = (1,),
+        text: Sequence[int] = (6,),
+        seed: int = 0,
+        between: int = 2,
+        alike: bool = False,
     ) -> dict[str, Tensor]:
         """See `tiny.inputs`."""
         rng = torch.Generator().manual_seed(1000 + seed)
@@ -155,7 +181,7 @@ class Tiny:
         def words(n: int) -> list[int]:
             return torch.randint(3, TEXT, (n,), generator=rng).tolist()
 
-        rows, kinds, next_kind = [], [], count(seed)
+        rows, kinds, next_kind = [], [], count(seed, 0 if alike else 1)
         for n_images, n_words in zip(images, text, strict=True):
             row, row_kinds = words(self.first), []
             for _ in range(n_images):
@@ -163,12 +189,42 @@ class Tiny:
                 row += self.image(row_kinds[-1]) + words(between)
             rows.append(row + words(n_words))
             kinds.append(row_kinds)
+        batch = self.padded(rows)
+        return batch | self.images(batch["input_ids"], kinds, rng) if any(images) else batch
+
+    def videos(
+        self,
+        videos: Sequence[int] = (1,),
+        text: Sequence[int] = (6,),
+        images: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """See `tiny.videos`."""
+        rng = torch.Generator().manual_seed(2000 + seed)
+
+        def words(n: int) -> list[int]:
+            return torch.randint(3, TEXT, (n,), generator=rng).tolist()
+
+        rows, films, pictures = [], [], []
+        for number, (n_videos, n_words) in enumerate(zip(videos, text, strict=True)):
+            row = words(self.first)
+            for _ in range(n_videos):
+                films.append((len(films) + seed) % 4)
+                row += self.film(films[-1]) + words(2)
+            for _ in range(0 if images is None else images[number]):
+                pictures.append(len(pictures) % 4)
+                row += self.image(pictures[-1]) + words(2)
+            rows.append(row + words(n_words))
+        batch = self.padded(rows)
+        return batch | (self.films(films, rng) if films else {}) | (self.pixels(pictures, rng) if pictures else {})
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Rows of ids as a batch, padded on the left."""
         length = max(map(len, rows))
         ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        batch = {"input_ids": ids, "attention_mask": mask}
-        batch |= {name: (ids == self.image_id).int() for name in self.types}
-        return batch | self.images(ids, kinds, rng) if any(images) else batch
+        kinds = (ids == self.image_id).int() + 2 * (ids == VIDEO).int()
+        return {"input_ids": ids, "attention_mask": mask} | dict.fromkeys(self.types, kinds)
 
 
 found: dict[str, Tiny] = {}

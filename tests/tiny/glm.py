@@ -14,6 +14,17 @@ class Glm4v(Grid):
     def text(self):
         return dict(rope_parameters=mrope(1, 1, 2, partial_rotary_factor=0.5))
 
+    mixes = False  # transformers tells frames and images apart by no id
+
+    def film(self, kind):
+        """A frame at a time, each between marks and followed by when it is shown."""
+        frames = [[VISION_START, *[VIDEO] * n, VISION_END, 3 + i] for i, n in enumerate(self.clip(kind))]
+        return [BREAK, *(token for frame in frames for token in frame), MARK]
+
+    def padded(self, rows):
+        batch = super().padded(rows)
+        return batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == VIDEO, IMAGE)}
+
     def options(self):
         return dict(
             vision_config=VISION,

@@ -8,6 +8,9 @@ from .qwen2_5_vl import TOKENS
 class KimiK25(PatchPictures):
     name, types = "kimi_k25", ()
 
+    def clip(self, kind):
+        return []  # frames of videos join
+
     def options(self):
         vision = dict(
             patch_size=PATCH,

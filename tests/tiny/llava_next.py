@@ -31,6 +31,13 @@ def tiled_pixels(kinds, rng) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "image_sizes": torch.tensor([SIZES[kind] for kind in kinds])}
 
 
+def film(rng: torch.Generator, frames: int, side: int) -> torch.Tensor:
+    """Square pictures of which half of the patches change from one to the next."""
+    moves = torch.rand(frames, 1, side // PATCH, side // PATCH, generator=rng) < 0.5
+    moves = moves.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    return torch.where(moves, noise(rng, frames, 3, side, side), noise(rng, 1, 3, side, side))
+
+
 class LlavaNext(Tiny):
     name, whole = "llava_next", True
 
@@ -63,3 +70,12 @@ class LlavaNextVideo(LlavaNext):
 
     def make(self, config):
         return LlavaNextVideoForConditionalGeneration(config)
+
+    def clip(self, kind):
+        return [4] * 3  # all films of a batch have as many frames
+
+    def film(self, kind):
+        return [VIDEO] * sum(self.clip(kind))
+
+    def films(self, kinds, rng):
+        return {"pixel_values_videos": torch.stack([film(rng, 3, SIDE) for _ in kinds])}

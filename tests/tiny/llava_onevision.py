@@ -5,18 +5,19 @@ from __future__ import annotations
 from functools import partial
 from types import SimpleNamespace
 
+import torch
 from transformers import Qwen2Config
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from .base import IMAGE, LLM, PATCH, VIDEO
 from .llava import siglip
-from .llava_next import PINPOINTS, SIDE, SIZES, LlavaNext
+from .llava_next import PINPOINTS, SIDE, SIZES, LlavaNext, film
 
 LIMIT = "anyres_max_2"
 
 
 class LlavaOnevision(LlavaNext):
-    name = "llava_onevision"
+    name, ends = "llava_onevision", 1
 
     def options(self):
         return dict(
@@ -27,6 +28,15 @@ class LlavaOnevision(LlavaNext):
             image_grid_pinpoints=PINPOINTS,
             vision_aspect_ratio=LIMIT,
         )
+
+    def clip(self, kind):
+        return [4] * 3
+
+    def film(self, kind):
+        return [VIDEO] * (sum(self.clip(kind)) + 1)  # and a newline
+
+    def films(self, kinds, rng):
+        return {"pixel_values_videos": torch.stack([film(rng, 3, SIDE) for _ in kinds])}
 
     def tokens(self, kind):
         this = SimpleNamespace(

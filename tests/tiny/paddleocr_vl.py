@@ -19,3 +19,6 @@ class PaddleOcrVL(PatchPictures):
         vision = dict(**VISION, image_size=48, patch_size=PATCH)
         text = {**LLM, "head_dim": 16, "rope_parameters": mrope(2, 3, 3)}
         return dict(vision_config=vision, text_config=text, **TOKENS)
+
+    def clip(self, kind):
+        return []  # transformers gives it no videos

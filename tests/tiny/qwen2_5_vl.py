@@ -1,12 +1,13 @@
-"""Qwen2.5-VL, and what the families share whose images are grids of patches merged 2 x 2."""
+"""Qwen2.5-VL, and what the families share whose images and videos are grids of patches merged 2 x 2."""
 
 from __future__ import annotations
 
 import torch
 
-from .base import IMAGE, LLM, PATCH, VIDEO, VISION_END, VISION_START, Tiny
+from .base import IMAGE, LLM, PATCH, VIDEO, VISION_END, VISION_START, Tiny, moving
 
 GRIDS = [(1, 8, 12), (1, 12, 8), (1, 12, 12), (1, 8, 4)]  # (t, h, w) in patches
+FILMS = [(3, 8, 12), (5, 8, 8), (2, 12, 8), (4, 8, 12)]
 TOKENS = dict(
     image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END
 )
@@ -33,17 +34,32 @@ class Grid(Tiny):
         patches = [torch.randn(n, self.values, generator=rng) for n in grids.prod(1).tolist()]
         return {"pixel_values": torch.cat(patches), "image_grid_thw": grids}
 
+    def clip(self, kind):
+        t, h, w = FILMS[kind]
+        return [t * h * w // 4 // t] * t
+
+    def film(self, kind):
+        frames = self.clip(kind)
+        return [*self.before, *[VIDEO] * sum(frames), *self.after]
+
+    def films(self, kinds, rng):
+        grids = torch.tensor([FILMS[k] for k in kinds])
+        patches = [moving(t, h * w, self.values, rng) for t, h, w in grids.tolist()]
+        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": grids}
+
     def go_on(self, model, batch, turn, length, image):
         types = turn.pop("mm_token_type_ids", None)
         if image and types is not None:
             # transformers wants the grids of the whole talk for positions, of the new image for features
             pad = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, length - batch["input_ids"].shape[1]))
-            per_row = (batch["input_ids"] == VISION_START).sum(1).tolist()
-            grids = zip(batch["image_grid_thw"].split(per_row), turn["image_grid_thw"].split(1), strict=True)
+            old = batch.get("image_grid_thw", turn["image_grid_thw"][:0])
+            per_row = (batch["input_ids"] == (VISION_START if len(old) else -1)).sum(1).tolist()
+            grids = zip(old.split(per_row), turn["image_grid_thw"].split(1), strict=True)
             vision, _ = model.model.get_rope_index(
                 turn["input_ids"],
                 torch.cat([pad, types], 1),
                 torch.cat([grid for row in grids for grid in row]),
+                batch.get("video_grid_thw"),
                 attention_mask=turn["attention_mask"],
             )
             text = turn["attention_mask"].cumsum(1) - 1

@@ -1,8 +1,8 @@
 """Qwen3.5: every other decoder layer carries a state."""
 
 from .base import LLM
-from .qwen2_5_vl import TOKENS, Grid, mrope
-from .qwen3_vl import VISION
+from .qwen2_5_vl import TOKENS, mrope
+from .qwen3_vl import VISION, Stamped
 
 STATE = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
 
@@ -14,7 +14,7 @@ def hybrid(layers: int) -> dict:
     return LLM | STATE | dict(num_hidden_layers=layers, head_dim=16, layer_types=types, rope_parameters=positions)
 
 
-class Qwen35(Grid):
+class Qwen35(Stamped):
     name = "qwen3_5"
     rounding = 5.0  # a recurrence goes by chunks, which are cut elsewhere where tokens are gone
 

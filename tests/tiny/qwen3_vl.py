@@ -1,6 +1,6 @@
 """Qwen3-VL: features of three encoder layers join the first three layers of the decoder."""
 
-from .base import LLM, PATCH
+from .base import LLM, PATCH, VIDEO, VISION_END, VISION_START
 from .qwen2_5_vl import TOKENS, Grid, mrope
 
 VISION = dict(
@@ -14,7 +14,15 @@ VISION = dict(
 )
 
 
-class Qwen3VL(Grid):
+class Stamped(Grid):
+    """Films are written a frame at a time, each behind when it is shown."""
+
+    def film(self, kind):
+        frames = [[3 + i, VISION_START, *[VIDEO] * n, VISION_END] for i, n in enumerate(self.clip(kind))]
+        return [token for frame in frames for token in frame]
+
+
+class Qwen3VL(Stamped):
     name = "qwen3_vl"
 
     def options(self):

@@ -1,9 +1,18 @@
-"""Families whose images are one square each: ViP-LLaVA, DeepSeek-VL, Janus and Ovis2."""
+"""Families whose images are one square each: ViP-LLaVA, DeepSeek-VL, Janus, Ovis2 and Video-LLaVA."""
 
-from transformers import GenerationMixin, JanusForConditionalGeneration, LlamaConfig, Qwen2Config
+import inspect
 
-from .base import IMAGE, LLM, MARK, PATCH, VISION, VISION_END, VISION_START, VOCAB, clip
-from .llava import SIDE, Llava, siglip
+from transformers import (
+    GenerationMixin,
+    JanusForConditionalGeneration,
+    LlamaConfig,
+    Qwen2Config,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaModel,
+)
+
+from .base import IMAGE, LLM, MARK, PATCH, VIDEO, VISION, VISION_END, VISION_START, VOCAB, clip
+from .llava import SIDE, Llava, siglip, squares
 
 
 class VipLlava(Llava):
@@ -66,3 +75,21 @@ class Ovis2(Llava):
 
     def tokens(self, kind):
         return 9
+
+
+class VideoLlava(Llava):
+    name = "video_llava"
+
+    def options(self):
+        parts = dict(vision_config=clip(SIDE), text_config=LlamaConfig(**LLM), image_token_index=IMAGE)
+        return parts | dict(video_token_index=VIDEO, vision_feature_select_strategy="full")
+
+    def make(self, config):
+        return VideoLlavaForConditionalGeneration(config)
+
+    def tokens(self, kind):
+        return 37
+
+    def pixels(self, kinds, rng):
+        known = inspect.signature(VideoLlavaModel.forward).parameters
+        return {"pixel_values" if "pixel_values" in known else "pixel_values_images": squares(kinds, rng)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from foveate.asking.mistake import Mistake, one_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from foveate.asking.clips import Clip
     from foveate.methods.base import Method
 
 RUNS = 5  # timed runs of each variant; their median is shown
@@ -73,17 +74,23 @@ class Answer:
 
 
 class Asker:
-    """One question about some pictures, put to one model in several ways."""
+    """One question about some pictures and clips, put to one model in several ways.
+
+    clips: of how many pictures each of them is, for `Pruned.clips`; None where there is nothing to say.
+    """
 
     def __init__(
-        self, model: Any, processor: Any, pictures: Sequence[Image], question: str, max_new_tokens: int
+        self, model: Any, processor: Any, shown: Sequence[Image | Clip], question: str, max_new_tokens: int
     ) -> None:
+        from foveate.asking.clips import frames_of, in_turn, pictures_each, told
+
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
-        self.image_sizes = [(picture.height, picture.width) for picture in pictures]
-        placeholder = getattr(processor, "image_token", None)
-        if placeholder and placeholder in question:
-            raise Mistake(f"the question holds {placeholder}, which stands for an image: leave it out")
-        content = [{"type": "image", "image": p} for p in pictures] + [{"type": "text", "text": question}]
+        self.image_sizes = [(frame.height, frame.width) for one in shown for frame in frames_of(one)]
+        for what in ("image", "video"):
+            placeholder = getattr(processor, f"{what}_token", None)
+            if placeholder and placeholder in question:
+                raise Mistake(f"the question holds {placeholder}, which stands for an image: leave it out")
+        content = [*in_turn(shown, processor), {"type": "text", "text": question}]
         try:
             self.inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
@@ -91,9 +98,23 @@ class Asker:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
+                processor_kwargs=told(shown, processor),
             ).to(model.device, model.dtype)
         except Exception as error:  # e.g. a picture too thin for the processor
             raise Mistake(f"the model's processor refuses these inputs: {one_line(error)}") from error
+        self.clips = pictures_each(shown, self.inputs)
+
+    @contextmanager
+    def under(self, methods: Method | Sequence[Method], *, record: bool = False) -> Iterator[Any]:
+        """The model pruned, and told how large pictures are and which are the frames of a clip."""
+        import foveate
+
+        with (
+            foveate.prune(self.model, methods, record=record) as pruned,
+            pruned.saying(image_sizes=self.image_sizes),
+            pruned.clips(self.clips) if self.clips else nullcontext(),
+        ):
+            yield pruned
 
     def ask(self, method: Method, options: dict[str, Any], *, record: bool) -> Answer:
         """The answer under `method`, what it kept, and what its guide said.
@@ -103,13 +124,9 @@ class Asker:
         import foveate
 
         try:
-            pruned = foveate.prune(self.model, method, record=record)
-        except (foveate.UnsupportedError, ValueError) as error:  # e.g. a layer that this model lacks
-            raise Mistake(one_line(error)) from error
-        try:
-            with pruned, pruned.saying(image_sizes=self.image_sizes):
+            with self.under(method, record=record) as pruned:
                 text = self.text()
-        except foveate.UnsupportedError as error:
+        except (foveate.UnsupportedError, ValueError) as error:  # e.g. a layer that this model lacks
             raise Mistake(one_line(error)) from error
         report, said, guide = pruned.report, pruned.guided, None
         if said is not None:
@@ -120,17 +137,20 @@ class Asker:
                 "alone": said.exited,
             }
         if report is None:  # the model read no image, and holds no cache
-            images = [(layout.tokens, 0) for layout in pruned.family.layouts(pruned.base.config, self.inputs)]
+            family, config = pruned.family, pruned.base.config
+            lays = {"pixel_values": family.layouts, "pixel_values_videos": family.video_layouts}
+            shown = [lay_out(config, self.inputs) for name, lay_out in lays.items() if name in self.inputs]
+            images = [(layout.tokens, 0) for layouts in shown for layout in layouts]
             return Answer(method.name, options, text, images, 0, None, guide=guide)
         images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
         return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)
 
     def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
         """The answer of the model as it is; its cache is measured, not computed."""
-        from foveate.engine.upstream import cache_behind
+        from foveate.engine.upstream import cache_behind, held_layers
 
         out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
-        tensors = [t for layer in cache_behind(out).layers for t in (layer.keys, layer.values) if t is not None]
+        tensors = [t for layer in held_layers(cache_behind(out)).values() for t in (layer.keys, layer.values)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         return Answer(None, {}, self.text(), [(tokens, tokens) for tokens, _ in images], size, size)
 
@@ -153,10 +173,8 @@ class Asker:
             answer.ms_per_token = 1000 * statistics.median(each for _, each in measured)
 
     def _timed(self, method: Method | None) -> tuple[float, float]:
-        import foveate
-
         clock = _Clock()
-        pruning: AbstractContextManager[Any] = foveate.prune(self.model, method) if method else nullcontext()
+        pruning: AbstractContextManager[Any] = self.under(method) if method else nullcontext()
         with pruning:
             start = time.perf_counter()
             self._generate(min_new_tokens=TIMED_TOKENS, max_new_tokens=TIMED_TOKENS, streamer=clock)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEIGHT = 448  # pixels of a drawn picture
+FRAME = 150  # of a frame of a clip
+ACROSS = 8  # frames side by side
 MARGIN = 14
 TEXT = 17
 DIM = 0.28  # brightness of a token that nobody keeps
@@ -108,7 +110,21 @@ def kept_shares(report: Any, sample: int = 0) -> tuple[list[Tensor], int, int]:
     return [share.cpu() for share in shares], len(kept), heads
 
 
-def draw_kept(picture: Image.Image, tiles: Sequence[Any] = (), share: Tensor | None = None) -> Image.Image:
+def by_frame(frames: Sequence[Image.Image], tiles: Sequence[Any]) -> list[tuple[Image.Image, list[Any]]]:
+    """Each frame that has tokens of its own, and its tiles; of several pictures that a model joins into one the first.
+
+    frames: of a clip, or the one picture. tiles: of its layout.
+    """
+    count = 1 + max((tile.frame for tile in tiles), default=0)
+    return [
+        (frames[number * len(frames) // count], [tile for tile in tiles if tile.frame == number])
+        for number in range(count)
+    ]
+
+
+def draw_kept(
+    picture: Image.Image, tiles: Sequence[Any] = (), share: Tensor | None = None, *, height: int = HEIGHT
+) -> Image.Image:
     """Dim and grey each cell of the picture by how few keep its token.
 
     tiles: `.index` (which of the image's tokens), `.grid` (rows, columns), `.box` (fractions of the picture).
@@ -116,7 +132,7 @@ def draw_kept(picture: Image.Image, tiles: Sequence[Any] = (), share: Tensor | N
     knows the place of (no box) is not.
     share: (n,) in [0, 1]. Without tiles the picture stays as it is.
     """
-    picture = scaled(picture, HEIGHT)
+    picture = scaled(picture, height)
     light = paint_cells(picture.size, tiles, share, empty=255)
     return Image.composite(picture, dimmed(picture), light)
 
@@ -152,15 +168,18 @@ def _cell_area(tile: Any) -> float:
 
 
 def strip(pictures: Sequence[Image.Image], legend: str) -> Image.Image:
-    """Put drawn pictures side by side over one line of text (more lines where it is too long)."""
+    """Put drawn pictures side by side, many in several rows, over one line of text (more where it is too long)."""
     font = ImageFont.load_default(TEXT)
-    width = sum(p.width for p in pictures) + MARGIN * (len(pictures) - 1)
+    rows = [pictures[start : start + ACROSS] for start in range(0, len(pictures), ACROSS)]
+    width = max(sum(p.width for p in row) + MARGIN * (len(row) - 1) for row in rows)
+    heights = [max(p.height for p in row) + MARGIN for row in rows]
     lines = wrap(legend, font, width)
-    canvas = Image.new("RGB", (width, max(p.height for p in pictures) + (TEXT + 6) * len(lines) + 8), "white")
-    left = 0
-    for picture in pictures:
-        canvas.paste(picture, (left, 0))
-        left += picture.width + MARGIN
+    canvas = Image.new("RGB", (width, sum(heights) - MARGIN + (TEXT + 6) * len(lines) + 8), "white")
+    for number, row in enumerate(rows):
+        left = 0
+        for picture in row:
+            canvas.paste(picture, (left, sum(heights[:number])))
+            left += picture.width + MARGIN
     top = canvas.height - (TEXT + 6) * len(lines)
     ImageDraw.Draw(canvas).multiline_text((0, top), "\n".join(lines), "#333333", font, spacing=5)
     return canvas

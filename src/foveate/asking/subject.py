@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.asking.clips import frames_of
 from foveate.asking.loading import BUILT_IN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from foveate.asking.asker import Asker
+    from foveate.asking.clips import Clip
     from foveate.methods.base import Method
 
 
@@ -33,19 +35,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is asked. settings: the same in words, JSON-safe."""
+    """A model and what it is asked. shown: the pictures and clips. settings: the same in words, JSON-safe."""
 
     model: Any
     processor: Any
     asker: Asker
-    pictures: Sequence[Image]
+    shown: Sequence[Image | Clip]
     variants: Sequence[Variant]
     settings: dict[str, Any]
 
     @property
     def facts(self) -> dict[str, Any]:
         """The settings, and what is behind the names in them, which may change: rows of a folder must share it."""
-        pictures = [hashlib.sha256(f"{p.size}".encode() + p.tobytes()).hexdigest()[:16] for p in self.pictures]
+        frames = [frame for one in self.shown for frame in frames_of(one)]
+        pictures = [hashlib.sha256(f"{p.size}".encode() + p.tobytes()).hexdigest()[:16] for p in frames]
         return {
             **self.settings,
             "pictures": pictures,

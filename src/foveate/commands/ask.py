@@ -13,21 +13,36 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.asking.asker import RUNS, TIMED_TOKENS, Answer, Asker
-from foveate.asking.loading import GLIMPSE, check_dtype, resolve_device
+from foveate.asking.loading import check_dtype, resolve_device
 from foveate.asking.mistake import Mistake, one_line
 from foveate.commands.display import status
-from foveate.commands.parameters import Attention, Device, Dtype, Guide, Json, Keep, MaxNewTokens, Model, Options, Words
-from foveate.commands.prepare import load_chosen, parse_options, split
+from foveate.commands.parameters import (
+    Attention,
+    Device,
+    Dtype,
+    Fps,
+    Guide,
+    Json,
+    Keep,
+    MaxFrames,
+    MaxNewTokens,
+    ModelOrOwn,
+    OneClip,
+    Options,
+    Words,
+)
+from foveate.commands.prepare import load_chosen, model_for, open_shown, parse_options, split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from foveate.asking.clips import Clip
     from foveate.methods.base import Method
 
 
 def ask(
     words: Words,
-    model: Model = GLIMPSE,
+    model: ModelOrOwn = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,23 +64,28 @@ def ask(
     max_new_tokens: MaxNewTokens = 64,
     attn: Attention = None,
     guide: Guide = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    clip: OneClip = False,
 ) -> None:
-    """Ask a vision-language model about pictures, keeping only part of their tokens.
+    """Ask a vision-language model about pictures or clips, keeping only part of their tokens.
+
+    A clip is a film, or a folder with its frames.
 
     foveate ask photo.jpg "What is in the picture?" --method plphp --keep 0.4 --compare
+
+    foveate ask film.mp4 "What happens to the dog?" --method evs --keep 0.4 --max-frames 8
     """
     names, question = split(words)
     _check_output(show, names)
     options = parse_options(keep, option or [])
     check_dtype(dtype)
-
-    from foveate.asking.pictures import open_picture
-
-    pictures = [open_picture(name) for name in names]
+    shown = open_shown(names, fps, max_frames, clip)
+    model = model_for(model, shown)
     with status("loading", quiet=as_json):
         device = resolve_device(device)
         loaded, processor, methods = load_chosen(model, method, options, guide, device, dtype, attn)
-        asker = Asker(loaded, processor, pictures, question, max_new_tokens)
+        asker = Asker(loaded, processor, shown, question, max_new_tokens)
 
     with status("answering", quiet=as_json):
         answers = [asker.ask(m, own, record=show is not None) for m, own in methods]
@@ -77,7 +97,7 @@ def ask(
         with status("measuring", quiet=as_json):
             asker.time(answers, variants)
     if show is not None:
-        _draw(pictures, processor, answers, show)
+        _draw(shown, processor, answers, show)
 
     if as_json:
         typer.echo(json.dumps(_as_json(model, guide, device, loaded, names, question, answers), indent=2))
@@ -103,20 +123,26 @@ def _check_output(show: Path | None, names: Sequence[str]) -> None:
         raise Mistake(f"--show {show} is a folder: name a file in it")
 
 
-def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], path: Path) -> None:
+def _draw(shown: Sequence[Image | Clip], processor: Any, answers: Sequence[Answer], path: Path) -> None:
     from foveate.asking import pictures as drawing
+    from foveate.asking.clips import frames_of
 
-    seen = [drawing.crop_as_seen(picture, processor.image_processor) for picture in pictures]
+    seen = [[drawing.crop_as_seen(f, processor.image_processor) for f in frames_of(one)] for one in shown]
+    one = len(seen) == 1 and len(seen[0]) == 1
+    # A clip is a strip of small frames.
+    height = drawing.HEIGHT if max(map(len, seen)) == 1 else drawing.FRAME
     strips = []
     for answer in answers:
         tokens = sum(n for n, _ in answer.images)
         if answer.report is None:
-            drawn = [drawing.draw_kept(picture) for picture in seen]
+            drawn = [drawing.draw_kept(picture, height=height) for frames in seen for picture in frames]
             legend = str(answer) if answer.alone else f"untouched: {tokens} of {tokens} image tokens"
         else:
             shares, layers, heads = drawing.kept_shares(answer.report)
             images = answer.report.image_tokens[0]
-            drawn = [drawing.draw_kept(*each) for each in zip(seen, (i.tiles for i in images), shares, strict=True)]
+            parts = zip(seen, images, shares, strict=True)
+            framed = [(*part, share) for frames, i, share in parts for part in drawing.by_frame(frames, i.tiles)]
+            drawn = [drawing.draw_kept(*part, height=height) for part in framed]
             kept = sum(n for _, n in answer.images)
             legend = f"{answer.label}: {kept} of {tokens} image tokens"
             if any(((share > 0) & (share < 1)).any() for share in shares):
@@ -124,7 +150,7 @@ def _draw(pictures: Sequence[Image], processor: Any, answers: Sequence[Answer], 
                 legend += f"; the brighter, the more of {each} keep it"
         strips.append(drawing.strip(drawn, legend))
     try:
-        drawing.arrange(strips, across=len(pictures) == 1).save(path)
+        drawing.arrange(strips, across=one).save(path)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {one_line(error)}") from error
 

@@ -31,7 +31,11 @@ def bench(
     batch: Annotated[str, typer.Option(metavar="SIZE,...", help="How many samples run together.")] = "1",
     padded: Annotated[bool, typer.Option("--padded", help="Shorten every second sample, padded on the left.")] = False,
     image_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the picture.", show_default="the architecture's own")
+        int | None,
+        typer.Option(min=1, help="Tokens of the picture, or of each frame.", show_default="the architecture's own"),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="A clip of so many frames in place of a picture.", show_default=False)
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in every run.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each variant; medians are shown.")] = 5,
@@ -63,6 +67,7 @@ def bench(
         batch=batch,
         padded=padded,
         image_tokens=image_tokens,
+        frames=frames,
         new_tokens=new_tokens,
         repeat=repeat,
         seed=seed,

@@ -7,14 +7,26 @@ from typing import Annotated
 
 import typer
 
-from foveate.asking.loading import DTYPES, GLIMPSE
-from foveate.commands.parameters import Attention, Device, Guide, Keep, Model, Options, Together, Words
+from foveate.asking.loading import DTYPES
+from foveate.commands.parameters import (
+    Attention,
+    Device,
+    Fps,
+    Guide,
+    Keep,
+    MaxFrames,
+    ModelOrOwn,
+    OneClip,
+    Options,
+    Together,
+    Words,
+)
 from foveate.commands.prepare import load_subject
 
 
 def check(
     words: Words,
-    model: Model = GLIMPSE,
+    model: ModelOrOwn = None,
     method: Together = None,
     keep: Keep = None,
     option: Options = None,
@@ -24,6 +36,9 @@ def check(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, auto; half precision proves less.")] = "float32",
     attn: Attention = None,
     guide: Guide = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    clip: OneClip = False,
 ) -> None:
     """Prove on a model of your own that pruning drops tokens and does nothing else.
 

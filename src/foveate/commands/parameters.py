@@ -8,10 +8,23 @@ from foveate.asking.loading import DTYPES
 
 SEEDS = 2**63 - 1  # the most that torch takes
 
-Words = Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False)]
+Words = Annotated[list[str], typer.Argument(metavar="IMAGE|CLIP... QUESTION", show_default=False)]
 Model = Annotated[
     str, typer.Option(help="glimpse, glimpse-cross or glimpse-video (built in), a hub id, or a model folder.")
 ]
+ModelOrOwn = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="glimpse, glimpse-cross or glimpse-video (built in), a hub id, or a model folder.",
+        show_default="glimpse, of clips glimpse-video",
+    ),
+]
+Fps = Annotated[float | None, typer.Option(min=0.01, help="Frames of each second of a film.", show_default="2")]
+MaxFrames = Annotated[
+    int | None, typer.Option(min=1, help="Frames of a clip at most, at an even stride.", show_default="32")
+]
+OneClip = Annotated[bool, typer.Option("--clip", help="The pictures are the frames of one clip, in their order.")]
 Together = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="See: foveate methods. May be repeated; a+b applies two of them together."),

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.asking.asker import Asker
-from foveate.asking.loading import GLIMPSE, built_in, check_dtype, hush, load, load_guide, read_config, resolve_device
+from foveate.asking.loading import (
+    GLIMPSE,
+    GLIMPSE_VIDEO,
+    built_in,
+    check_dtype,
+    hush,
+    load,
+    load_guide,
+    read_config,
+    resolve_device,
+)
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import guide_option, typed
 from foveate.asking.subject import Subject, Variant
@@ -18,15 +28,18 @@ from foveate.families import unknown_family
 from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
-    from foveate.methods.base import Method
+    from PIL.Image import Image
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+    from foveate.asking.clips import Clip
+    from foveate.methods.base import Method
 
 
 def split(words: Sequence[str], command: str = "ask") -> tuple[Sequence[str], str]:
-    """Images and question; the question comes last."""
+    """Images (or clips) and question; the question comes last."""
+    from foveate.asking.clips import FILMS, PICTURES
+
     *images, question = words
-    looks_like_file = Path(question).suffix.lower() in PICTURES and len(question.split()) == 1
+    looks_like_file = Path(question).suffix.lower() in PICTURES | FILMS and len(question.split()) == 1
     with contextlib.suppress(OSError):  # too long for a file name: a question
         looks_like_file = looks_like_file or Path(question).exists()
     if looks_like_file and question.strip():
@@ -38,6 +51,29 @@ def split(words: Sequence[str], command: str = "ask") -> tuple[Sequence[str], st
     if not question.strip():
         raise Mistake('the question is empty: write one after the image, such as "What is in the picture?"')
     return images, question
+
+
+def open_shown(names: Sequence[str], fps: float | None, max_frames: int | None, one_clip: bool) -> list[Image | Clip]:
+    """The pictures and clips of these names. one_clip: whether the pictures are the frames of one clip."""
+    from foveate.asking.clips import FPS, MAX_FRAMES, Clip, is_clip, open_clip
+    from foveate.asking.pictures import open_picture
+
+    films = [name for name in names if is_clip(name)]
+    if not films and not one_clip and (fps, max_frames) != (None, None):
+        raise Mistake("--fps and --max-frames are of clips: give a film or a folder of frames, or leave them out")
+    if films and one_clip:
+        raise Mistake(f"--clip makes one clip of several pictures, and {films[0]} is one itself: leave it out")
+    limits = FPS if fps is None else fps, MAX_FRAMES if max_frames is None else max_frames
+    shown = [open_clip(name, *limits) if is_clip(name) else open_picture(name) for name in names]
+    return [Clip.of(shown, limits[1])] if one_clip else shown
+
+
+def model_for(model: str | None, shown: Sequence[Image | Clip]) -> str:
+    """The model that was asked for, or the built-in one that sees what is shown."""
+    from foveate.asking.clips import Clip
+
+    own = GLIMPSE_VIDEO if any(isinstance(one, Clip) for one in shown) else GLIMPSE
+    return own if model is None else model
 
 
 def parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
@@ -127,7 +163,7 @@ def load_chosen(
 def load_subject(
     command: str,
     words: Sequence[str],
-    model: str,
+    model: str | None,
     method: Sequence[str] | None,
     keep: str | None,
     option: Sequence[str] | None,
@@ -136,15 +172,18 @@ def load_subject(
     dtype: str,
     attn: str | None,
     max_new_tokens: int = 64,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    one_clip: bool = False,
 ) -> Subject:
     """Read the arguments of a command that looks at a model closely, and load what they name."""
     names, question = split(words, command)
     options = parse_options(keep, option or [])
     check_dtype(dtype)
 
-    from foveate.asking.pictures import open_picture
-
-    pictures = [open_picture(name) for name in names]
+    shown = open_shown(names, fps, max_frames, one_clip)
+    model = model_for(model, shown)
     together = [[name.strip() for name in part.split("+")] for part in method or []]
     with status("loading", quiet=False):
         device = resolve_device(device)
@@ -152,7 +191,7 @@ def load_subject(
         loaded, processor, methods = load_chosen(model, named, options, guide, device, dtype, attn)
         built = {m.name: (m, own) for m, own in methods}
         variants = [Variant(*zip(*(built[name] for name in part), strict=True)) for part in together or [list(built)]]
-        asker = Asker(loaded, processor, pictures, question, max_new_tokens)
+        asker = Asker(loaded, processor, shown, question, max_new_tokens)
     settings = {
         "model": model,
         "images": list(names),
@@ -163,4 +202,6 @@ def load_subject(
     }
     if guide is not None:
         settings["guide"] = guide
-    return Subject(loaded, processor, asker, pictures, variants, settings)
+    if asker.clips:
+        settings["clips"] = asker.clips
+    return Subject(loaded, processor, asker, shown, variants, settings)

@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
-from foveate.asking.loading import GLIMPSE
 from foveate.commands.parameters import (
     Attention,
     Device,
     Dtype,
+    Fps,
     Guide,
     Keep,
+    MaxFrames,
     MaxNewTokens,
-    Model,
+    ModelOrOwn,
+    OneClip,
     Options,
     Together,
     Words,
@@ -25,7 +27,7 @@ from foveate.commands.prepare import load_subject
 
 def show(
     words: Words,
-    model: Model = GLIMPSE,
+    model: ModelOrOwn = None,
     method: Together = None,
     keep: Keep = None,
     option: Options = None,
@@ -35,6 +37,9 @@ def show(
     max_new_tokens: MaxNewTokens = 64,
     attn: Attention = None,
     guide: Guide = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    clip: OneClip = False,
 ) -> None:
     """Draw which tokens every layer and head keeps, and where the model looks.
 

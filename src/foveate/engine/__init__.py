@@ -2,6 +2,6 @@
 
 from ..errors import UnsupportedError
 from .report import PruneReport
-from .session import Pruned, prune
+from .session import Pruned, prune, restore
 
-__all__ = ["PruneReport", "Pruned", "UnsupportedError", "prune"]
+__all__ = ["PruneReport", "Pruned", "UnsupportedError", "prune", "restore"]

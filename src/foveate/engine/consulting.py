@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..layout import ImageLayout
 from ..methods.base import GuidedMethod
 from ..methods.tokens import ImageGroups, LayerTokens
 from .generation import GenerateCall
-from .images import EncodedImage, group_images
+from .images import EncodedImage, group_images, place_images
 from .report import GuideAnswer
 from .routes import add_routes, remove_routes
 from .rows import compact, gather_rows
@@ -50,10 +50,10 @@ class Guide:
         self.target, self.method, self.model = target, method, target.model
 
     @torch.no_grad()
-    def consult(self, call: GenerateCall, layouts: Sequence[ImageLayout]) -> tuple[GuideAnswer, Tensor]:
+    def consult(self, call: GenerateCall, layouts: Mapping[str, Sequence[ImageLayout]]) -> tuple[GuideAnswer, Tensor]:
         """What the guide says, and what each position of the prompt received meanwhile: (batch, prompt).
 
-        layouts: of the call's images, as the guide encodes them.
+        layouts: of the call's images and videos, by medium, as the guide encodes them.
         """
         scores, exits = None, False
         with _turn:
@@ -63,7 +63,7 @@ class Guide:
                 exits = bool((scores >= self.method.exit_threshold).all())
         return GuideAnswer(sequences.to(call.ids.device), scores, exits), reading.received
 
-    def _ask(self, call: GenerateCall, layouts: Sequence[ImageLayout]) -> tuple[_Reading, Tensor]:
+    def _ask(self, call: GenerateCall, layouts: Mapping[str, Sequence[ImageLayout]]) -> tuple[_Reading, Tensor]:
         """What the guide looks at while it answers greedily, and its answer behind the prompt."""
         shared = {name: getattr(call.config, name, None) for name in _SHARED}
         config = GenerationConfig(
@@ -80,8 +80,10 @@ class Guide:
             if name not in ("mm_encoder_outputs", "logits_to_keep")
         }
         inputs["input_ids"] = ids = self._move(call.ids, call.ids)
-        is_image = ids.eq(self.target.image_token_id)
-        groups, _ = group_images([EncodedImage(layout, None) for layout in layouts], is_image)
+        is_image = self.target.is_image(ids)
+        images = {medium: [EncodedImage(layout, None) for layout in each] for medium, each in layouts.items()}
+        spots = {medium: ids.eq(self.target.token_ids[medium]) for medium in images}
+        groups = group_images(*place_images(images, spots))
         reading = _Reading(ids, is_image, groups, config, self.method.exit_threshold is not None)
         attentions = list(self.target.attentions().values())
         hooks: list[Any] = []

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from .routes import Handler, add_routes, remove_routes
+from .upstream import untraced
 
 Wrapper = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -44,6 +45,7 @@ class Fixtures:
         original, replaced = getattr(module, name), self._replaced
 
         # generate() reads signatures to know what to pass.
+        @untraced
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if all(each[3] is not wrapped for each in replaced):  # removed, but under a later patch of somebody else

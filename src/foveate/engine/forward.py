@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from ..layout import Tile
 from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
-from .images import EncodedImage, group_images, repeated
+from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
 from .rows import Rows, Stream, compact, gather_rows
 from .target import Target
@@ -50,13 +50,13 @@ class Forward:
     """State of one forward pass; lives between the base model's hooks.
 
     arguments: of the base model. brings_images: whether pictures come with this pass. past, queries: tokens before it,
-    and of it. mask: bool (batch, past + queries), None where nothing is hidden. encoded: the images once they are, None
-    where that was not here. images, places, groups: what is known of them from layer 0 on. streams: what comes in to
-    the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of the places of
-    a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed, how much each
-    token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries. peeks: whether a
-    layer is only asked for its queries and keys. handed: the mask that the model handed to the layer at hand, of all
-    tokens. held: the layers of the cache that hold entries. lent: by layer, what later layers share of it.
+    and of it. mask: bool (batch, past + queries), None where nothing is hidden. encoded: the images of each medium once
+    they are, None where that was not here. images, places, groups: what is known of them from layer 0 on. streams: what
+    comes in to the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of
+    the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
+    how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
+    peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
+    to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
     """
 
@@ -73,7 +73,7 @@ class Forward:
         mask, decodes = arguments.get("attention_mask"), self.past and self.queries == 1
         self.mask: Tensor | None = None if mask is None or decodes or bool(mask.all()) else mask.bool()
         self.streams = {"self": Stream(self.queries), "cross": Stream(0)}
-        self.encoded: list[EncodedImage] | None = []
+        self.encoded: dict[str, list[EncodedImage] | None] = {}
         self.images: list[EncodedImage] = []
         self.places: list[tuple[int, Tensor]] = []
         self.groups: ImageGroups | None = None
@@ -129,8 +129,8 @@ class Forward:
 
     @cached_property
     def is_image(self) -> Tensor:
-        """bool (batch, q): the image placeholders."""
-        return self.ids.eq(self.target.image_token_id)
+        """bool (batch, q): the placeholders of images and videos."""
+        return self.target.is_image(self.ids)
 
     @cached_property
     def text(self) -> Tensor:
@@ -169,20 +169,24 @@ class Forward:
 
     def find_images(self) -> bool:
         """In front of layer 0: where the images are; whether there are any in the prompt."""
-        if self.encoded is None:
+        if None in self.encoded.values():
             raise UnsupportedError(
                 "these image features were not encoded while the model is pruned (precomputed features, or a chunked "
                 "prefill): pass pixel values, and generate without prefill_chunk_size"
             )
-        if not self.encoded:
+        encoded = {medium: images for medium, images in self.encoded.items() if images}
+        if not encoded:
             return False
-        self.images = repeated(self.encoded, self.is_image.sum(1).tolist())
+        placeholders = {medium: self.ids.eq(self.target.token_ids[medium]) for medium in encoded}
+        counts = {medium: where.sum(1).tolist() for medium, where in placeholders.items()}
+        encoded = {medium: repeated(images, counts[medium]) for medium, images in encoded.items()}
+        self.images, self.places = place_images(encoded, placeholders)
         if any(image.session is not self.target.session for image in self.images):
             raise UnsupportedError(
                 "these image features were encoded under another pruning, whose choice of tokens is not this one's: "
                 "encode them again in this block, or pass pixel values"
             )
-        self.groups, self.places = group_images(self.images, self.is_image)
+        self.groups = group_images(self.images, self.places)
         if self.mask is not None:
             self._narrow(self.valid())  # what the mask hides is no candidate, and no budget counts it
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,15 @@ from transformers import GenerationConfig
 from ..errors import UnsupportedError
 from .fixtures import Fixtures
 from .upstream import cache_in
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""What a model looks at, as transformers calls it, and the input that brings its pixels."""
+
+
+def brings_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether pictures or videos are among these inputs of a model, not encoded yet."""
+    # Releases before 5.23 call those of Video-LLaVA by a name of their own.
+    return any(inputs.get(name) is not None for name in (*PIXELS.values(), "pixel_values_images"))
 
 
 @dataclass
@@ -52,8 +61,8 @@ class GenerateCall:
 
     @property
     def brings_images(self) -> bool:
-        """Whether there are pictures to look at."""
-        return self.inputs.get("pixel_values") is not None or bool(self.inputs.get("mm_encoder_outputs"))
+        """Whether there are pictures or videos to look at."""
+        return brings_pixels(self.inputs) or bool(self.inputs.get("mm_encoder_outputs"))
 
     def asks(self, names: Iterable[str]) -> list[str]:
         """Those of these arguments and settings that are set to anything but their neutral value."""
@@ -88,19 +97,19 @@ def refuse_assisted(fixtures: Fixtures, model: Any, why: str) -> None:
     fixtures.wrap(model, "generate", generate)
 
 
-# What a forward over later tokens of the same prompt must not bring again.
-_IMAGE_INPUTS = (
-    "pixel_values", "mm_encoder_outputs", "image_sizes", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"
-)  # fmt: skip
+# How what a forward over later tokens of the same prompt must not bring again is called: sizes go with pixels.
+_OF_IMAGES = ("pixel_", "image_", "video_", "aspect_ratio_", "mm_encoder_outputs", "second_per_grid_ts")
 
 
 def split_prompt(arguments: dict[str, Any], candidates: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of a forward over a prompt with guessed tokens behind it, as those of two: prompt, then guesses."""
     prompt = arguments["input_ids"].shape[1] - candidates
-    head, tail = dict(arguments), {k: v for k, v in arguments.items() if k not in _IMAGE_INPUTS}
-    for name, dim in (("input_ids", 1), ("position_ids", -1), ("mm_token_type_ids", -1)):
-        if arguments.get(name) is not None:
-            head[name], tail[name] = arguments[name].tensor_split([prompt], dim=dim)
+    tokens = arguments["input_ids"].shape
+    head, tail = dict(arguments), {k: v for k, v in arguments.items() if not k.startswith(_OF_IMAGES)}
+    for name, value in arguments.items():
+        # Ids, and what else there is of each token: types, positions.
+        if name != "attention_mask" and isinstance(value, Tensor) and value.shape[-2:] == tokens:
+            head[name], tail[name] = value.tensor_split([prompt], dim=-1)
     if arguments.get("attention_mask") is not None:
         head["attention_mask"] = arguments["attention_mask"][:, :-candidates]
     return head, tail

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,33 +124,54 @@ def _parts(features: Features) -> list[Tensor]:
     return [features] if isinstance(features, Tensor) else list(features)
 
 
-def group_images(images: Sequence[EncodedImage], is_image: Tensor) -> tuple[ImageGroups, list[tuple[int, Tensor]]]:
-    """Find the images' tokens in the prompt.
+Place = tuple[int, Tensor]
+"""Of an image in the prompt: its row, and there the positions (tokens,) of all its tokens."""
 
-    is_image: bool (batch, q), the placeholders of this forward. Returns the groups of candidates and, per
-    image, its row and the positions of all its tokens.
+
+def place_images(
+    images: Mapping[str, Sequence[EncodedImage]], placeholders: Mapping[str, Tensor]
+) -> tuple[list[EncodedImage], list[Place]]:
+    """Find the tokens of images and videos in the prompt; both in the order in which they stand there.
+
+    images: of each medium, in order. placeholders: bool (batch, q), of each medium in this forward.
     """
-    spots = is_image.nonzero()
+    found: list[tuple[EncodedImage, Place]] = []
+    for medium, encoded in images.items():
+        found += zip(encoded, _places(encoded, placeholders[medium], medium), strict=True)
+    if len(images) > 1:
+        found.sort(key=lambda each: (each[1][0], int(each[1][1][0])))
+    return [image for image, _ in found], [place for _, place in found]
+
+
+def _places(images: Sequence[EncodedImage], placeholders: Tensor, medium: str) -> list[Place]:
+    spots = placeholders.nonzero()
     sizes = [image.layout.tokens for image in images]
     if sum(sizes) != len(spots):
         raise UnsupportedError(
-            f"the prompt has {len(spots)} image tokens but the images were encoded to {sum(sizes)}: pass prompt and "
-            "pixels that belong together (precomputed features must be encoded while the model is pruned)"
+            f"the prompt has {len(spots)} {medium} tokens but the {medium}s were encoded to {sum(sizes)}: pass prompt "
+            "and pixels that belong together (precomputed features must be encoded while the model is pruned)"
         )
     places, rows, end = [], spots[:, 0].tolist(), 0
     for part in spots.split(sizes):
         row, end = rows[end], end + len(part)
         if rows[end - 1] != row:
-            raise UnsupportedError("the image tokens of one sample do not match its images: check the prompts")
+            raise UnsupportedError(f"the {medium} tokens of one sample do not match its {medium}s: check the prompts")
         places.append((row, part[:, 1]))
-    device = is_image.device
-    candidates = [place[i.layout.candidates.to(device)] for i, (_, place) in zip(images, places, strict=True)]
-    groups = ImageGroups(
+    return places
+
+
+def group_images(images: Sequence[EncodedImage], places: Sequence[Place]) -> ImageGroups:
+    """The candidates among the tokens of each image. places: of each image, as `place_images` found them."""
+    device = places[0][1].device
+    layouts = [image.layout for image in images]
+    candidates = [place[i.candidates.to(device)] for i, (_, place) in zip(layouts, places, strict=True)]
+    frames = [layout.frames for layout in layouts]
+    return ImageGroups(
         torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True, padding_value=-1),
         torch.tensor([row for row, _ in places], device=device),
         torch.tensor([len(c) for c in candidates], device=device),
-        torch.tensor([i.layout.pinned for i in images], device=device),
-        centers=torch.nn.utils.rnn.pad_sequence([i.layout.centers for i in images], batch_first=True).to(device),
-        cells=torch.nn.utils.rnn.pad_sequence([i.layout.cells for i in images], batch_first=True).to(device),
+        torch.tensor([layout.pinned for layout in layouts], device=device),
+        centers=torch.nn.utils.rnn.pad_sequence([i.centers for i in layouts], batch_first=True).to(device),
+        cells=torch.nn.utils.rnn.pad_sequence([i.cells for i in layouts], batch_first=True).to(device),
+        frames=torch.tensor(frames, device=device) if max(frames) > 1 else None,
     )
-    return groups, places

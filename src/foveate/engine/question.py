@@ -20,7 +20,7 @@ class Questions:
     def __init__(self, target: Target, prompts: Prompts, method: str) -> None:
         self.target, self.prompts, self.method = target, prompts, method
 
-    def states(self, layouts: Sequence[ImageLayout]) -> Tensor:
+    def states(self, layouts: Sequence[ImageLayout], medium: str = "image") -> Tensor:
         """(images, hidden) the last hidden state of the LLM over the text of each image's prompt alone.
 
         The text is all that the prompt of this turn holds beside pictures and padding, in order.
@@ -29,9 +29,9 @@ class Questions:
             UnsupportedError: where there is no prompt, or no text in one with an image.
         """
         ids, mask = self._prompt()
-        is_image = ids.eq(self.target.image_token_id)
+        is_image = self.target.is_image(ids)
         text = ~is_image if mask is None else ~is_image & mask.bool()
-        ends = is_image.sum(1).cumsum(0)
+        ends = ids.eq(self.target.token_ids[medium]).sum(1).cumsum(0)
         last = torch.tensor([layout.tokens for layout in layouts], device=ids.device).cumsum(0) - 1
         row = torch.searchsorted(ends, last, right=True).clamp(max=len(ids) - 1)
         rows, of = row.unique(return_inverse=True)

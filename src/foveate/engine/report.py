@@ -29,8 +29,8 @@ class LayerReport:
 
     kind: what it attends to, the prompt ("self") or image features ("cross"); "state" where it carries a state along
     instead, whose entries are the tokens that it read.
-    length: logical entries; kept_length: slots physically held (of the longest sample).
-    What a sliding window left behind counts as kept: it leaves the untouched model's cache, too.
+    length: logical entries; kept_length: slots physically held (of the longest sample). What a sliding window left
+        behind counts as kept: it leaves the untouched model's cache, too.
     since: "prefill" when the layer never saw the dropped tokens, "decode" when they were evicted after its prefill.
     kept: bool (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), with record=True.
     seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
@@ -238,7 +238,10 @@ class PruneReport:
         images = [image for sample in self.images for image in sample]
         tokens, kept = (sum(column) for column in zip(*images, strict=True)) if images else (0, 0)
         names = " + ".join(f"{method['method']} keep={method['keep']}" for method in self.methods)
-        line = f"{names}: {kept} of {tokens} image tokens in {len(images)} image{'s'[: len(images) != 1]}"
+        clips = sum(tiles[-1].frame > 0 for sample in self._places for _, tiles in sample)
+        counts = {"image": len(images) - clips, "clip": clips}
+        named = [f"{n} {what}{'s'[: n != 1]}" for what, n in counts.items() if n or (what == "image" and not clips)]
+        line = f"{names}: {kept} of {tokens} image tokens in {' and '.join(named)}"
         if self.kv_bytes_unpruned:
             line += (
                 f", KV cache {human_bytes(self.kv_bytes)} instead of {human_bytes(self.kv_bytes_unpruned)}"

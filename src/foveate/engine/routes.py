@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .upstream import AttentionInterface
+from .upstream import AttentionInterface, untraced
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 Handler = Callable[..., tuple[Tensor, Tensor | None]]
@@ -23,6 +23,7 @@ _lock = threading.Lock()
 _original: Any = None
 
 
+@untraced
 def _dispatch(kernel: Kernel, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     handler = module.__dict__.get(_MARK)
     return kernel(module, *args, **kwargs) if handler is None else handler(kernel, module, *args, **kwargs)

@@ -6,16 +6,16 @@ it in their order, and makes the report. It knows nothing about any one place.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..families.base import Family
@@ -25,14 +25,15 @@ from .attention import Attention
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
-from .generation import run_prompt, split_prompt
+from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
+from .sayings import Sayings
 from .steps import UNSAID, Steps
-from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods
+from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods, unwrapped
 from .target import Target
-from .upstream import PreTrainedModel, cache_in, release_note, without_cache
+from .upstream import PreTrainedModel, cache_in, release_note, untraced, without_cache
 from .watching import watch_layers
 
 
@@ -47,7 +48,8 @@ def prune(
 
     Works from this call until `remove()`; as a context manager until the block ends, however it ends.
 
-    model: a transformers model of a supported family. method: a name (with its `options`), a method object, or a
+    model: a transformers model of a supported family, or what wraps one: adapters of PEFT that change weights,
+        torch.compile, a pipeline. method: a name (with its `options`), a method object, or a
     list of them that act at different places; each chooses among the tokens that the ones before it left.
     record: also keep boolean masks of what every layer and head kept in `report.layers`.
 
@@ -65,6 +67,23 @@ def prune(
         place.check(target, methods)
     host = target.host
     return Pruned(target, tuple(method.for_host(host) for method in methods), record)
+
+
+def restore(model: Any) -> None:
+    """Take off whatever `prune` put on a model, when what it returned is lost; harmless where there is nothing.
+
+    model: what was given to `prune`, or the model inside it.
+
+    Raises:
+        UnsupportedError: for what is no model.
+    """
+    inside = unwrapped(model)
+    if not isinstance(inside, nn.Module):
+        raise UnsupportedError(f"foveate.restore takes a model, not a {type(model).__name__}")
+    for base, pruned in list(pruned_models.items()):
+        session = pruned()
+        if session is not None and (base is inside or session.model is inside):
+            session.remove()
 
 
 class _Entered(threading.local):
@@ -86,7 +105,7 @@ class _Pass:
         self.unreported = unreported or prompt is not None
 
 
-class Pruned(NotPickled):
+class Pruned(Sayings, NotPickled):
     """A pruned model: what `prune` returns.
 
     report: what the last prefill kept; None before the first, and when the last answer is a guide's.
@@ -111,7 +130,7 @@ class Pruned(NotPickled):
 
     @property
     def model(self) -> Any:
-        """The model, as it was passed to `prune`."""
+        """The transformers model that is pruned: what was passed to `prune`, or what that wraps."""
         return self._target.model
 
     @property
@@ -142,7 +161,7 @@ class Pruned(NotPickled):
     # -- installing -------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        pruned_models.add(self.base)
+        pruned_models[self.base] = weakref.ref(self)
         fixtures = self._fixtures
         self._steps.install(fixtures, self.model)  # in front of the base model's, which may be the same
         fixtures.hook(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -163,7 +182,7 @@ class Pruned(NotPickled):
             active.forward = active.forward.outer
         self._entered.passes.clear()
         self._fixtures.remove()
-        pruned_models.discard(self.base)
+        pruned_models.pop(self.base, None)
 
     def __repr__(self) -> str:
         state = "active" if self._fixtures else "removed"
@@ -182,41 +201,9 @@ class Pruned(NotPickled):
         """See `remove`."""
         self.remove()
 
-    @contextlib.contextmanager
-    def prompt(self, tokens: int) -> Iterator[None]:
-        """Say how many tokens of the plain forwards in this block are the prompt: an answer behind it is only scored.
-
-        Methods then choose as for `generate()`, at the prompt's end, and what they evict is hidden from the answer.
-        `labels` say the same: the prompt ends where they begin. tokens: with padding on the left, at least 1.
-
-        Raises:
-            ValueError: for a number below 1, and in the forward where it has fewer tokens.
-        """
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(f"a prompt has at least 1 token, got {tokens!r}")
-        outer, self._steps.prompt = self._steps.prompt, tokens
-        try:
-            yield
-        finally:
-            self._steps.prompt = outer
-
-    @contextlib.contextmanager
-    def saying(self, *, image_sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """Say of the images in this block what no input of the model tells.
-
-        image_sizes: (height, width) of each picture in pixels, in order, as it went into the processor. Models that
-        cut pictures into tiles without a word on rows and columns need them to say where the tiles lie.
-        """
-        outer = dict(self._target.said)
-        self._target.said.update(image_sizes=[(int(height), int(width)) for height, width in image_sizes])
-        try:
-            yield
-        finally:
-            self._target.said.clear()
-            self._target.said.update(outer)
-
     # -- the forward pass -------------------------------------------------------------------------------------
 
+    @untraced
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         outer, entered = active.forward, None
         try:
@@ -232,8 +219,9 @@ class Pruned(NotPickled):
         step = self._steps.take()
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        images = (kwargs.get("pixel_values"), encoded.get("image"), kwargs.get("cross_attention_states"))
-        call = Call(kwargs, any(given is not None for given in images), step.behind if step.assisted else 0)
+        images = (*(encoded.get(medium) for medium in PIXELS), kwargs.get("cross_attention_states"))
+        brings_images = brings_pixels(kwargs) or any(given is not None for given in images)
+        call = Call(kwargs, brings_images, step.behind if step.assisted else 0)
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
         cache = cache_in(kwargs)
@@ -257,7 +245,7 @@ class Pruned(NotPickled):
         if brings_images and splits and step.behind:
             # The prompt runs without what stands behind it, so that methods see its true end.
             head, kwargs = split_prompt(kwargs, step.behind)
-            if bool(kwargs["input_ids"].eq(self._target.image_token_id).any()):
+            if bool(self._target.is_image(kwargs["input_ids"]).any()):
                 raise UnsupportedError(
                     "a picture stands behind the end of this prompt (the first label): run the turns one by one"
                 )
@@ -272,8 +260,9 @@ class Pruned(NotPickled):
         forward.actions = [action for place in self._places if (action := place.act(forward)) is not None]
         if forward.past and forward.mask is not None:
             evict_hidden(cache, forward.mask)
-        if encoded.get("image") is not None:
-            forward.encoded = attached(encoded["image"], self.family.features)
+        for medium in PIXELS:
+            if encoded.get(medium) is not None:
+                forward.encoded[medium] = attached(encoded[medium], self.family.features)
         if brings_images:
             watch_layers(forward, routed=bool(self._acting))
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.
@@ -293,6 +282,7 @@ class Pruned(NotPickled):
             raise UnsupportedError(f"{', '.join(names)} needs the KV cache: call the model with use_cache=True")
         return cache
 
+    @untraced
     def _exit(self, module: Any, args: Any, output: Any) -> Any:
         entered = self._entered.passes.pop() if self._entered.passes else None
         if entered is None:

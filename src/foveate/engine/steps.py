@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from .fixtures import Fixtures, NotPickled
+from .generation import brings_pixels
+from .upstream import untraced
 
 # An answer that is scored would take part in choosing the tokens it is scored on.
 UNSAID = (
@@ -73,6 +75,7 @@ class Steps(NotPickled, threading.local):
         self._prepared = inputs.get("input_ids"), bool(kwargs.get("is_first_iteration", False))
         return inputs
 
+    @untraced
     def _announce(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of the model: assisted decoding says only here how many of the coming tokens are guesses."""
         prepared, self._prepared = self._prepared, None
@@ -94,7 +97,7 @@ class Steps(NotPickled, threading.local):
         if labels is None:
             wanted = kwargs.get("logits_to_keep") or 0  # 0 stands for all
             return Step(unsaid=isinstance(wanted, int) and wanted != 1)
-        if kwargs.get("pixel_values") is None:
+        if not brings_pixels(kwargs):
             return Step()
         starts = (labels != -100).any(1) * (labels != -100).to(torch.uint8).argmax(1)
         first, last = torch.stack([starts.min(), starts.max()]).tolist()

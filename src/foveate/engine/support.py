@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..families import get_family, unknown_family
@@ -18,7 +18,8 @@ from ..registry import PluginError
 from .target import Target
 from .upstream import PreTrainedModel, cache_name
 
-pruned_models: weakref.WeakSet[Any] = weakref.WeakSet()
+pruned_models: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""What prunes each base model, for as long as it does."""
 
 
 def resolve_methods(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
@@ -37,12 +38,35 @@ def resolve_methods(method: str | Method | Sequence[Method | str], options: dict
     return built
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside what wraps it: adapters of PEFT, torch.compile, a pipeline; others as they are.
+
+    Raises:
+        UnsupportedError: for adapters that put tokens of their own in front of a prompt.
+    """
+    while not isinstance(model, PreTrainedModel):
+        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+            raise UnsupportedError(
+                "prompt tuning puts tokens of its own in front of every prompt, which no report could place: use an "
+                "adapter that changes weights, such as LoRA"
+            )
+        if hasattr(model, "get_base_model"):
+            inside = model.get_base_model()
+        else:
+            inside = next((getattr(model, name) for name in ("_orig_mod", "model") if hasattr(model, name)), None)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+    return model
+
+
 def find_target(model: Any) -> Target:
     """The model and its parts, or the reason why no method can prune it."""
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
-            f"foveate prunes transformers models, not a {type(model).__name__}; pass the model inside it (before "
-            "torch.compile or another wrapper)"
+            f"foveate prunes transformers models, not a {type(model).__name__}; pass the model, or the PEFT model, "
+            "compiled model or pipeline that holds one"
         )
     try:
         family = get_family(model.config)
@@ -57,10 +81,11 @@ def find_target(model: Any) -> Target:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise UnsupportedError("foveate prunes models on one device: load the model without splitting it over several")
     if base in pruned_models:
-        raise UnsupportedError("this model is pruned already; remove() that first, or pass a list of methods")
+        raise UnsupportedError(
+            "this model is pruned already; remove() that first, or foveate.restore(model), or pass a list of methods"
+        )
     if reason := family.check(base):
         raise UnsupportedError(f"foveate cannot prune this {family.model_type} model: {reason}")
-    check_compiled(model)
     cache_name(base.forward)  # or the reason why there is none
     target = Target(model, family, base, decoder)
     check_attention(target)
@@ -70,17 +95,6 @@ def find_target(model: Any) -> Target:
             "self_attn and a norm behind them; use a model with another language model"
         )
     return target
-
-
-def check_compiled(model: Any) -> None:
-    """Refuse modules that were compiled in place: what dynamo traced does not count what is dropped."""
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
-            raise UnsupportedError(
-                f"{name or type(module).__name__} of this model was compiled in place: prune a model that is not "
-                "compiled (load it again, and do not call compile())"
-            )
 
 
 def check_attention(target: Target) -> None:
@@ -105,10 +119,27 @@ def reads_encoder(method: Method) -> bool:
 
 def fitting(family: Family) -> list[str]:
     """The methods that find in models of this family what they need."""
-    names = [name for name in method_names() if method_class(name).place in family.places]
-    if family.shows_attention:
-        return names
-    return [name for name in names if method_class(name).place != "encoder" or not reads_encoder(get_method(name))]
+    carries = type(family).keys_and_values is not Family.keys_and_values
+
+    def fits(name: str) -> bool:
+        place = method_class(name).place
+        if place != "encoder" or place not in family.places:
+            return place in family.places
+        method = get_method(name)
+        if "readers" in getattr(method, "reads", ()) and not carries:
+            return False
+        return family.shows_attention or not reads_encoder(method)
+
+    return [name for name in method_names() if fits(name)]
+
+
+def fitting_in_words(family: Family, quote: str = "") -> str:
+    """The same in as few words as it takes, such as "all but vistog". quote: around each name."""
+    fits = fitting(family)
+    named, others = ([f"{quote}{n}{quote}" for n in method_names() if (n in fits) is fit] for fit in (True, False))
+    if len(named) <= len(others):
+        return ", ".join(named)
+    return f"all but {', '.join(others)}" if others else "all"
 
 
 def check_methods(target: Target, methods: Sequence[Method]) -> None:
@@ -144,8 +175,6 @@ def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) ->
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedError("foveate needs the 2-D attention mask of the processor, not a prepared 4-D mask")
-    if brings_images:
-        check_compiled(target.model)
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 3:
         positions = positions[0]  # of text, or of time: those of height and width start again in every picture
@@ -154,11 +183,12 @@ def check_inputs(target: Target, kwargs: dict[str, Any], brings_images: bool) ->
             "these position ids start again inside a row, as those of samples packed into one do, and samples cannot "
             "be told apart once tokens were dropped: pass them as a batch, padded, with an attention mask"
         )
-    if (
-        kwargs.get("pixel_values_videos") is not None
-        or (kwargs.get("mm_encoder_outputs") or {}).get("video") is not None
-    ):
-        raise UnsupportedError("foveate prunes images, not videos yet: run videos outside the pruned block")
+    videos = (kwargs.get("pixel_values_videos"), (kwargs.get("mm_encoder_outputs") or {}).get("video"))
+    if any(given is not None for given in videos) and "video" not in target.token_ids:
+        raise UnsupportedError(
+            f"foveate knows where the images of {target.family.model_type} models lie, not the frames of their videos: "
+            "pass the frames as images (and say so with `with pruned.clips(frames):`), or run videos outside the block"
+        )
     if brings_images and "encoder" in target.family.places and kwargs.get("input_ids") is None:
         raise UnsupportedError("foveate finds image tokens by their ids: pass input_ids, not inputs_embeds")
     for name in ("output_attentions", "output_hidden_states"):

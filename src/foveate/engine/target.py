@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..families.base import Family
+from ..families.base import Family, ImageLayout
 from ..methods.host import Encoder, Host
+from .clips import Clips
 from .upstream import STATE_LAYERS, DynamicCache, cache_name
 
 Kind = Literal["self", "cross", "state"]
@@ -24,8 +25,8 @@ class Target:
     """A model of a known family.
 
     model: the one with `generate()`. base: the module whose forward receives token ids and pixels. decoder: the
-    language model inside it. session: a mark of this very pruning, for what leaves it. said: what the user says of the
-    images at hand.
+    language model inside it. session: a mark of this very pruning, for what leaves it. clips: which of the pictures to
+    come are frames of clips. said: what else the user says of the images at hand.
     """
 
     model: Any
@@ -33,6 +34,7 @@ class Target:
     base: Any
     decoder: Any
     session: object = field(default_factory=object)
+    clips: Clips = field(default_factory=Clips)
     said: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -97,6 +99,22 @@ class Target:
     def image_token_id(self) -> int:
         """The id of the image placeholder; -1 where images are no part of the prompt."""
         return -1 if self.crosses else self.family.image_token_id(self.base.config)
+
+    @cached_property
+    def token_ids(self) -> dict[str, int]:
+        """The placeholder of each medium that can be pruned, "image" or "video"."""
+        video = self.family.video_token_id(self.base.config)
+        return {"image": self.image_token_id} | ({} if video is None else {"video": video})
+
+    def layouts(self, medium: str, inputs: dict[str, Any]) -> list[ImageLayout]:
+        """Of the images or videos among a model's inputs, in order."""
+        lay_out = self.family.video_layouts if medium == "video" else self.family.layouts
+        return lay_out(self.base.config, inputs)
+
+    def is_image(self, ids: Tensor) -> Tensor:
+        """Where the placeholders of images and videos are: bool like `ids`."""
+        images = ids.eq(self.image_token_id)
+        return images | ids.eq(self.token_ids["video"]) if "video" in self.token_ids else images
 
     @cached_property
     def cache_name(self) -> str:

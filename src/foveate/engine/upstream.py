@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import requires, version
 from typing import Any
 
+import torch
 from packaging.requirements import Requirement
 
 from ..errors import UnsupportedError
@@ -69,9 +70,16 @@ __all__ = [
     "cache_behind",
     "cache_in",
     "cache_name",
+    "held_layers",
     "release_note",
+    "untraced",
     "without_cache",
 ]
+
+
+untraced = torch.compiler.disable
+"""Of hooks and all else that is put on a model: where it was compiled, torch runs them between its graphs as they are,
+since what they do to a pass differs from one to the next."""
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
@@ -98,6 +106,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call but its KV cache."""
     return {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+
+
+def held_layers(cache: Any) -> dict[int, Any]:
+    """The layers of a cache that hold keys and values, by index: others hold a state, or read another one's."""
+    return {i: layer for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None}
 
 
 def cache_behind(output: Any) -> Any:

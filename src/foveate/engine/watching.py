@@ -11,6 +11,7 @@ from torch import Tensor
 from .attention import unrouted
 from .cache import active
 from .forward import Forward
+from .upstream import untraced
 
 
 def watch_layers(forward: Forward, *, routed: bool) -> None:
@@ -28,6 +29,7 @@ def watch_layers(forward: Forward, *, routed: bool) -> None:
     forward.hooks.append(norm.register_forward_hook(after))
 
 
+@untraced
 def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args: Any, kwargs: Any = None) -> Any:
     # Another thread's; torch passes no kwargs where that thread takes its hook off at this very moment.
     if active.forward is not forward:
@@ -58,6 +60,7 @@ def _parameters(layer: Any) -> list[str]:
     return list(inspect.signature(layer.forward).parameters)[1:]
 
 
+@untraced
 def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
     if active.forward is not forward:
         return None
@@ -66,6 +69,7 @@ def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: 
     return hidden
 
 
+@untraced
 def _after_layers(forward: Forward, routed: bool, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
     if active.forward is not forward:
         return None

@@ -19,7 +19,7 @@ from foveate.glimpse.happenings import CLIP_KINDS, STILL
 
 from .cost import prefill_flops
 from .results import Results, Row, write_csv
-from .runner import Batches, generate
+from .runner import Batches, clips_said, generate
 from .scores import exact_match, holds, interval
 
 if TYPE_CHECKING:
@@ -248,9 +248,12 @@ def ask(
     with foveate.prune(model, variant.method) if variant else nullcontext() as pruned:
         # A guide that answers alone leaves no cache behind.
         exits = variant is not None and getattr(variant.method, "exit_threshold", None) is not None
-        said = generate(model, processor, batches, max_new_tokens, after, one_cache=not exits)
+        around = clips_said(pruned)
+        said = generate(model, processor, batches, max_new_tokens, after, one_cache=not exits, around=around)
         seconds = round(time.perf_counter() - begun, 2)
-        flops = prefill_flops(model, batches.middle.inputs.to(model.device, model.dtype))
+        middle = batches.middle
+        with around(middle):
+            flops = prefill_flops(model, middle.inputs.to(model.device, model.dtype))
     whole = None if variant else 1.0  # nothing pruned: the guide has answered everything
     cost = {
         "kept_share": counts["kept"] / counts["tokens"] if counts["tokens"] else whole,

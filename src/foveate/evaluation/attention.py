@@ -12,12 +12,12 @@ from foveate.families import get_family
 
 
 @torch.inference_mode()
-def last_token_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+def last_token_attention(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor]:
     """The attention row of the prompt's last token in every decoder layer of an untouched model, first sample.
 
-    inputs: what `generate` takes. Returns a layer float32 (kv_heads, length), mean over the query heads that share a KV
-    head; length is the prompt's, for cross-attention layers the number of image features. Only one layer's attention
-    map is in memory at a time.
+    inputs: what `generate` takes. Returns, by layer that attends, float32 (kv_heads, length), mean over the query heads
+    that share a KV head; length is the prompt's, for cross-attention layers the number of image features. Only one
+    layer's attention map is in memory at a time.
     """
     family = get_family(model.config)
     assert family is not None
@@ -33,12 +33,13 @@ def last_token_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
 
     handles = []
     for index, layer in enumerate(decoder.layers):
-        attention = getattr(layer, family.cross_attention, None) or getattr(layer, family.self_attention)
-        handles.append(attention.register_forward_hook(note(index)))
+        attention = getattr(layer, family.cross_attention, None) or getattr(layer, family.self_attention, None)
+        if attention is not None:
+            handles.append(attention.register_forward_hook(note(index)))
     try:
         with eager(decoder):
             model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=1)
     finally:
         for handle in handles:
             handle.remove()
-    return [rows[index] for index in range(len(rows))]
+    return dict(sorted(rows.items()))

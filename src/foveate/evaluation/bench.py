@@ -15,12 +15,14 @@ from foveate.asking.loading import built_in, check_dtype, hush, load, read_confi
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import parse_keeps, parse_methods, variants
 from foveate.asking.subject import option_files
-from foveate.families import unknown_family
+from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
 
 from . import geometries
+from .architectures import GEOMETRIES
 from .results import Results, Row
 from .speed import KEYS, Bench, run
+from .synthetic import synthetic
 from .tables import Table, table
 from .workplace import device_name, dtype_name, fitting
 
@@ -47,6 +49,7 @@ def bench(
     batch: str,
     padded: bool,
     image_tokens: int | None,
+    frames: int | None,
     new_tokens: int,
     repeat: int,
     seed: int,
@@ -61,7 +64,7 @@ def bench(
     Returns the results, and a line for each variant that could not be measured.
     """
     if (model is None) == (geometry is None):
-        known = ", ".join(geometries.GEOMETRIES)
+        known = ", ".join(GEOMETRIES)
         raise Mistake(f"give either --geometry, for random weights ({known}), or --model, a hub id or a model folder")
     check_dtype(dtype)
     keeps, batches = parse_keeps(keep), _batches(batch)
@@ -71,7 +74,6 @@ def bench(
 
     with console.status("preparing"):
         hush()
-        import foveate
 
         if methods != "all":  # a wrong name should not wait
             variants(methods, keeps, tuple(PLACES), "", seed=seed)
@@ -83,11 +85,12 @@ def bench(
             assert model is not None
             source, dtype = built_in(model, dtype)
             config = read_config(source)
-        family = foveate.get_family(config)
+        family = get_family(config)
         if family is None:
             raise Mistake(unknown_family(config.model_type))
         inputs = {
-            size: geometries.synthetic(config, size, tokens=image_tokens, padded=padded, seed=seed) for size in batches
+            size: synthetic(config, size, tokens=image_tokens, frames=frames, padded=padded, seed=seed)
+            for size in batches
         }
         sketch = _sketch(config, attn)
         chosen, left_out = variants(methods, keeps, family.places, config.model_type, seed=seed)
@@ -100,6 +103,7 @@ def bench(
         settings |= {"device": device_name(device), "dtype": dtype_name(dtype, config), "attn": attn}
         settings |= {"threads": torch.get_num_threads()}
         settings |= {"new_tokens": new_tokens, "repeat": repeat, "seed": seed}
+        settings |= {} if frames is None else {"frames": frames}
         settings |= option_files(own for _, own in parse_methods(methods))
         results = Results(out, "bench", settings, keys=KEYS)
     for line in left_out:
@@ -117,7 +121,8 @@ def bench(
                 geometries.endless(loaded)
         on_device = {name: tensor.to(loaded.device) for name, tensor in inputs[size].items()}
         ready = {n: t.to(loaded.dtype) if t.is_floating_point() else t for n, t in on_device.items()}
-        return Bench(loaded, ready, new_tokens=new_tokens, repeat=repeat)
+        clips = frames if "pixel_values" in ready else None
+        return Bench(loaded, ready, new_tokens=new_tokens, repeat=repeat, clips=clips)
 
     with results:
         try:

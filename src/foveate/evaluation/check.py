@@ -42,7 +42,9 @@ def check(subject: Subject, *, steps: int, out: Path | None) -> bool:
         for variant in subject.variants:
             if not results.find(method=variant.label, step=steps):
                 with _mistakes(variant):
-                    proof = prove(subject.model, subject.asker.inputs, variant.methods, steps=steps)
+                    proof = prove(
+                        subject.model, subject.asker.inputs, variant.methods, steps=steps, clips=subject.asker.clips
+                    )
                 for row in _rows(variant, proof, subject):
                     if not results.find(method=variant.label, step=row["step"]):
                         results.add(row)

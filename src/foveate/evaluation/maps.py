@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from foveate.asking.pictures import MARGIN, dimmed, paint_cells, scaled, wrap
+from foveate.asking.pictures import MARGIN, by_frame, dimmed, paint_cells, scaled, wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,10 @@ Draw = Callable[[Image.Image, "Sequence[Tile]", "Tensor"], Image.Image]
 
 @dataclass(frozen=True)
 class View:
-    """A picture under tiles that do not overlap. image: which of the question's. name: "" where it is the only one."""
+    """A picture, or a frame, under tiles that do not overlap.
+
+    image: which of the question's images and clips. name: "" where it is the only view of it.
+    """
 
     image: int
     picture: Image.Image
@@ -36,23 +39,33 @@ class View:
     name: str = ""
 
 
-def views(pictures: Sequence[Image.Image], tilings: Sequence[Sequence[Tile]]) -> list[View]:
-    """Every picture as often as its tiles lie above each other: the overview and the crops of tiled models.
+def views(shown: Sequence[Sequence[Image.Image]], tilings: Sequence[Sequence[Tile]]) -> list[View]:
+    """Every picture and frame as often as its tiles lie above each other: the overview and the crops of tiled models.
 
-    A tile that nobody knows the place of is not drawn.
+    A tile that nobody knows the place of is not drawn. shown: the frames of each clip, of a picture one. tilings: the
+    tiles of each.
     """
     out = []
-    for number, (picture, tiles) in enumerate(zip(pictures, tilings, strict=True)):
-        levels: list[list[Tile]] = []
-        for tile in (tile for tile in tiles if tile.box is not None):
-            level = next((level for level in levels if not any(_overlap(tile, other) for other in level)), None)
-            if level is None:
-                levels.append([tile])
-            else:
-                level.append(tile)
-        names = ["overview", "tiles", *map(str, range(3, len(levels) + 1))] if len(levels) > 1 else [""]
-        out += [View(number, picture, tuple(level), name) for level, name in zip(levels, names, strict=False)]
+    for number, (frames, tiles) in enumerate(zip(shown, tilings, strict=True)):
+        parts = by_frame(frames, tiles)
+        for frame, (picture, own) in enumerate(parts):
+            named = f"frame {frame + 1}" if len(parts) > 1 else ""
+            levels = _levels([tile for tile in own if tile.box is not None])
+            names = ["overview", "tiles", *map(str, range(3, len(levels) + 1))] if len(levels) > 1 else [""]
+            pairs = zip(levels, names, strict=False)
+            out += [View(number, picture, tuple(level), f"{named} {name}".strip()) for level, name in pairs]
     return out
+
+
+def _levels(tiles: Sequence[Tile]) -> list[list[Tile]]:
+    levels: list[list[Tile]] = []
+    for tile in tiles:
+        level = next((level for level in levels if not any(_overlap(tile, other) for other in level)), None)
+        if level is None:
+            levels.append([tile])
+        else:
+            level.append(tile)
+    return levels
 
 
 def _overlap(one: Tile, other: Tile) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 
 from PIL import Image
 
+from foveate.asking.clips import MAX_FRAMES, Clip, frames_of, is_clip, open_clip
 from foveate.asking.mistake import Mistake
 from foveate.asking.pictures import open_picture
+from foveate.glimpse.happenings import CLIP_KINDS
 from foveate.glimpse.world import Question
 
 from .scores import exact_match
@@ -26,7 +28,8 @@ FILE = "data.jsonl"
 class Item:
     """A question. images: pictures, or files that are opened when needed. answers: any of them is right.
 
-    before: questions that the model is asked first, with the pictures, in turns of their own.
+    before: questions that the model is asked first, with the pictures, in turns of their own. clip: whether the images
+    are the frames of one clip, or the one file is a film.
     """
 
     images: tuple[Image.Image | Path, ...]
@@ -35,6 +38,7 @@ class Item:
     type: str | None = None
     line: int | None = None
     before: tuple[str, ...] = ()
+    clip: bool = False
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -42,8 +46,16 @@ class Item:
         return (*self.before, self.question)
 
     def pictures(self) -> list[Image.Image]:
-        """The pictures, opened."""
-        return [image if isinstance(image, Image.Image) else open_picture(image) for image in self.images]
+        """The pictures, or the frames of the clip, opened."""
+        return [frame for one in self.shown() for frame in frames_of(one)]
+
+    def shown(self) -> list[Image.Image | Clip]:
+        """The pictures, or the clip, opened."""
+        opened = [
+            image if isinstance(image, Image.Image) else open_clip(image) if is_clip(image) else open_picture(image)
+            for image in self.images
+        ]
+        return [Clip.of(opened, MAX_FRAMES)] if self.clip else opened
 
 
 def from_glimpse(count: int, kinds: Sequence[str] | None = None, first: int = 0) -> list[Item]:
@@ -56,7 +68,10 @@ def from_glimpse(count: int, kinds: Sequence[str] | None = None, first: int = 0)
 def as_items(questions: Sequence[Question]) -> list[Item]:
     """Questions of glimpse, as a model is asked them."""
     return [
-        Item(q.images, q.question, (q.answer,), q.kind, before=tuple(asked for asked, _ in q.before)) for q in questions
+        Item(
+            q.images, q.question, (q.answer,), q.kind, None, tuple(asked for asked, _ in q.before), q.kind in CLIP_KINDS
+        )
+        for q in questions
     ]
 
 
@@ -65,10 +80,11 @@ def from_folder(
 ) -> tuple[list[Item], list[tuple[int, str]], str]:
     """The questions in `folder/data.jsonl`, line and cause of each row that cannot be used, and a digest of all that.
 
-    A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`),
-    `question`, `answers` (accepted texts; also `answer`) and, if wanted, `type` and `before`: a question, or a list of
-    them, that the model is asked first, in turns of their own. matches: compares what is said with an
-    answer; one that silence matches cannot be used. labelled: whether a row without answers cannot be used, either.
+    A row is a JSON object with `image` (a file name, or a list of them, seen from the folder; also `images`) or `clip`
+    (a film, or a list of the files that are its frames), `question`, `answers` (accepted texts; also `answer`) and, if
+    wanted, `type` and `before`: a question, or a list of them, that the model is asked first, in turns of their own.
+    matches: compares what is said with an answer; one that silence matches cannot be used. labelled: whether a row
+    without answers cannot be used, either.
 
     Raises:
         Mistake: when there is no such file, or no row can be used.
@@ -135,7 +151,12 @@ def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], 
         raise Mistake(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise Mistake('not an object: write {"image": ..., "question": ..., "answers": [...]}')
-    names = _texts(row, "image", "images")
+    clip = "clip" in row
+    if clip and row.keys() & {"image", "images"}:
+        raise Mistake('"image" and "clip" are both there: a row is about pictures or about one clip')
+    names = _texts(row, "clip" if clip else "image", "images")
+    if clip and len(names) > 1 and any(is_clip(name) for name in names):
+        raise Mistake('"clip" must be one film, or a list of pictures that are its frames')
     question, kind = row.get("question"), row.get("type")
     if not isinstance(question, str) or not question.strip():
         raise Mistake('"question" is missing, empty or no text')
@@ -148,9 +169,9 @@ def _item(line: bytes, folder: Path, number: int, matches: Callable[[str, str], 
     if re.search("[\ud800-\udfff]", "".join([*names, question, kind or "", *answers, *before])):
         raise Mistake("a text holds half a letter (a lone surrogate), which no file can hold: write it out")
     images = [folder / name for name in names]
-    for image in images:
-        open_picture(image)  # a broken picture shows now, not in the middle of the run
-    return Item(tuple(images), question.strip(), tuple(answers), kind and kind.strip(), number, tuple(before))
+    item = Item(tuple(images), question.strip(), tuple(answers), kind and kind.strip(), number, tuple(before), clip)
+    item.shown()  # a broken picture or film shows now, not in the middle of the run
+    return item
 
 
 def _texts(row: dict[str, Any], *names: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from foveate.engine.session import prune
-from foveate.engine.upstream import cache_behind
+from foveate.engine.upstream import cache_behind, held_layers
 from foveate.errors import UnsupportedError
 from foveate.families import get_family
 from foveate.methods.base import DepthMethod, GuidedMethod
@@ -107,11 +107,19 @@ def cannot_prove(methods: Sequence[Method]) -> str | None:
 
 
 @torch.inference_mode()
-def prove(model: Any, inputs: dict[str, Any], methods: Sequence[Method], *, steps: int = 16) -> Proof:
+def prove(
+    model: Any,
+    inputs: dict[str, Any],
+    methods: Sequence[Method],
+    *,
+    steps: int = 16,
+    clips: int | Sequence[int] | None = None,
+) -> Proof:
     """Generate `steps` tokens with the pruned model, and replay them on the untouched one, dropped keys hidden.
 
     model: not pruned at the moment; it is left as it was. inputs: what `generate` takes, on the model's device.
-    methods: applied together. The model goes on behind the end of its answer, so that all steps are compared.
+    methods: applied together. clips: as `Pruned.clips` takes it, None to say nothing. The model goes on behind the end
+    of its answer, so that all steps are compared.
 
     Raises:
         UnsupportedError: what `foveate.prune` refuses, and methods that do more than drop tokens.
@@ -119,10 +127,19 @@ def prove(model: Any, inputs: dict[str, Any], methods: Sequence[Method], *, step
     """
     if reason := cannot_prove(methods):
         raise UnsupportedError(reason)
-    with prune(model, methods, record=True) as pruned, _note_storage(pruned.base) as held:
+    with (
+        prune(model, methods, record=True) as pruned,
+        nullcontext() if clips is None else pruned.clips(clips),
+        _note_storage(pruned.base) as held,
+    ):
         sequences, logits, _ = _generate(model, inputs, steps)
     report = pruned.report
     assert report is not None
+    if any(layer.kind == "state" and layer.kept_length < layer.length for layer in report.layers):
+        raise UnsupportedError(
+            f"layers of this {pruned.decoder.config.model_type} decoder carry a state along, which no mask can make "
+            "forget what it read: check a method that evicts from the KV cache, such as plphp"
+        )
     with eager(pruned.decoder):
         with hidden(model, report):
             _, dense, chosen = _generate(model, inputs, steps, replay=sequences)
@@ -196,10 +213,13 @@ def hidden(model: Any, report: PruneReport) -> Iterator[None]:
 
     handles = [decoder.register_forward_hook(end)]
     for layer, block in zip(report.layers, decoder.layers, strict=True):
+        if layer.kind == "state":
+            continue  # it saw everything
         module = getattr(block, getattr(family, f"{layer.kind}_attention"))
         handles.append(module.register_forward_pre_hook(_bind(hide, layer), with_kwargs=True))
         if layer.kind == "self":
-            handles.append(module.o_proj.register_forward_pre_hook(_bind(silence, layer)))
+            made = getattr(module, "o_proj", None) or module.out_proj
+            handles.append(made.register_forward_pre_hook(_bind(silence, layer)))
         if layer.taken is not None:
             handles.append(block.register_forward_hook(_bind(skip, layer), with_kwargs=True))
     try:
@@ -284,14 +304,14 @@ class _Held:
 
 
 @contextmanager
-def _note_storage(base: nn.Module) -> Iterator[list[_Held]]:
+def _note_storage(base: nn.Module) -> Iterator[dict[int, _Held]]:
     """Measure the cache behind the first forward, when the hooks of the pruning, which came first, have run."""
-    held: list[_Held] = []
+    held: dict[int, _Held] = {}
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         cache = cache_behind(output)
         if not held and cache is not None:
-            held.extend(_Held.of(layer) for layer in cache.layers)
+            held.update((i, _Held.of(layer)) for i, layer in held_layers(cache).items())
 
     handle = base.register_forward_hook(note)
     try:
@@ -300,9 +320,9 @@ def _note_storage(base: nn.Module) -> Iterator[list[_Held]]:
         handle.remove()
 
 
-def _faults(report: PruneReport, held: Sequence[_Held]) -> Iterator[str]:
+def _faults(report: PruneReport, held: dict[int, _Held]) -> Iterator[str]:
     """What the report says of the memory and the cache belies."""
-    for layer, real in zip(report.layers, held, strict=True):
+    for layer, real in ((layer, held[layer.index]) for layer in report.layers if layer.index in held):
         assert layer.kept is not None
         kept = int(layer.kept.sum(-1).max())
         if layer.kept_length != real.slots:
@@ -312,6 +332,6 @@ def _faults(report: PruneReport, held: Sequence[_Held]) -> Iterator[str]:
                 f"layer {layer.index} says that it keeps {kept} of {layer.length} entries, but its cache has "
                 f"{real.slots} in {real.storage} bytes instead of {kept * real.slot_bytes}: not freed"
             )
-    total = sum(real.bytes for real in held)
+    total = sum(real.bytes for real in held.values())
     if report.kv_bytes != total:
         yield f"the report says that the KV cache has {report.kv_bytes} bytes, but it has {total}"

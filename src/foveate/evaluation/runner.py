@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from foveate.asking.clips import Clip, in_turn, pictures_each, told
 from foveate.engine.upstream import cache_behind, cache_name
 
 if TYPE_CHECKING:
     from .questions import Item
 
-Pictures = Image.Image | Sequence[Image.Image]
+Shown = Image.Image | Clip | Sequence[Image.Image | Clip]
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,13 @@ class Batch:
     """Model inputs of some questions, and where in the list of all questions each of them stands.
 
     talk: the one question, where earlier ones come in front of it in turns of their own; the inputs are those of the
-    first.
+    first. clips: of how many pictures each clip and picture is, for `Pruned.clips`; None where there is nothing to say.
     """
 
     indices: list[int]
     inputs: Any
     talk: Item | None = None
+    clips: list[int] | None = None
 
 
 class Batches:
@@ -41,7 +44,7 @@ class Batches:
     def __init__(self, processor: Any, items: Sequence[Item], batch_size: int, memory: int = 2**30) -> None:
         self.processor, self.items = processor, items
         self.refused: dict[int, str] = {}
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, Batch] = {}
         order = sorted(range(len(items)), key=lambda index: items[index].question)
         alone = [[index] for index in order if items[index].before]
         order = [index for index in order if not items[index].before]
@@ -67,52 +70,56 @@ class Batches:
         return self._batch(self._groups[len(self._groups) // 2])
 
     def _batch(self, group: list[int]) -> Batch:
-        talk = self.items[group[0]] if self.items[group[0]].before else None
-        return Batch(group, self._kept[group[0]] if group[0] in self._kept else self._inputs(group), talk)
+        return self._kept[group[0]] if group[0] in self._kept else self._make(group)
 
     def _check(self, group: list[int], memory: int) -> list[int]:
         """The questions of a group that the processor takes."""
         try:
-            inputs = self._inputs(group)
+            batch = self._make(group)
         except Exception as error:  # processors raise anything, e.g. for a picture that is too thin
             if len(group) == 1:
                 self.refused[group[0]] = " ".join(str(error).split()) or type(error).__name__
                 return []
             return [index for each in group for index in self._check([each], 0)]
-        size = sum(value.nbytes for value in inputs.values())
-        if size + sum(value.nbytes for kept in self._kept.values() for value in kept.values()) <= memory:
-            self._kept[group[0]] = inputs
+        if sum(value.nbytes for kept in (batch, *self._kept.values()) for value in kept.inputs.values()) <= memory:
+            self._kept[group[0]] = batch
         return group
 
-    def _inputs(self, group: list[int]) -> Any:
+    def _make(self, group: list[int]) -> Batch:
         items = [self.items[index] for index in group]
-        return model_inputs(self.processor, [item.pictures() for item in items], [item.asked[0] for item in items])
+        shown = [item.shown() for item in items]
+        inputs = model_inputs(self.processor, shown, [item.asked[0] for item in items])
+        talk = items[0] if items[0].before else None
+        return Batch(group, inputs, talk, pictures_each([one for each in shown for one in each], inputs))
 
 
-def model_inputs(processor: Any, images: Sequence[Pictures], questions: Sequence[str]) -> Any:
+def model_inputs(processor: Any, images: Sequence[Shown], questions: Sequence[str]) -> Any:
     """Left-padded inputs of one batch through the chat template.
 
-    images: a picture, or several, for each question.
+    images: a picture or a clip, or several, for each question.
     """
-    return _encode(processor, [[_turn("user", question, one)] for one, question in zip(images, questions, strict=True)])
+    shown = [_listed(one) for one in images]
+    talks = [[_turn("user", question, one, processor)] for one, question in zip(shown, questions, strict=True)]
+    return _encode(processor, talks, [one for each in shown for one in each])
 
 
-def _encode(processor: Any, talks: Sequence[Sequence[dict[str, Any]]]) -> Any:
-    placeholder = getattr(processor, "image_token", None)
-    texts = (part.get("text", "") for talk in talks for turn in talk for part in turn["content"])
-    if placeholder and any(placeholder in text for text in texts):
-        raise ValueError(f"the question holds {placeholder}, which stands for an image: leave it out")
+def _encode(processor: Any, talks: Sequence[Sequence[dict[str, Any]]], shown: Sequence[Image.Image | Clip]) -> Any:
+    texts = [part.get("text", "") for talk in talks for turn in talk for part in turn["content"]]
+    for what in ("image", "video"):
+        placeholder = getattr(processor, f"{what}_token", None)
+        if placeholder and any(placeholder in text for text in texts):
+            raise ValueError(f"the question holds {placeholder}, which stands for an image: leave it out")
     return processor.apply_chat_template(
         [list(talk) for talk in talks],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, **told(shown, processor)},
     )
 
 
-def prepare(processor: Any, images: Sequence[Pictures], questions: Sequence[str], batch_size: int = 32) -> list[Batch]:
+def prepare(processor: Any, images: Sequence[Shown], questions: Sequence[str], batch_size: int = 32) -> list[Batch]:
     """Left-padded model inputs, to be used as often as wanted; alike questions share a batch."""
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions; give one image for each question")
@@ -132,11 +139,13 @@ def generate(
     after: Callable[[], object] | None = None,
     *,
     one_cache: bool = True,
+    around: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext(),
 ) -> list[str]:
     """Greedy answers to prepared questions, in the order of the questions; of talks, to the last one.
 
     after: called when a batch has answered what was asked beside its pictures. one_cache: whether a talk goes on on the
-    cache of its earlier turns; else each turn is a prompt of its own that begins with the pictures.
+    cache of its earlier turns; else each turn is a prompt of its own that begins with the pictures. around: what is
+    entered for each batch, such as `clips_said`.
     """
     import torch
 
@@ -145,18 +154,19 @@ def generate(
     for batch in batches:
         inputs, talk = batch.inputs.to(model.device, model.dtype), batch.talk
         options["return_dict_in_generate"] = talk is not None and one_cache
-        with torch.inference_mode():
+        with torch.inference_mode(), around(batch):
             said = model.generate(**inputs, **options)
             texts = _heard(processor, inputs, said)
             if after is not None:
                 after()
-            turns = [_turn("user", talk.asked[0], talk.pictures())] if talk is not None and not one_cache else []
+            shown = talk.shown() if talk is not None and not one_cache else []
+            turns = [_turn("user", talk.asked[0], shown, processor)] if talk is not None and not one_cache else []
             for question in talk.asked[1:] if talk is not None else ():
                 if one_cache:
                     inputs = next_turn(processor, model, inputs, said, question)
                 else:
                     turns += [_turn("assistant", texts[0]), _turn("user", question)]
-                    inputs = _encode(processor, [turns]).to(model.device, model.dtype)
+                    inputs = _encode(processor, [turns], shown).to(model.device, model.dtype)
                 said = model.generate(**inputs, **options)
                 texts = _heard(processor, inputs, said)
         answers.update(zip(batch.indices, texts, strict=True))
@@ -199,7 +209,7 @@ def next_turn(processor: Any, model: Any, inputs: Any, said: Any, question: str)
 def answer(
     model: Any,
     processor: Any,
-    images: Sequence[Pictures],
+    images: Sequence[Shown],
     questions: Sequence[str],
     *,
     batch_size: int = 32,
@@ -209,7 +219,18 @@ def answer(
     return generate(model, processor, prepare(processor, images, questions, batch_size), max_new_tokens)
 
 
-def _turn(role: str, text: str, pictures: Pictures = ()) -> dict[str, Any]:
-    pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
-    content = [{"type": "image", "image": picture.convert("RGB")} for picture in pictures]
+def clips_said(pruned: Any) -> Callable[[Batch], AbstractContextManager[Any]]:
+    """For `generate`: tell a pruned model of each batch which pictures are the frames of a clip.
+
+    pruned: what `foveate.prune` returned; None for the untouched model, which is told nothing.
+    """
+    return lambda batch: pruned.clips(batch.clips) if pruned is not None and batch.clips else nullcontext()
+
+
+def _listed(shown: Shown) -> Sequence[Image.Image | Clip]:
+    return [shown] if isinstance(shown, (Image.Image, Clip)) else shown
+
+
+def _turn(role: str, text: str, shown: Shown = (), processor: Any = None) -> dict[str, Any]:
+    content = in_turn(_listed(shown), processor)
     return {"role": role, "content": [*content, {"type": "text", "text": text}]}

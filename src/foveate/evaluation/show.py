@@ -19,9 +19,9 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from foveate.asking.clips import frames_of
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.pictures import crop_as_seen, scaled
-from foveate.engine.session import prune
 from foveate.errors import UnsupportedError
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.maps import View, draw_heat, draw_share, fitted, palette, panel, sheet, views
@@ -77,7 +77,8 @@ def show(subject: Subject, *, out: Path | None) -> None:
     found = [_under(subject, variant) for variant in subject.variants]
     reports = [report for _, report in found]
     images = reports[0].image_tokens[0]
-    seen = [crop_as_seen(picture, subject.processor.image_processor) for picture in subject.pictures]
+    crop = subject.processor.image_processor
+    seen = [[crop_as_seen(frame, crop) for frame in frames_of(one)] for one in subject.shown]
     shown = views(seen, [image.tiles for image in images])
     shows = [
         Shown(variant.label, answer, str(report), _layers(report))
@@ -109,7 +110,7 @@ def show(subject: Subject, *, out: Path | None) -> None:
 def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:
     """The answer under a variant and its report; without `ask` only whether it may be pruned so."""
     try:
-        with prune(subject.model, variant.methods, record=True) as pruned:
+        with subject.asker.under(variant.methods, record=True) as pruned:
             found = (subject.asker.text(), pruned.report) if ask else None
     except (UnsupportedError, ValueError) as error:
         raise Mistake(f"{variant.label}: {one_line(error)}") from error
@@ -119,11 +120,11 @@ def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:
 
 
 def _layers(report: PruneReport) -> list[Layer]:
-    """The layers that read the images: the cross-attention layers where there are any."""
+    """The layers that attend to the images: the cross-attention layers where there are any."""
     assert report.image_tokens is not None
     cross = [layer for layer in report.layers if layer.kind == "cross"]
     layers = []
-    for layer in cross or report.layers:
+    for layer in cross or [layer for layer in report.layers if layer.kind == "self"]:
         assert layer.kept is not None
         kept = [layer.kept[0][:, image.positions.to(layer.kept.device)].cpu() for image in report.image_tokens[0]]
         layers.append(Layer(layer.index, kept, layer.since == "decode"))
@@ -219,11 +220,14 @@ def page(
     settings: dict[str, Any], shown: Sequence[View], shows: Sequence[Shown], looks: dict[int, list[Tensor]]
 ) -> str:
     """One HTML file that needs nothing else: sliders over layers and heads, pictures and masks inside."""
+    pictures = {(view.image, id(view.picture)): view.picture for view in shown}
+    at = {key: number for number, key in enumerate(pictures)}
     data = {
-        "pictures": [_data_uri(scaled(view.picture, 448)) for view in {view.image: view for view in shown}.values()],
+        "pictures": [_data_uri(scaled(picture, 448)) for picture in pictures.values()],
         "views": [
             {
                 "image": view.image,
+                "picture": at[view.image, id(view.picture)],
                 "name": view.name,
                 "tiles": [{"box": tile.box, "grid": tile.grid, "index": tile.index.tolist()} for tile in view.tiles],
             }

@@ -6,7 +6,7 @@ The three run in turn in one process, on the same weights and inputs, so that a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,17 +80,22 @@ class Bench:
     """A model and its inputs at one batch size.
 
     inputs: of `generate()`, on the model's device. new_tokens: decoded in every run, at least 2. repeat: timed runs of
-    each variant, after one that warms up.
+    each variant, after one that warms up. clips: as `Pruned.clips` takes it; None where there is nothing to say.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any], *, new_tokens: int, repeat: int) -> None:
+    def __init__(
+        self, model: Any, inputs: dict[str, Any], *, new_tokens: int, repeat: int, clips: int | None = None
+    ) -> None:
         family = foveate.get_family(model.config)
         assert family is not None
         self.model, self.family, self.base, self.inputs = model, family, family.base(model), inputs
         self.batch, self.length = inputs["input_ids"].shape
-        self.new_tokens, self.repeat = new_tokens, repeat
+        self.new_tokens, self.repeat, self.clips = new_tokens, repeat, clips
         self.watch = Stopwatch(model.device)
-        is_image = inputs["input_ids"] == model.config.image_token_id
+        shown = (self.family.image_token_id(model.config), self.family.video_token_id(model.config))
+        is_image = torch.isin(
+            inputs["input_ids"], torch.tensor([i for i in shown if i is not None], device=model.device)
+        )
         self.start = int(is_image.int().argmax(1).max())  # where the image has begun in every sample
 
     def measure(self, method: Any, advance: Callable[[], None] = lambda: None) -> Row:
@@ -149,6 +154,7 @@ class Bench:
         with (
             foveate.prune(self.model, method, record=record) as session,
             watched(self.watch, self.family, self.base, session.methods[0]),  # as it acts on this model
+            nullcontext() if self.clips is None else session.clips(self.clips),
         ):
             yield session
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from ..engine.upstream import held_layers
+
 # What a method computes, in any place: once for a prompt, and in every step of decoding.
-SELECTION = ("observe", "score", "statistics", "budgets", "select", "merge")
+SELECTION = ("choose", "observe", "score", "statistics", "budgets", "select", "merge")
 CHOOSING = ("score", "select", "remember")
 
 
@@ -90,8 +92,10 @@ class Stopwatch:
 @contextmanager
 def watched(watch: Stopwatch, family: Any, base: Any, method: Any | None) -> Iterator[None]:
     """Time the vision encoder of a model, and the computations of a method object, inside the block."""
-    encoder = (base, "get_image_features") if "encoder" in family.places else (base.vision_model, "forward")
-    spans = [(*encoder, "vision")]
+    encoders = [(base, name) for name in ("get_image_features", "get_video_features") if hasattr(base, name)]
+    if "encoder" not in family.places:
+        encoders = [(base.vision_model, "forward")]
+    spans = [(*encoder, "vision") for encoder in encoders]
     steps = CHOOSING if getattr(method, "place", None) == "decode" else ()
     spans += [(method, name, "choosing") for name in steps]
     spans += [(method, name, "selection") for name in SELECTION if name not in steps and hasattr(method, name)]
@@ -154,7 +158,7 @@ def synchronize(device: torch.device) -> None:
 
 def cache_bytes(cache: Any) -> int:
     """Memory that a KV cache really holds: whole storages, so that a view of a large one counts as large."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    tensors = [t for layer in held_layers(cache).values() for t in (layer.keys, layer.values)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

@@ -23,7 +23,7 @@ from foveate.asking.loading import (
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import Variant, parse_keeps, parse_methods, variants
 from foveate.asking.subject import fingerprints, option_files
-from foveate.families import unknown_family
+from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
 
 from .accuracy import BASELINES, CLIP_GROUPS, GROUPS, MATCHES
@@ -141,10 +141,9 @@ def own_questions(
 
 def known_family(source: str) -> tuple[Any, Any]:
     """The configuration of a model folder or hub id, and the family it belongs to."""
-    import foveate
 
     config = read_config(source)
-    family = foveate.get_family(config)
+    family = get_family(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
     return config, family

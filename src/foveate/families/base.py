@@ -61,6 +61,17 @@ class Family:
         """
         raise NotImplementedError  # asked only of families with the place "encoder"
 
+    def video_token_id(self, config: Any) -> int | None:
+        """The id of the video placeholder in the prompt; None where the model takes no videos."""
+        return None
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        """One layout per video, in order, a tile per frame. inputs: the arguments of `get_video_features`.
+
+        A frame is what has tokens of its own: some encoders join two pictures of a film into one.
+        """
+        raise NotImplementedError  # asked only of families with a `video_token_id`
+
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""
         raise NotImplementedError  # asked only of families with the place "encoder"

@@ -1,11 +1,11 @@
-"""What the families share whose images are one grid of merged patches, with sizes in `image_grid_thw`; most of them."""
+"""What the families share whose images and frames are grids of merged patches, with sizes in `image_grid_thw`."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layout import ImageLayout, Tile, joined
 from . import register
@@ -13,13 +13,16 @@ from .base import Family
 
 
 class Grid(Family):
-    """Every image is one grid of patches, of any size, and merge x merge of them (usually 2 x 2) join into a token.
+    """Every image, and each frame of a video, is one grid of patches, of any size, and merge x merge of them (usually
+    2 x 2) join into a token.
 
     encoder: name of the vision encoder. raster: whether its patches stand in raster order, and not token by token.
+    video: what the configuration calls the placeholder of videos; None where the model takes none.
     """
 
     encoder: ClassVar[str] = "visual"
     raster: ClassVar[bool] = False
+    video: ClassVar[str | None] = "video_token_id"
 
     def merge(self, config: Any) -> int:
         """Patches along one side of a token."""
@@ -32,16 +35,28 @@ class Grid(Family):
         return [layer.attn for layer in self.encoder_layers(base)[:-1]]
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._layouts(config, inputs["image_grid_thw"])
+
+    def video_token_id(self, config: Any) -> int | None:
+        return None if self.video is None else getattr(config, self.video)
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._layouts(config, inputs["video_grid_thw"])
+
+    def _layouts(self, config: Any, grids: Tensor) -> list[ImageLayout]:
         merge, layouts, first = self.merge(config), [], 0
-        for frames, height, width in inputs["image_grid_thw"].tolist():
-            patches = self.order(config, frames * height, width)
-            grid = (frames * height // merge, width // merge)
-            layouts.append(ImageLayout(len(patches), (Tile(torch.arange(len(patches)), grid, first + patches),)))
-            first += frames * height * width
+        for frames, height, width in grids.tolist():
+            tiles = []
+            for frame in range(frames):
+                patches = first + self.order(config, height, width)
+                index = frame * len(patches) + torch.arange(len(patches))
+                tiles.append(Tile(index, (height // merge, width // merge), patches, frame=frame))
+                first += height * width
+            layouts.append(ImageLayout(sum(len(tile.index) for tile in tiles), tuple(tiles)))
         return layouts
 
     def order(self, config: Any, height: int, width: int) -> torch.Tensor:
-        """(n, merge ** 2) the encoder's patches of each token of an image. height, width: in patches."""
+        """(n, merge ** 2) the encoder's patches of each token of an image or frame. height, width: in patches."""
         merge = self.merge(config)
         return joined(height, width, merge) if self.raster else torch.arange(height * width).view(-1, merge * merge)
 
@@ -60,15 +75,16 @@ class Qwen2VL(Grid):
 
 @register
 class Glm4v(Grid):
-    """GLM-4.1V."""
+    """GLM-4.1V. Frames of videos are spelled with the placeholder of images."""
 
+    video = "image_token_id"
     model_type = "glm4v"
     summary = "GLM-4.1V"
     examples = ("zai-org/GLM-4.1V-9B-Thinking",)
 
 
 @register
-class Glm4vMoe(Grid):
+class Glm4vMoe(Glm4v):
     """GLM-4.5V."""
 
     model_type = "glm4v_moe"
@@ -77,7 +93,7 @@ class Glm4vMoe(Grid):
 
 
 @register
-class Glm46v(Grid):
+class Glm46v(Glm4v):
     """GLM-4.6V."""
 
     model_type = "glm46v"
@@ -86,7 +102,7 @@ class Glm46v(Grid):
 
 
 @register
-class GlmOcr(Grid):
+class GlmOcr(Glm4v):
     """GLM-OCR."""
 
     model_type = "glm_ocr"
@@ -101,7 +117,7 @@ class PaddleOcrVL(Grid):
     model_type = "paddleocr_vl"
     summary = "PaddleOCR-VL"
     examples = ("PaddlePaddle/PaddleOCR-VL",)
-    raster = True
+    raster, video = True, None
 
     def encoder_layers(self, base: Any) -> list[Any]:
         return list(base.visual.vision_model.encoder.layers)
@@ -112,12 +128,12 @@ class PaddleOcrVL(Grid):
 
 @register
 class KimiK25(Grid):
-    """MoonViT keeps patches in raster order; the decoder's cache is latent."""
+    """MoonViT keeps patches in raster order, and joins the frames of a video; the decoder's cache is latent."""
 
     model_type = "kimi_k25"
     summary = "Kimi K2.5"
     examples = ("moonshotai/Kimi-K2.5",)
-    raster = True
+    raster, video = True, None
 
     def merge(self, config: Any) -> int:
         return config.vision_config.merge_kernel_size[0]
@@ -170,4 +186,4 @@ class Ernie45VLMoe(Grid):
     model_type = "ernie4_5_vl_moe"
     summary = "ERNIE 4.5 VL (mixture of experts)"
     examples = ("baidu/ERNIE-4.5-VL-28B-A3B-PT",)
-    encoder = "vision_tower"
+    encoder, video = "vision_tower", None

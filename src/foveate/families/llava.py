@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ class Llava(Family):
     """Every image is one grid of patches; with the "full" strategy a leading [CLS] token is pinned."""
 
     model_type = "llava"
-    summary = "LLaVA 1.5 and models of its architecture (CLIP or SigLIP encoder)"
-    examples = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
+    summary = "LLaVA 1.5 and models of its architecture (CLIP, SigLIP or Pixtral encoder)"
+    examples: ClassVar[tuple[str, ...]] = (
+        "llava-hf/llava-1.5-7b-hf",
+        "llava-hf/llava-1.5-13b-hf",
+        "mistral-community/pixtral-12b",
+    )
 
     def of(self, config: Any) -> Family:
         return Pixtral12B() if config.vision_config.model_type == "pixtral" else self

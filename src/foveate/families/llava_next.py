@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from ..layout import ImageLayout, Tile
+from ..layout import ImageLayout, Tile, joined
 from . import register
 from .llava import Llava
 
@@ -85,8 +85,31 @@ class LlavaNext(Llava):
 
 @register
 class LlavaNextVideo(LlavaNext):
-    """Its pictures; its videos are pooled."""
+    """The patches of a video's frame are pooled, stride x stride of them to a token, in front of the projector.
+
+    ends: newline tokens behind a video.
+    """
+
+    ends: ClassVar[int] = 0
 
     model_type = "llava_next_video"
     summary = "LLaVA-NeXT-Video"
     examples = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf")
+
+    def video_token_id(self, config: Any) -> int:
+        return config.video_token_id
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        side, (rows, patches) = self.side(config), self.pooled(config)
+        index, layouts = torch.arange(rows * rows), []
+        for video in range(videos):
+            starts = [(frame, (video * frames + frame) * side**2) for frame in range(frames)]
+            tiles = (Tile(f * len(index) + index, (rows, rows), first + patches, frame=f) for f, first in starts)
+            layouts.append(ImageLayout(frames * len(index) + self.ends, tuple(tiles)))
+        return layouts
+
+    def pooled(self, config: Any) -> tuple[int, Tensor]:
+        """Of a video's frame: tokens along one side, and (n, k) the patches that each is made of."""
+        stride = config.spatial_pool_stride
+        return self.side(config) // stride, joined(self.side(config), self.side(config), stride)

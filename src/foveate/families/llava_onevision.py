@@ -10,15 +10,17 @@ from torch import Tensor
 
 from ..layout import ImageLayout, Tile
 from . import register
-from .llava_next import LlavaNext
+from .llava_next import LlavaNextVideo
 
 
 @register
-class LlavaOnevision(LlavaNext):
-    """Tokens of shrunk crops lie between patches, up to four of which they are made of.
+class LlavaOnevision(LlavaNextVideo):
+    """Tokens of shrunk crops, and those of a video's frames, lie between patches, up to four of which they are made of.
 
-    Of several images in a sample each is one tile, and ends with one newline token.
+    Of several images in a sample each is one tile, and ends with one newline token, as a video does.
     """
+
+    ends = 1
 
     model_type = "llava_onevision"
     summary = "LLaVA-OneVision (tiles of any resolution, shrunk; newline tokens)"
@@ -42,6 +44,13 @@ class LlavaOnevision(LlavaNext):
             return super().parts(config, inputs, kept)
         down, across = (between(n, int(n // ratio)) for n in kept.shape)
         return kept[down[:, None, :, None], across[None, :, None, :]].flatten(2)
+
+    def pooled(self, config: Any) -> tuple[int, Tensor]:
+        side = self.side(config)
+        rows = -(-side // 2)
+        beside = between(side, rows)
+        patches = side * beside[:, None, :, None] + beside[None, :, None, :]
+        return rows, patches.flatten(2).flatten(0, 1)
 
 
 def between(n: int, m: int) -> Tensor:

@@ -13,10 +13,10 @@ from .grid import Grid
 
 @register
 class Qwen2_5_VL(Grid):
-    """Every image is one grid of merged (usually 2 x 2) patches; the encoder works in window order."""
+    """An image, and each frame of a video, is a grid of merged (usually 2 x 2) patches, encoded in windows."""
 
     model_type = "qwen2_5_vl"
-    summary = "Qwen2.5-VL (any resolution, M-RoPE); images, not videos"
+    summary = "Qwen2.5-VL (any resolution, M-RoPE)"
     examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
     def check(self, base: Any) -> str | None:

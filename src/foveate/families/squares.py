@@ -220,6 +220,24 @@ class Ovis2(Squares):
 
 
 @register
+class VideoLlava(Squares):
+    """Its pictures; with the "full" strategy [CLS] comes along."""
+
+    model_type = "video_llava"
+    summary = "Video-LLaVA (images, not videos)"
+    examples = ("LanguageBind/Video-LLaVA-7B-hf",)
+    tower = "image_tower"
+
+    def leading(self, config: Any, inputs: dict[str, Any]) -> int:
+        return int((inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy) == "full")
+
+    def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        pixels = inputs.get("pixel_values")
+        pixels = inputs["pixel_values_images"] if pixels is None else pixels
+        return super().layouts(config, {**inputs, "pixel_values": pixels})
+
+
+@register
 class GotOcr2(Squares):
     """A SAM encoder, whose attention adds relative positions outside of any interface; two convolutions behind it."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .budgets import check_keep, check_range, floor_budget, scaled_layers, token_budget, topk_mask  # noqa: F401
 from .method import CONFIG_NAME, Method, Place, read_config  # noqa: F401
 from .stepwise import DecodeMethod  # noqa: F401
-from .tokens import EncoderTokens, ImageGroups, LayerTokens
+from .tokens import EncoderTokens, ImageGroups, LayerTokens, VideoTokens
 
 
 @dataclass
@@ -62,6 +62,42 @@ class EncoderMethod(Method):
         keep: bool (tiles, n), what `select` returned.
         """
         return None
+
+
+@dataclass
+class VideoMethod(EncoderMethod):
+    """Chooses tokens between the vision encoder and the LLM by looking at all frames of a clip together.
+
+    merges: whether `choose` changes what tokens are. A still picture is a clip of one frame.
+    """
+
+    merges: ClassVar[bool] = False
+
+    @property
+    def only_drops(self) -> bool:
+        return not self.merges
+
+    @abstractmethod
+    def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which tokens stay, bool (clips, frames, n), and what they become, (clips, frames, n, hidden), read where they
+        stay; None for what they are.
+
+        tokens: equally shaped clips. budget: (clips,) tokens that each may keep, all its frames together.
+        """
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        return self.choose(_stills(tokens), budget)[0][:, 0]
+
+    def merge(self, tokens: EncoderTokens, keep: Tensor) -> Tensor | None:
+        becomes = self.choose(_stills(tokens), keep.sum(-1))[1]
+        return None if becomes is None else becomes[:, 0]
+
+
+def _stills(tokens: EncoderTokens) -> VideoTokens:
+    """Each tile as a clip of one frame."""
+    read = {name: getattr(tokens, name) for name in ("received", "given", "cls", "keys", "features", "states")}
+    frames = {name: None if value is None else value.unsqueeze(1) for name, value in read.items()}
+    return VideoTokens(tokens.grid, tokens.tiles, 1, tokens.device, most=tokens.most, **frames)
 
 
 @dataclass

@@ -34,6 +34,35 @@ def token_budget(keep: float | int, tokens: int) -> int:
     return min(tokens, keep) if isinstance(keep, int) else max(1, math.floor(keep * tokens + 1e-6))
 
 
+def share_out(weights: Tensor, total: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Whole numbers in proportion to `weights`, each in [low, high], that sum to `total`; largest remainders round up.
+
+    weights: (..., parts) of positive numbers. total: (...); beyond what the bounds allow it is met as far as they do.
+    low, high: (..., parts) or one number for all. Returns int64 (..., parts).
+    """
+    weights = weights.double()
+    bounds = (torch.as_tensor(bound, device=weights.device) for bound in (low, high))
+    floor, ceiling = (bound.double().expand_as(weights) for bound in bounds)
+    ceiling, whole = ceiling.maximum(floor), total.double().unsqueeze(-1)
+
+    def filled(level: Tensor) -> Tensor:
+        return (level.unsqueeze(-1) * weights.unsqueeze(-2)).clamp(floor.unsqueeze(-2), ceiling.unsqueeze(-2))
+
+    # What is filled grows with the level in straight lines between those at which a part meets a bound.
+    bends = torch.cat([floor / weights, ceiling / weights], -1).sort(dim=-1).values
+    sums = filled(bends).sum(-1)
+    right = torch.searchsorted(sums, whole).clamp(1, sums.shape[-1] - 1)
+    (low_bend, high_bend), (low_sum, high_sum) = (
+        (values.gather(-1, right - 1), values.gather(-1, right)) for values in (bends, sums)
+    )
+    part = ((whole - low_sum) / (high_sum - low_sum).clamp(min=1e-12)).clamp(0, 1)
+    exact = filled(low_bend + part * (high_bend - low_bend)).squeeze(-2)
+    shares = (exact + 1e-9).floor()
+    rest = (whole.minimum(ceiling.sum(-1, keepdim=True)) - shares.sum(-1, keepdim=True)).clamp(min=0)
+    above = (exact - shares).masked_fill(shares >= ceiling, -torch.inf)
+    return (shares + topk_mask(above, rest.squeeze(-1))).long()
+
+
 def floor_budget(share: Tensor, groups: ImageGroups) -> Tensor:
     """`floor(share * total) - pinned` of each image, at least 1 and at most its candidates.
 

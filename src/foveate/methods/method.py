@@ -25,7 +25,8 @@ CONFIG_NAME = "foveate_config.json"
 class Method(ABC):
     """Base of all methods. The fields of the dataclass are the method's whole configuration.
 
-    keep: float in (0, 1], the fraction of each image's tokens that stay, or int >= 1, tokens per image.
+    keep: float in (0, 1], the fraction of each image's tokens that stay, or int >= 1, tokens per image. Of a clip,
+        which is one image to methods, the fraction is of all its frames together, and an int is tokens per frame.
 
     Raises:
         ValueError: for a value outside the range that the message names.
@@ -58,7 +59,8 @@ class Method(ABC):
     def share(self, groups: ImageGroups) -> Tensor:
         """(groups,) fraction of each image's tokens that `keep` asks for."""
         if isinstance(self.keep, int):
-            return (float(self.keep) / groups.total.double()).clamp(max=1.0)
+            each = float(self.keep) / groups.total.double()
+            return (each if groups.frames is None else each * groups.frames).clamp(max=1.0)
         return torch.full_like(groups.total, self.keep, dtype=torch.float64)
 
     def for_host(self, host: Host) -> Method:

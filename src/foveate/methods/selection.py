@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..layout import ImageLayout
-from .base import EncoderMethod, token_budget
-from .tokens import EncoderTokens
+from .base import EncoderMethod, VideoMethod, token_budget
+from .tokens import EncoderTokens, VideoTokens
 
 _BY_LAYER = ("received", "given", "cls")
 
@@ -17,7 +19,8 @@ _BY_LAYER = ("received", "given", "cls")
 def tile_budgets(layout: ImageLayout, keep: float | int) -> list[int]:
     """How many tokens of each tile stay at this `keep`: the image's budget, less what is pinned, shared by size."""
     sizes = [len(tile.index) for tile in layout.tiles]
-    return apportion(token_budget(keep, layout.tokens) - layout.pinned, sizes)
+    share = keep * layout.frames if isinstance(keep, int) else keep
+    return apportion(token_budget(share, layout.tokens) - layout.pinned, sizes)
 
 
 def kept_tokens(layout: ImageLayout, keep: float | int) -> int:
@@ -55,7 +58,9 @@ def select_tokens(
     pictures: dict[str, Tensor] | None = None,
     picture: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Ask a method for the tokens of all images, equally shaped tiles together.
+    """Ask a method for the tokens of all images and clips, equally shaped ones together.
+
+    Most methods are asked about tiles, which the frames of a clip are, too; a `VideoMethod` about whole clips.
 
     features: per image its (tokens, hidden). patches: what was read of the encoder, by name, (all patches, ...).
     project: from the encoder's states to features. images, pictures: further tensors by name, (images, ...) and
@@ -63,34 +68,76 @@ def select_tokens(
 
     Returns per image which tokens stay, bool (tokens,), and its features: the same tensor, or a new one where the
     method merges.
+
+    Raises:
+        UnsupportedError: for a clip whose frames differ in shape, under a method that compares them.
     """
     device = features[0].device
     keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
     merged = list(features)
-    shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for i, layout in enumerate(layouts):
-        for t, budget in enumerate(tile_budgets(layout, method.keep)):
-            shapes.setdefault(layout.tiles[t].grid, []).append((i, t, budget))
-    for grid, members in shapes.items():
-        at = torch.stack([layouts[i].tiles[t].patches for i, t, _ in members]).to(device)
+    shapes: dict[tuple[int, tuple[int, int]], list[_Member]] = {}
+    for member in _members(method, layouts):
+        shapes.setdefault((len(member.index), member.grid), []).append(member)
+    for (frames, grid), members in shapes.items():
+        # (members, frames, n): for methods that are asked about tiles, one frame each.
+        at = torch.stack([member.patches for member in members]).to(device)
+        index = [member.index.to(device) for member in members]
         # A token that several patches join into is what they are on average.
-        means = {name: values[at] if at.ndim == 2 else values[at].mean(2) for name, values in patches.items()}
-        read = {name: values.transpose(1, 2) if name in _BY_LAYER else values for name, values in means.items()}
-        of = torch.tensor([i for i, *_ in members], device=device)
-        read |= {name: values[of] for name, values in (images or {}).items()}
-        if picture is not None:
-            read |= {name: values[picture[at.flatten(1)[:, 0]]] for name, values in (pictures or {}).items()}
-        index = [layouts[i].tiles[t].index.to(device) for i, t, _ in members]
+        means = {name: values[at] if at.ndim == 3 else values[at].mean(3) for name, values in patches.items()}
+        read = {name: values.transpose(-1, -2) if name in _BY_LAYER else values for name, values in means.items()}
         if method.reads & {"features", "states"}:
-            read["features"] = torch.stack([features[i][spot] for (i, *_), spot in zip(members, index, strict=True)])
+            pairs = zip(members, index, strict=True)
+            read["features"] = torch.stack([features[member.image][spot] for member, spot in pairs])
             read.setdefault("states", read["features"])
-        budgets = [budget for *_, budget in members]
-        tokens = EncoderTokens(grid, len(members), device, project=project, most=max(budgets), **read)
-        chosen = method.select(tokens, torch.tensor(budgets, device=device))
-        becomes = method.merge(tokens, chosen)
-        for m, ((i, *_), spot) in enumerate(zip(members, index, strict=True)):
-            keeps[i][spot] = chosen[m]
+        most, budget = max(m.budget for m in members), torch.tensor([m.budget for m in members], device=device)
+        if isinstance(method, VideoMethod):
+            chosen, becomes = method.choose(VideoTokens(grid, len(members), frames, device, most=most, **read), budget)
+        else:
+            of = torch.tensor([member.image for member in members], device=device)
+            read = {name: values[:, 0] for name, values in read.items()}
+            read |= {name: values[of] for name, values in (images or {}).items()}
+            if picture is not None:
+                read |= {name: values[picture[at.flatten(1)[:, 0]]] for name, values in (pictures or {}).items()}
+            tokens = EncoderTokens(grid, len(members), device, project=project, most=most, **read)
+            chosen = method.select(tokens, budget)
+            becomes = method.merge(tokens, chosen)
+        for m, (member, spot) in enumerate(zip(members, index, strict=True)):
+            i, spot = member.image, spot.flatten()
+            stays = chosen[m].flatten()
+            keeps[i][spot] = stays
             if becomes is not None:
-                new = becomes[m].to(merged[i].dtype).where(chosen[m].unsqueeze(-1), merged[i][spot])
+                new = becomes[m].flatten(0, -2).to(merged[i].dtype).where(stays.unsqueeze(-1), merged[i][spot])
                 merged[i] = merged[i].index_copy(0, spot, new)
     return list(zip(keeps, merged, strict=True))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """What a method is asked about at once: a tile of an image, or the same tile through all frames of a clip.
+
+    image: which of the images. index: (frames, n); patches: (frames, n) or (frames, n, k), as those of `Tile`. budget:
+    tokens that may stay.
+    """
+
+    image: int
+    grid: tuple[int, int]
+    index: Tensor
+    patches: Tensor
+    budget: int
+
+
+def _members(method: EncoderMethod, layouts: Sequence[ImageLayout]) -> Iterator[_Member]:
+    for image, layout in enumerate(layouts):
+        budgets = tile_budgets(layout, method.keep)
+        alone = [[number] for number in range(len(layout.tiles))]
+        for track in layout.tracks if isinstance(method, VideoMethod) else alone:
+            tiles = [layout.tiles[number] for number in track]
+            grids = sorted({tile.grid for tile in tiles})
+            if len(grids) > 1:
+                raise UnsupportedError(
+                    f"{method.name} compares the frames of a clip, and these differ in shape ({grids[0][0]} x "
+                    f"{grids[0][1]} and {grids[-1][0]} x {grids[-1][1]} tokens): resize the frames to one size, or use "
+                    "a method that looks at each frame alone"
+                )
+            index, patches = (torch.stack(parts) for parts in zip(*((t.index, t.patches) for t in tiles), strict=True))
+            yield _Member(image, grids[0], index, patches, sum(budgets[number] for number in track))

@@ -48,8 +48,39 @@ class EncoderTokens:
 
 
 @dataclass(frozen=True)
+class VideoTokens:
+    """Clips of equally many, equally shaped frames as they leave the vision encoder; a picture is a clip of one frame.
+
+    The optional tensors are those of `EncoderTokens`, with a dimension for the clips in place of that for the tiles,
+    and one for the frames behind it, in their order.
+
+    grid: (rows, columns) of a frame; n = rows * columns tokens in raster order.
+    received, given, cls: (clips, frames, layers, n). keys: (clips, frames, n, d).
+    features: (clips, frames, n, hidden) the tokens as the LLM will see them. states: (clips, frames, n, width).
+    most: the largest budget among the clips; None where only the device knows it.
+    """
+
+    grid: tuple[int, int]
+    clips: int
+    frames: int
+    device: torch.device
+    received: Tensor | None = None
+    given: Tensor | None = None
+    cls: Tensor | None = None
+    keys: Tensor | None = None
+    features: Tensor | None = None
+    states: Tensor | None = None
+    most: int | None = None
+
+    @property
+    def n(self) -> int:
+        """Tokens of a frame."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
 class ImageGroups:
-    """The image tokens that a decoder method chooses from, one group per image of the batch.
+    """The image tokens that a decoder method chooses from, one group per image or clip of the batch.
 
     Tokens that carry structure instead of image content (newline tokens of tiled models) are `pinned`:
     they always stay, are paid from the image's budget, and are not in `positions`.
@@ -62,6 +93,7 @@ class ImageGroups:
     dropped: (groups,) tokens that earlier stages of the same method dropped; budgets still count them.
     centers: (groups, n, 2) where each token lies in its picture, (down, right) in [0, 1]; 0 at padding.
     cells: int64 (groups, n, 3) tile, row and column of each token in its picture; 0 at padding.
+    frames: (groups,) pictures that the image is of, the frames of a clip; None where every one is of a single picture.
     """
 
     positions: Tensor
@@ -71,6 +103,7 @@ class ImageGroups:
     dropped: Tensor | int = 0
     centers: Tensor | None = None
     cells: Tensor | None = None
+    frames: Tensor | None = None
 
     @property
     def total(self) -> Tensor:

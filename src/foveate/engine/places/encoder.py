@@ -25,6 +25,7 @@ from ..prompts import Prompts
 from ..question import Questions
 from ..report import Outcome
 from ..target import Target
+from ..upstream import untraced
 from .place import Action, Place
 
 ATTENTION = frozenset({"received", "given", "cls", "keys"})
@@ -85,7 +86,8 @@ class EncoderPlace(Place):
         return cls(target, next((m for m in methods if isinstance(m, EncoderMethod)), None))
 
     def install(self, fixtures: Fixtures) -> None:
-        fixtures.wrap(self.base, "get_image_features", self.encode)
+        for medium in self.target.token_ids:
+            fixtures.wrap(self.base, f"get_{medium}_features", functools.partial(self.encode, medium))
         projector = self.family.projector(self.base) if "states" in self.reads else None
         if projector is not None:
             fixtures.hook(projector.register_forward_pre_hook(self._note_states))
@@ -109,33 +111,38 @@ class EncoderPlace(Place):
     def act(self, forward: Forward) -> Action | None:
         return EncoderAction(forward) if forward.brings_images else None
 
-    def encode(self, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's `get_image_features`."""
+    def encode(self, medium: str, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's `get_image_features` or `get_video_features`."""
+        if self._current.reading is not None:  # some encode a video as images
+            return encode(*args, **kwargs)
         as_tuple = kwargs.get("return_dict") is False
         kwargs = {**kwargs, "return_dict": True}
         inputs = inspect.signature(encode).bind(*args, **kwargs).arguments
         inputs = {**self.target.said, **inputs.pop("kwargs", {}), **inputs}
         if self.family.needs_prompt:
             inputs["input_ids"] = self._prompt()
-        layouts = self.family.layouts(self.base.config, inputs)
-        outer, reading = self._current.reading, _Reading([{} for _ in self._modules], len(layouts))
-        self._current.reading = reading
+        pictures = layouts = self.target.layouts(medium, inputs)
+        if medium == "image":
+            layouts = self.target.clips.joined(pictures)
+        self._current.reading = reading = _Reading([{} for _ in self._modules], len(pictures))
         try:
             output = encode(*args, **kwargs)
         finally:
-            self._current.reading = outer
+            self._current.reading = None
         name = self.family.features
         features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
+            if any(tile.patches.ndim > 1 for layout in pictures for tile in layout.tiles):
+                reading.states = None  # several patches join into a token, and nothing leads from states to features
             patches = self._patches(reading)
             chosen = select_tokens(
                 self.method,
                 layouts,
                 features,
                 patches,
-                self._project,
-                images={} if self._questions is None else {"question": self._questions.states(layouts)},
+                self._project if "states" in patches else lambda states: states,
+                images={} if self._questions is None else {"question": self._questions.states(layouts, medium)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
                 picture=None if reading.readers is None else self._pictures(reading.shape),
             )
@@ -147,7 +154,7 @@ class EncoderPlace(Place):
         attach(output, name, images)
         forward = active.forward
         if forward is not None and forward.target.base is self.base:
-            forward.encoded = images
+            forward.encoded[medium] = images
         return output.to_tuple() if as_tuple else output
 
     def _prompt(self) -> Tensor:
@@ -187,6 +194,7 @@ class EncoderPlace(Place):
         patches = tokens - self.family.prefix_tokens(self.base.config)
         return torch.arange(pictures, device=self.base.device).repeat_interleave(patches)
 
+    @untraced
     def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._current.reading is not None:
             states = output if isinstance(output, Tensor) else output[0]
@@ -194,10 +202,12 @@ class EncoderPlace(Place):
             states = states[:, prefix:] if states.ndim == 3 else states.unsqueeze(0)  # a packed encoder has no prefix
             self._current.reading.levels.setdefault(number, []).append(states)
 
+    @untraced
     def _note_read(self, which: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._current.reading is not None:
             self._current.reading.read.setdefault(which, output)
 
+    @untraced
     def _carry(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Behind an encoder layer: the method's own tokens go through it beside the patches."""
         reading = self._current.reading
@@ -210,6 +220,7 @@ class EncoderPlace(Place):
             reading.readers = self.family.carry(layer, readers, key, value)
             reading.read.clear()
 
+    @untraced
     def _note_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._current.reading is not None:
             self._current.reading.states = args[0]

@@ -14,7 +14,7 @@ from ...methods.base import GuidedMethod, Method
 from ..consulting import Guide, device_of
 from ..fixtures import Fixtures
 from ..forward import Forward
-from ..generation import GenerateCall
+from ..generation import PIXELS, GenerateCall, brings_pixels
 from ..report import Outcome
 from ..support import find_target, pruned_models
 from ..target import Target
@@ -104,7 +104,7 @@ class GuidePlace(Place):
         name = self.method.name
         if self.guide.target.base in pruned_models:
             raise UnsupportedError(f"the guide of {name} is pruned itself: remove() that first")
-        if call.inputs.get("pixel_values") is None:
+        if not brings_pixels(call.inputs):
             raise UnsupportedError(f"the guide of {name} encodes the images itself: pass pixel values")
         if call.past:
             raise UnsupportedError(
@@ -116,14 +116,18 @@ class GuidePlace(Place):
                 f"without {', '.join(modes)}, or use exit_threshold=None"
             )
 
-    def _layouts(self, call: GenerateCall) -> list[ImageLayout]:
-        """The images as the guide will encode them: to as many tokens as the model does."""
-        family, bases = self.target.family, (self.guide.target.base, self.target.base)
-        layouts, others = (family.layouts(base.config, {**call.inputs, "input_ids": call.ids}) for base in bases)
-        for i, (layout, other) in enumerate(zip(layouts, others, strict=True)):
-            if layout.tokens != other.tokens:
-                raise UnsupportedError(
-                    f"the guide of {self.method.name} makes {layout.tokens} tokens of image {i} and the model "
-                    f"{other.tokens}: use a guide that encodes images alike"
-                )
-        return layouts
+    def _layouts(self, call: GenerateCall) -> dict[str, list[ImageLayout]]:
+        """The images and videos as the guide will encode them: to as many tokens as the model does."""
+        inputs, found = {**call.inputs, "input_ids": call.ids}, {}
+        for medium in self.target.token_ids:
+            if inputs.get(PIXELS[medium]) is None:
+                continue
+            layouts, others = (target.layouts(medium, inputs) for target in (self.guide.target, self.target))
+            for i, (layout, other) in enumerate(zip(layouts, others, strict=True)):
+                if layout.tokens != other.tokens:
+                    raise UnsupportedError(
+                        f"the guide of {self.method.name} makes {layout.tokens} tokens of {medium} {i} and the model "
+                        f"{other.tokens}: use a guide that encodes {medium}s alike"
+                    )
+            found[medium] = self.target.clips.joined(layouts) if medium == "image" else layouts
+        return found

@@ -17,7 +17,7 @@ from ..fixtures import Fixtures
 from ..generation import GenerateCall
 from ..report import Outcome, PruneReport
 from ..target import Target
-from ..upstream import cache_name, without_cache
+from ..upstream import cache_name, untraced, without_cache
 from .place import Call, Place
 
 # Modes that show the processor other tokens than those of the forward before it, or run the model in between.
@@ -97,6 +97,7 @@ class LogitsPlace(Place):
         finally:
             self._running.views = None
 
+    @untraced
     def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of every forward of the model: remember what `generate()` runs it on."""
         if self._running.views is not None and not self.reduced:
