@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -246,7 +246,9 @@ def run_code(block: Block) -> str:
         exec(compile(substituted(block.text), str(block), "exec"), names)
         for value in names.values():
             if isinstance(value, type) and issubclass(value, Family) and value is not Family:
-                assert len(value().layouts(None, {"pixel_values": torch.zeros(2, 3)})) == 2
+                vision = SimpleNamespace(image_size=24, patch_size=4, model_type="siglip_vision_model")
+                config = SimpleNamespace(vision_config=vision)
+                assert len(value().layouts(config, {"pixel_values": torch.zeros(2, 3)})) == 2
     return out.getvalue()
 
 

@@ -1,5 +1,7 @@
 """ERNIE 4.5 VL: text and images have experts of their own."""
 
+import torch
+
 from .base import BREAK, IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START
 from .qwen2_5_vl import Grid, mrope
 
@@ -24,3 +26,8 @@ class Ernie(Grid):
             video_end_token_id=MARK,
             video_token_id=VIDEO,
         )
+
+    def go_on(self, model, batch, turn, length, image):
+        turn = super().go_on(model, batch, turn, length, image)
+        types = turn["moe_mm_token_type_ids"]  # of the tokens that are no part of the cache, as one of the last turn is
+        return turn | {"moe_mm_token_type_ids": torch.nn.functional.pad(types, (1, 0))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,6 +41,23 @@ active = _Active()
 """The pruned forward pass (`Pass`) that this thread is in, if any."""
 
 
+class Shared:
+    """What the layers of one cache have in common. pruned: whether any of them lost entries."""
+
+    def __init__(self) -> None:
+        self.pruned = False
+        self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def once(self, index: Tensor, key: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What is made of an index: one tensor for all layers that have it, as most do, and ask in every step."""
+        known = self._made.get((id(index), *key))
+        if known is None or known[0] is not index:
+            if len(self._made) > 8:
+                self._made.clear()
+            known = self._made[(id(index), *key)] = (index, make())
+        return known[1]
+
+
 class PrunedLayer(DynamicLayer):
     """Holds fewer entries than it answers for.
 
@@ -63,7 +81,7 @@ class PrunedLayer(DynamicLayer):
         self.fixed_point: int | None = None  # the slot that every decoding step evicts
         self.memory: Memory | None = None  # what later steps read of the images here
         self._filled: tuple[Tensor, Tensor] | None = None
-        self.pruned_cache: set[str] = set()  # shared by the layers of a cache; filled once any of them lost entries
+        self.shared = Shared()
 
     @classmethod
     def adopt(cls, layer: DynamicLayer, kind: Literal["self", "cross"]) -> PrunedLayer:
@@ -107,18 +125,18 @@ class PrunedLayer(DynamicLayer):
             stream = forward.streams[self.kind]
             rows = stream.rows
             new = new if rows is None else stream.tokens
-        elif self.pruned_cache:
+        elif self.shared.pruned:
             raise UnsupportedError(
                 "this KV cache was pruned by foveate and only works while the model is pruned: call the model "
                 "inside the same `with foveate.prune(...)` block, or start from a new cache"
             )
         if rows is not None:
-            index = rows.index
-            old = self.full_index(index.shape[0], index.device)
-            added = torch.where(index < 0, index, index + self.length).unsqueeze(1)
-            self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1)
+            added = stream.placed(self.length)
+            assert added is not None
+            old = self.full_index(added.shape[0], added.device)
+            self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1) if self.length else added
             self.ragged = self.ragged or rows.ragged
-            self.pruned_cache.add("rows")
+            self.shared.pruned = True
         self.slide()  # of a pass outside this session
         seen = self.most + new
         self.length += new
@@ -135,8 +153,13 @@ class PrunedLayer(DynamicLayer):
             return torch.arange(self.length - tail, self.length, device=device).expand(batch, 1, -1)
         if not tail:
             return self.index
-        newest = torch.arange(self.length - tail, self.length, device=self.index.device)
-        return torch.cat([self.index, newest.expand(*self.index.shape[:2], -1)], dim=-1)
+        index = self.index
+
+        def made() -> Tensor:
+            newest = torch.arange(self.length - tail, self.length, device=index.device)
+            return torch.cat([index, newest.expand(*index.shape[:2], -1)], dim=-1)
+
+        return self.shared.once(index, (self.length, tail), made)
 
     def filled(self) -> Tensor | None:
         """bool (batch, slots), False at fillers; None when there are none."""
@@ -163,7 +186,7 @@ class PrunedLayer(DynamicLayer):
         choice = compact(mask & present, present)
         if choice is None:
             return None
-        self.pruned_cache.add("entries")
+        self.shared.pruned = True
         self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
         self.ragged = choice.ragged
         self.keys, self.values = (gather_entries(held, choice.source) for held in (self.keys, self.values))
@@ -193,7 +216,7 @@ class PrunedLayer(DynamicLayer):
         self.index = torch.cat([index[..., :slot], index[..., slot + 1 :]], dim=-1)
         self.keys = torch.cat([self.keys[:, :, :slot], self.keys[:, :, slot + 1 :]], dim=2)
         self.values = torch.cat([self.values[:, :, :slot], self.values[:, :, slot + 1 :]], dim=2)
-        self.pruned_cache.add("entries")
+        self.shared.pruned = True
 
     def slide(self, recorded: bool = False) -> None:
         """Behind a pass: forget what the window left behind. Of a pruned layer the last slots hold all that it still
@@ -205,9 +228,11 @@ class PrunedLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, gone:], self.values[:, :, gone:]
         if gone > 1:  # a prompt's: a view would hold on to all of it
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        if self.index is not None:
-            self.index = self.index[..., gone:] if gone < self.index.shape[-1] else None
-            self.ragged = self.ragged and self.index is not None
+        index = self.index
+        if index is not None:
+            rest = gone < index.shape[-1]
+            self.index = self.shared.once(index, (gone,), lambda: index[..., gone:]) if rest else None
+            self.ragged = self.ragged and rest
 
     # -- what transformers asks for, answered logically -------------------------------------------------------
 
@@ -227,7 +252,7 @@ class PrunedLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self.length, self.index, self.ragged, self.fixed_point, self.memory = 0, None, False, None, None
-        self.pruned_cache.clear()
+        self.shared.pruned = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` logical positions (assisted decoding)."""
@@ -304,8 +329,8 @@ def adopt_cache(cache: Any, kinds: list[Literal["self", "cross", "state"]]) -> N
             continue
         elif not isinstance(cache.layers[i], PrunedLayer):
             cache.layers[i] = PrunedLayer.adopt(cache.layers[i], "cross" if kind == "cross" else "self")
-        shared = cache.layers[i].pruned_cache if shared is None else shared
-        cache.layers[i].pruned_cache = shared
+        shared = cache.layers[i].shared if shared is None else shared
+        cache.layers[i].shared = shared
 
 
 def evict_hidden(cache: Any, mask: Tensor) -> None:

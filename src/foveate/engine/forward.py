@@ -57,7 +57,7 @@ class Forward:
     how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
-    sliced: whether the model itself goes on with its last tokens only.
+    sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Forward:
         self._short: dict[int, tuple[Any, Any]] = {}
         self.lent: dict[int, Lent] = {}
         self.sliced = False
+        self.gathered: dict[tuple[int, int, int], tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
 
     def unhook(self) -> None:
         """Take the hooks off the layers."""

@@ -100,12 +100,23 @@ class Stream:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.rows: Rows | None = None
+        self._placed: tuple[Rows, int, Tensor] | None = None
         self._inverse: tuple[Rows, Tensor] | None = None
 
     @property
     def index(self) -> Tensor | None:
         """(batch, width) which tokens are still computed, -1 at fillers; None while all are."""
         return None if self.rows is None else self.rows.index
+
+    def placed(self, start: int) -> Tensor | None:
+        """(batch, 1, width) the positions of the tokens still computed behind `start` others, -1 at fillers; None while
+        all are. The same tensor whenever the answer is the same."""
+        if self.rows is None:
+            return None
+        if self._placed is None or self._placed[0] is not self.rows or self._placed[1] != start:
+            index = self.rows.index
+            self._placed = (self.rows, start, index.where(index < 0, index + start).unsqueeze(1))
+        return self._placed[2]
 
     def narrow(self, keep: Tensor, valid: Tensor) -> Tensor | None:
         """Let only the tokens where `keep` go on. keep, valid: bool (batch, tokens); valid: no padding.
