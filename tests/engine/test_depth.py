@@ -36,6 +36,7 @@ backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 Spans = list[tuple[int, list[int], list[int]]]
 # keep, routed layers of four; the last layer is among both
 OPTIONS = {"interleaved": (0.25, (1, 3)), "all": (0.5, (0, 1, 2, 3)), "number": (9, (1, 2))}
+VARIANTS = [v for v in tiny.VARIANTS if tiny.found[v].model_type in tiny.CORE and v != "llava_cls"]
 
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -183,7 +184,9 @@ def test_rows_without_an_image_and_images_side_by_side(family, attn):
     check(family, trained(family), tiny.inputs(family, (2,), between=0), dict(images=(2,)), attn, **oracle.GREEDY)
 
 
-@pytest.mark.parametrize("variant", [v for v in tiny.VARIANTS if v != "llava_cls"])
+@pytest.mark.parametrize(
+    "variant", [v for v in tiny.VARIANTS if tiny.found[v].model_type in tiny.CORE and v != "llava_cls"]
+)
 @backends
 def test_other_encoders_and_decoders(variant, attn):
     spec = tiny.BATCHES["ragged"]

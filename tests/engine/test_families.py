@@ -37,7 +37,10 @@ def unless_upstream_fails(family, batch, **kwargs):
     try:
         yield
     except Exception:
-        run, once = (oracle.run(tiny.build(family), batch, **more) for more in (kwargs, dict(max_new_tokens=1)))
+        try:
+            run, once = (oracle.run(tiny.build(family), batch, **more) for more in (kwargs, dict(max_new_tokens=1)))
+        except Exception as error:
+            pytest.skip(f"this release of transformers cannot repeat {family} prompts: {error}")
         copies = kwargs.get("num_beams", kwargs.get("num_return_sequences", 1))
         if (run.logits[:, 0] - once.logits[run.rows // copies, 0]).abs().max() > TOLERANCE:
             pytest.skip(f"this release of transformers gives repeated {family} prompts each other's images")
@@ -68,9 +71,10 @@ def check(family, name, batch, attn, **kwargs):
 @others
 def test_keeping_everything_changes_nothing_at_all(family):
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family)
-    untouched = oracle.run(model, batch, **oracle.BEAMS)
-    with unless_upstream_fails(family, batch, **oracle.BEAMS), prune(model, "random", keep=1.0):
-        run = oracle.run(model, batch, **oracle.BEAMS)
+    with unless_upstream_fails(family, batch, **oracle.BEAMS):
+        untouched = oracle.run(model, batch, **oracle.BEAMS)
+        with prune(model, "random", keep=1.0):
+            run = oracle.run(model, batch, **oracle.BEAMS)
     assert torch.equal(run.sequences, untouched.sequences)
     assert torch.equal(run.logits, untouched.logits)
 

@@ -78,7 +78,7 @@ def test_sparse_attention_equals_a_plain_model_with_silent_rows(family, batch):
     batch, attn = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.found[family].backends[0]
     model = tiny.build(family, attn)
     if family == "llava_sliding":  # no layer to act in
-        with pytest.raises(foveate.UnsupportedError, match="window"):
+        with pytest.raises(foveate.UnsupportedError, match="whole prompt"):
             foveate.prune(model, "zipvl", keep=0.5)
         return
     with foveate.prune(model, "zipvl", keep=0.5, threshold=1.0, record=True) as pruned:

@@ -163,9 +163,9 @@ class Pruned(Sayings, NotPickled):
     def _install(self) -> None:
         pruned_models[self.base] = weakref.ref(self)
         fixtures = self._fixtures
+        self._steps.install(fixtures, self.model)  # in front of the base model's, which may be the same
         fixtures.hook(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         fixtures.hook(self.base.register_forward_hook(self._exit, always_call=True))
-        self._steps.install(fixtures, self.model)
         for place in self._places:
             place.install(fixtures)
         if self.family.deepstack is not None:

@@ -75,7 +75,7 @@ def find_target(model: Any) -> Target:
     if family is None:
         raise UnsupportedError(unknown_family(model.config.model_type))
     base = family.base(model)
-    if base is model:
+    if not model.can_generate():
         raise UnsupportedError(f"pass the whole model, the one with generate(), not its {type(model).__name__}")
     decoder = family.decoder(base)
     if base in pruned_models:
