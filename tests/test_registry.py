@@ -181,7 +181,7 @@ assert issubclass(FoPru, Method) and callable(prune) and families() and "transfo
 def test_every_class_of_a_method_is_a_name_of_the_package():
     classes = {foveate.method_class(name).__name__: foveate.method_class(name) for name in METHODS._registry.built_in()}
     others = {"Method", "PruneReport", "Pruned", "UnsupportedError", "prune"}
-    functions = {"families", "get_family", "get_method", "method_class", "methods"}
+    functions = {"families", "get_family", "get_method", "method_class", "methods", "restore"}
     assert set(foveate.__all__) == {*classes, *others, *functions} <= set(dir(foveate))
     assert all(getattr(foveate, name) is cls for name, cls in classes.items())
     with pytest.raises(AttributeError, match="'foveate' has no attribute 'FoPruu'"):

@@ -325,14 +325,6 @@ class Forward:
         short = gather_rows(value if value.ndim == 3 else value.unsqueeze(-1), rows.source)
         return short if value.ndim == 3 else short[..., 0]
 
-    def add(self, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
-        """Hidden states (batch, rows, d) and what belongs to some tokens in them. where: bool (batch, q), these tokens;
-        features: (their number, d), theirs in order."""
-        assert self.rows is not None
-        full = hidden.new_zeros(*self.ids.shape, hidden.shape[-1])
-        full[where.to(hidden.device)] = features.to(hidden)
-        return hidden + gather_rows(full, self.rows.source)
-
     def rejoin(self, hidden: Tensor) -> Tensor:
         """Behind a layer: put what it made, (batch, rows, d), among what waited, which comes back as it was."""
         aside, self._aside = self._aside, None

@@ -80,6 +80,16 @@ def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
     return tensor.reshape(-1, dim).index_select(0, (first + source).flatten()).view(*source.shape, dim)
 
 
+def add_to_rows(rows: Rows, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+    """Hidden states of rows, (batch, rows, d), and what is added to some tokens.
+
+    where: bool (batch, q), these tokens. features: (their number, d), theirs in order.
+    """
+    full = hidden.new_zeros(*where.shape, hidden.shape[-1])
+    full[where.to(hidden.device)] = features.to(hidden)
+    return hidden + gather_rows(full, rows.source.to(hidden.device))
+
+
 def gather_entries(held: Tensor, source: Tensor) -> Tensor:
     """Entries of every head. held: (batch, heads, slots, d). source: (batch, heads | 1, width)."""
     source = source.expand(-1, held.shape[1], -1)

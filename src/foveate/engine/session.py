@@ -29,6 +29,7 @@ from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
+from .rows import add_to_rows
 from .sayings import Sayings
 from .steps import UNSAID, Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods, unwrapped
@@ -312,7 +313,7 @@ class Pruned(Sayings, NotPickled):
         forward = active.forward
         if forward is None or forward.target is not self._target or forward.rows is None:
             return add(*args, **kwargs)
-        return forward.add(*args, **kwargs)
+        return add_to_rows(forward.rows, *args, **kwargs)
 
     def _attend(
         self, index: int, kernel: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any

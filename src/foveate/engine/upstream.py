@@ -56,9 +56,13 @@ BORROWING_LAYERS: tuple[type, ...] = tuple(
 # Layers of a cache that hold a state in place of entries; those that hold both are none of them.
 STATE_LAYERS: tuple[type, ...] = (LinearAttentionLayer,)
 
+# Layers of a cache without entries of their own.
+ENTRYLESS_LAYERS = (*STATE_LAYERS, *BORROWING_LAYERS)
+
 __all__ = [
     "BORROWING_LAYERS",
     "CACHE_NAMES",
+    "ENTRYLESS_LAYERS",
     "STATE_LAYERS",
     "AttentionInterface",
     "Cache",
