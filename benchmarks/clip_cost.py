@@ -140,7 +140,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 marks = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
                 side.plot([row["frames"] for row in own], [row[name] for row in own], label=method, **marks)
             own = [row for row in rows if row["method"] == METHODS[0]]
-            what = "the whole prefill" if name == "choosing_ms" else "one decoder layer"
+            what = "untouched: its prefill (left), one of its layers (right)"
             side.plot([row["frames"] for row in own], [row[whole] for row in own], color="#333333", ls="--", label=what)
             side.set(xscale="log", yscale="log", xlabel="frames of 64 tokens", ylabel=label)
             side.set_xticks([row["frames"] for row in own], [str(row["frames"]) for row in own])

@@ -19,6 +19,7 @@ from torch import Tensor
 from train import endless
 from transformers import AttentionInterface
 
+from foveate.engine.images import attached
 from foveate.engine.support import find_target
 from foveate.evaluation.results import run_script
 from foveate.families import get_family
@@ -56,9 +57,11 @@ class Packed:
         self.pupil.model.set_attn_implementation("plain")  # now, since prune() refuses it; no pruned layer runs here
         core = self.pupil.model.model
         pixels = normal(batch["pixels"].flatten(0, 1))
-        features = core.get_image_features(pixel_values=pixels).pooler_output
-        tokens = torch.stack([feature[feature._foveate.keep] for feature in features])
-        at = torch.stack([feature._foveate.keep.nonzero().flatten() for feature in features])
+        encoded = core.get_image_features(pixel_values=pixels)
+        features, images = encoded.pooler_output, attached(encoded, "pooler_output")
+        assert images is not None
+        tokens = torch.stack([feature[image.keep] for feature, image in zip(features, images, strict=True)])
+        at = torch.stack([image.keep.nonzero().flatten() for image in images])
         size, ids = len(features[0]), batch["ids"]
         at = at.unflatten(0, (len(ids), -1))
         at = (at + size * torch.arange(at.shape[1], device=at.device).unsqueeze(-1)).flatten(1)

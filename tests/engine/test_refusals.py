@@ -124,7 +124,7 @@ def test_prompts_whose_image_tokens_cannot_be_found_are_refused(family, name):
 def test_methods_that_find_no_layer_without_a_window_are_refused(name):
     model = tiny.build("llava_sliding")
     before = snapshot(model)
-    with pytest.raises(foveate.UnsupportedError, match=r"whole prompt.*before the LLM"):
+    with pytest.raises(foveate.UnsupportedError, match=r"whole prompt, .*before the LLM"):
         foveate.prune(model, name, keep=0.5)
     assert changes(before, snapshot(model)) == []
 

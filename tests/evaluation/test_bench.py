@@ -364,6 +364,15 @@ PARAMETERS = {  # in billions, of the published weights
     "llava-next-7b": 7.06,
     "llava-next-mistral-7b": 7.57,
     "qwen2.5-vl-7b": 8.29,
+    "llava-onevision-7b": 8.03,
+    "qwen2.5-vl-3b": 3.75,
+    "qwen3-vl-8b": 8.77,
+    "qwen3-vl-2b": 2.13,
+    "qwen3-vl-1b": 0.60 + 0.39,  # made up: Qwen3-0.6B, and the encoder of the 2B model in front of fewer columns
+    "internvl3.5-8b": 8.53,
+    "gemma3-12b": 12.19,
+    "gemma3-1b": 1.00 + 0.09,  # made up: Gemma 3 1B and SigLIP-B
+    "smolvlm2-2.2b": 2.25,
     "llama-3.2-11b-vision": 10.67,
     "1b": 1.24 + 0.30,  # Llama-3.2-1B and CLIP-L
 }
@@ -372,6 +381,15 @@ TOKENS = {
     "llava-next-7b": 2880 + 48,
     "llava-next-mistral-7b": 2880 + 48,
     "qwen2.5-vl-7b": 1296,
+    "llava-onevision-7b": 3645 + 54,
+    "qwen2.5-vl-3b": 1296,
+    "qwen3-vl-8b": 1296,
+    "qwen3-vl-2b": 1296,
+    "qwen3-vl-1b": 1296,
+    "internvl3.5-8b": 1280,
+    "gemma3-12b": 256,
+    "gemma3-1b": 576,
+    "smolvlm2-2.2b": 1377,
     "llama-3.2-11b-vision": 1,
     "1b": 576,
 }

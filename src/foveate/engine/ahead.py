@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..methods.tokens import LayerTokens
 from .attention import Attention, unrouted
+from .devices import on
 from .forward import Forward
 from .upstream import without_cache
 
@@ -38,15 +39,15 @@ def look_ahead(forward: Forward, index: int, hidden: Tensor, kwargs: dict[str, A
         raise unrouted(index)
     finally:
         forward.peeks = False
-    layer = attention.layer
+    layer, device = attention.layer, attention.query.device
     rows = forward.rows
     visible = forward.valid() if rows is None else rows.real
-    new: Tensor = torch.arange(forward.queries, device=hidden.device) if rows is None else rows.index
+    new: Tensor = torch.arange(forward.queries, device=device) if rows is None else rows.index
     attention.positions = new.where(new < 0, new + forward.past).expand(len(hidden), -1).unsqueeze(1)
     if layer is not None and layer.physical:
         assert layer.keys is not None
         attention.key = torch.cat([layer.keys, attention.key], dim=2)
-        positions = layer.full_index(len(hidden), hidden.device)
+        positions = layer.full_index(len(hidden), device)
         later = attention.positions.expand(-1, positions.shape[1], -1)
         attention.positions = torch.cat([positions, later], dim=2)
         held = positions[:, 0]
@@ -54,4 +55,6 @@ def look_ahead(forward: Forward, index: int, hidden: Tensor, kwargs: dict[str, A
         if forward.mask is not None:
             earlier = earlier & forward.mask.gather(1, held.clamp(min=0))
         visible = torch.cat([earlier, visible], dim=1)
-    return dataclasses.replace(attention.tokens, visible=visible)
+    tokens = dataclasses.replace(attention.tokens, visible=visible)
+    forward.follow(hidden.device)
+    return on(hidden.device, tokens)

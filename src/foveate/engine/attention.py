@@ -103,6 +103,7 @@ class Attention:
         more than what is causal and no padding; None where it does not."""
         forward, queries = self.forward, self.forward.queries
         mask = self.mask if forward.rows is None else forward.handed
+        mask = mask.to(self.query.device) if isinstance(mask, Tensor) else mask
         if self.borrows and mask is None and queries > 1 and "flash" not in self.implementation:
             # Rows and keys left at different layers, so that they are in no order that an implementation knows.
             rows, end = self.query.shape[2] if forward.sliced else queries, forward.past + queries

@@ -114,8 +114,9 @@ class PrunedLayer(DynamicLayer):
                 "inside the same `with foveate.prune(...)` block, or start from a new cache"
             )
         if rows is not None:
-            added = stream.placed(self.length)
-            assert added is not None
+            placed = stream.placed(self.length)
+            assert placed is not None
+            added = placed.to(key_states.device)
             old = self.full_index(added.shape[0], added.device)
             self.index = torch.cat([old, added.expand(-1, old.shape[1], -1)], dim=-1) if self.length else added
             self.ragged = self.ragged or rows.ragged
@@ -283,7 +284,7 @@ class PrunedLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Select samples."""
         super().batch_select_indices(indices)
-        self._reindex(lambda index: index[indices])
+        self._reindex(lambda index: index[indices.to(index.device)])
 
 
 def check_cache(cache: Any) -> None:
@@ -324,7 +325,7 @@ def evict_hidden(cache: Any, mask: Tensor) -> None:
     for layer in (layer for layer in cache.layers if isinstance(layer, PrunedLayer)):
         if layer.kind == "self" and layer.index is not None:
             index = layer.full_index(mask.shape[0], mask.device)
-            hidden = mask.unsqueeze(1).expand(-1, index.shape[1], -1)
+            hidden = mask.to(index.device).unsqueeze(1).expand(-1, index.shape[1], -1)
             known = torch.nn.functional.pad(hidden, (0, max(0, layer.length - hidden.shape[-1])), value=True)
             layer.keep(known.gather(-1, index.clamp(min=0)) & (index >= 0))
 

@@ -15,10 +15,16 @@ from ..errors import UnsupportedError
 from ..layout import Tile
 from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
+from .devices import on
 from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
 from .rows import Rows, Stream, compact, gather_rows
 from .target import Target
+
+_FOLLOWS = frozenset(
+    ["ids", "mask", "is_image", "text", "places", "groups", "guidance", "lent", "_pending", "_through", "_aside"]
+)
+"""What a forward knows that is made of tensors."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,14 @@ class Forward:
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
+    home: the device of the token ids.
     """
 
     def __init__(
         self, target: Target, cache: Any, ids: Tensor, arguments: dict[str, Any], *, brings_images: bool
     ) -> None:
         self.target, self.cache, self.ids, self.arguments = target, cache, ids, arguments
+        self.home = ids.device
         self.brings_images = brings_images
         self.queries = ids.shape[1]
         self.past = cache.layers[target.text_layer].length if cache is not None else 0
@@ -99,6 +107,18 @@ class Forward:
         """Take the hooks off the layers."""
         for hook in self.hooks:
             hook.remove()
+
+    def follow(self, device: torch.device) -> None:
+        """Go where the hidden states are: a model that is split over devices crosses a border a few times in a pass."""
+        if device == self.ids.device:
+            return
+        self.__dict__.update({name: on(device, held) for name, held in vars(self).items() if name in _FOLLOWS})
+        for stream in self.streams.values():
+            stream.rows = on(device, stream.rows)
+        self._short = {}
+        self.gathered.clear()
+        if self._aside is not None:
+            self._aside.short.clear()
 
     def owns(self, layer: PrunedLayer) -> bool:
         """Whether `layer` belongs to this forward's cache."""
@@ -161,9 +181,11 @@ class Forward:
 
     def says_more(self, mask: Tensor) -> bool:
         """Whether the model's mask of this pass, over all tokens, is not just causal and of no padding."""
-        if id(mask) not in self._says_more:
-            self._says_more[id(mask)] = (mask, says_more(mask, self.mask, self.past + self.queries))
-        return self._says_more[id(mask)][1]
+        # On each device there is a copy of what the model handed over.
+        known = self.handed if isinstance(self.handed, Tensor) else mask
+        if id(known) not in self._says_more:
+            self._says_more[id(known)] = (known, says_more(mask, self.mask, self.past + self.queries))
+        return self._says_more[id(known)][1]
 
     # -- images -----------------------------------------------------------------------------------------------
 
@@ -299,6 +321,7 @@ class Forward:
         fits = isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == self.queries
         if not fits or self.sliced or name == "cross_attention_states":
             return value
+        value = value.to(rows.source.device)
         short = gather_rows(value if value.ndim == 3 else value.unsqueeze(-1), rows.source)
         return short if value.ndim == 3 else short[..., 0]
 
@@ -307,7 +330,7 @@ class Forward:
         features: (their number, d), theirs in order."""
         assert self.rows is not None
         full = hidden.new_zeros(*self.ids.shape, hidden.shape[-1])
-        full[where] = features.to(hidden)
+        full[where.to(hidden.device)] = features.to(hidden)
         return hidden + gather_rows(full, self.rows.source)
 
     def rejoin(self, hidden: Tensor) -> Tensor:
@@ -325,7 +348,7 @@ class Forward:
         """What the model does to hidden states behind its last layer."""
         norm = self.target.norm
         assert norm is not None
-        return norm.forward(hidden)  # without the hook that ends the pass
+        return norm.forward(hidden).to(hidden.device)  # without the hook that ends the pass
 
     def leave(self, hidden: Tensor) -> Tensor:
         """Behind the last layer: back to the logical length, zeros where rows were dropped."""

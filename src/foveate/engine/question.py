@@ -51,7 +51,7 @@ class Questions:
             hidden = self.target.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
         finally:
             active.forward = outer
-        return hidden[torch.arange(len(rows), device=ids.device), length - 1][of]
+        return hidden.to(ids.device)[torch.arange(len(rows), device=ids.device), length - 1][of]
 
     def _prompt(self) -> tuple[Tensor, Tensor | None]:
         prompt = self.prompts.here()

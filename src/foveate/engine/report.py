@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layout import Tile
 from ..methods.base import Method
+from .devices import on
 from .forward import Forward
 
 
@@ -135,15 +136,16 @@ class PruneReport:
         self._all = {"self": everything, "state": everything, "cross": all_features}
         self._past = {"self": forward.past, "state": forward.past, "cross": self._length["cross"] - features}
         # A layer that attends to another one's entries keeps what that one keeps.
-        self._entered = {
+        entered = {
             i: forward.entered.get(i) if source == i or source not in forward.lent else forward.lent[source].rows
             for i, source in enumerate(sources)
         }
-        self._taken = forward.taken
+        self._entered = on(device, entered)
+        self._taken = on(device, forward.taken)
         # References, not copies: the masks are only worked out when somebody asks.
         self._windows = [layer is not None and layer.is_sliding for layer in layers]
         self._index = [
-            (layer.full_index(self._batch, device) if layer.index is not None else None)
+            (layer.full_index(self._batch, device).to(device) if layer.index is not None else None)
             if layer is not None
             else self._entered[i].unsqueeze(1)  # type: ignore[union-attr]
             if self._entered[i] is not None

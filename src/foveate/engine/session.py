@@ -292,6 +292,7 @@ class Pruned(Sayings, NotPickled):
         forward.unhook()
         if output is None:  # an exception is on its way
             return None
+        forward.follow(forward.home)
         for action in forward.actions:
             action.finish()
         if forward.past and forward.mask is not None:
@@ -319,6 +320,7 @@ class Pruned(Sayings, NotPickled):
         forward = active.forward
         if forward is None or forward.target is not self._target:
             return kernel(module, query, key, value, mask, **options)
+        forward.follow(query.device)
         kind = self._target.kinds[index]
         attention = Attention(forward, index, kind, kernel, module, query, key, value, mask, options)
         if forward.peeks:

@@ -78,8 +78,6 @@ def find_target(model: Any) -> Target:
     if not model.can_generate():
         raise UnsupportedError(f"pass the whole model, the one with generate(), not its {type(model).__name__}")
     decoder = family.decoder(base)
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise UnsupportedError("foveate prunes models on one device: load the model without splitting it over several")
     if base in pruned_models:
         raise UnsupportedError(
             "this model is pruned already; remove() that first, or foveate.restore(model), or pass a list of methods"

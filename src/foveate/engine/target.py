@@ -15,6 +15,7 @@ from ..errors import UnsupportedError
 from ..families.base import Family, ImageLayout
 from ..methods.host import Encoder, Host
 from .clips import Clips
+from .devices import on
 from .upstream import STATE_LAYERS, DynamicCache, cache_name
 
 Kind = Literal["self", "cross", "state"]
@@ -171,8 +172,8 @@ def fingerprint(base: nn.Module) -> str:
     Made of which of the first numbers of every matrix are positive; the smallest, which half precision may round to 0,
     count as not.
     """
-    heads = [parameter.detach().flatten()[:64] for parameter in base.parameters() if parameter.ndim > 1]
-    signs = (torch.cat([head.float() for head in heads]) > 1e-6).cpu().split([len(head) for head in heads])
+    heads = [parameter.detach().flatten()[:64].float() for parameter in base.parameters() if parameter.ndim > 1]
+    signs = (torch.cat(on(heads[0].device, heads)) > 1e-6).cpu().split([len(head) for head in heads])
     # Sorted: which matrix comes first differs between releases of transformers.
     marks = sorted(bytes(part.tolist()) for part in signs)
     return hashlib.sha256(b"|".join(marks)).hexdigest()[:32]

@@ -36,6 +36,7 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
         return None
     if index and routed:
         _check_routed(forward, index - 1)
+    forward.follow(args[0].device)
     if index == 0 and forward.find_images():
         for action in forward.actions:
             action.begin()
@@ -64,6 +65,7 @@ def _parameters(layer: Any) -> list[str]:
 def _behind_layer(forward: Forward, index: int, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
     if active.forward is not forward:
         return None
+    forward.follow(hidden.device)
     for action in forward.actions:
         hidden = action.behind_layer(index, hidden)
     return hidden
@@ -75,6 +77,7 @@ def _after_layers(forward: Forward, routed: bool, module: Any, args: Any, hidden
         return None
     if routed:
         _check_routed(forward, len(forward.target.kinds) - 1)
+    forward.follow(hidden.device)
     return forward.leave(hidden)
 
 

@@ -6,7 +6,7 @@ a model answers has no meaning; how fast it is, no method with these numbers of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +75,13 @@ def ideal(family: Any, base: Any, plan: Plan) -> Iterator[None]:
     for i, layer in enumerate(decoder.layers):
         if layer_hook := shortened.hook(i):
             handles.append(layer.register_forward_pre_hook(layer_hook, with_kwargs=True))
+    if family.deepstack is not None:
+        setattr(decoder, family.deepstack, shortened.add(getattr(decoder, family.deepstack)))
     try:
         yield
     finally:
+        if family.deepstack is not None:
+            delattr(decoder, family.deepstack)
         for handle in handles:
             handle.remove()
 
@@ -123,9 +127,28 @@ class _Shortened:
             if kwargs.get("position_ids") is not None:
                 # Without a gap, which flash attention would take for the border of packed sequences.
                 kwargs["position_ids"] = kwargs["position_ids"][..., :width]
-        if mask is not None and mask.ndim == 2:
+        if isinstance(mask, dict):  # one for each kind of layer
+            kwargs["attention_mask"] = {kind: self.rows(each, width) for kind, each in mask.items()}
+        elif mask is not None and mask.ndim == 4:
+            kwargs["attention_mask"] = self.rows(mask, width)
+        elif mask is not None and mask.ndim == 2:
             kwargs["attention_mask"] = self.fit(mask, 1, self.cache.get_seq_length() + width, start)
         return args, kwargs
+
+    def rows(self, mask: Tensor | None, width: int) -> Tensor | None:
+        """A mask (b, 1, q, kv) of the model's own, for a prefill with so many tokens; in steps it knows the cache."""
+        if mask is None or not self.prefill:
+            return mask
+        return self.fit(self.fit(mask, 3, width, self.plan.start), 2, width, self.plan.start)
+
+    def add(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The decoder's own method that adds features to image tokens, for as many of them as there are."""
+
+        def fewer(hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+            where = self.fit(where, 1, hidden.shape[1], self.plan.start)
+            return method(hidden, where, features[: int(where.sum())])
+
+        return fewer
 
     def hook(self, index: int) -> Any:
         """The hook in front of a decoder layer, None where it has nothing to do."""
@@ -152,7 +175,8 @@ class _Shortened:
                 if kwargs.get("position_ids") is not None:
                     kwargs["position_ids"] = kwargs["position_ids"][..., :computed]
             if mask is not None:
-                keys = computed if self.prefill else self.cache.layers[index].get_seq_length() + hidden.shape[1]
+                # A layer with a window holds fewer tokens than it has seen.
+                keys = computed if self.prefill else self.cache.layers[index].keys.shape[2] + hidden.shape[1]
                 mask = self.fit(mask, mask.ndim - 1, keys, start)
                 kwargs["attention_mask"] = self.fit(mask, 2, hidden.shape[1], start) if mask.ndim == 4 else mask
             return (hidden, *args[1:]), kwargs
@@ -176,5 +200,7 @@ class _Shortened:
         """Behind the language model: shorten what methods would have evicted."""
         if self.prefill:
             for layer, size in zip(self.cache.layers, self.plan.held, strict=True):
-                if layer.keys.shape[2] > size:
-                    layer.keys, layer.values = (t[:, :, -size:].clone() for t in (layer.keys, layer.values))
+                held = [t[:, :, -size:] for t in (layer.keys, layer.values)]
+                # Those behind a window are a view, too, of all that was computed.
+                if held[0].untyped_storage().nbytes() > held[0].nbytes:
+                    layer.keys, layer.values = (t.clone() for t in held)

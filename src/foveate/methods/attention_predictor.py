@@ -176,4 +176,4 @@ class AttentionPredictor(TrainedMethod, DecodeMethod):
 
     def _weights(self, history: Tensor) -> dict[str, Tensor]:
         """The network in the precision of the model, which its history has."""
-        return {name: weight.to(history.dtype) for name, weight in self.tensors.items()}
+        return {name: weight.to(history) for name, weight in self.tensors.items()}

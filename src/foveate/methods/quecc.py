@@ -178,8 +178,9 @@ class QueCC(TrainedMethod, EncoderMethod):
         assert tokens.states is not None and tokens.levels is not None
         question = None if tokens.question is None else tokens.question.float()
         member, place = cut(keep.sum(-1), tokens.grid, tokens.most or keep.shape[-1])
-        query = queries(tokens.states.float(), question, member, place, self.tensors)
-        read = attend(query, *keys_and_values(tokens.levels.float(), self.tensors), member, self.tensors)
-        made = mlp(read, self.tensors, "project")
+        weights = {name: weight.to(tokens.device) for name, weight in self.tensors.items()}
+        query = queries(tokens.states.float(), question, member, place, weights)
+        read = attend(query, *keys_and_values(tokens.levels.float(), weights), member, weights)
+        made = mlp(read, weights, "project")
         cell = member.to(torch.uint8).argmax(1)
         return made.gather(1, cell.unsqueeze(-1).expand(-1, -1, made.shape[-1]))

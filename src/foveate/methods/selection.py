@@ -95,7 +95,7 @@ def select_tokens(
         else:
             of = torch.tensor([member.image for member in members], device=device)
             read = {name: values[:, 0] for name, values in read.items()}
-            read |= {name: values[of] for name, values in (images or {}).items()}
+            read |= {name: values.to(device)[of] for name, values in (images or {}).items()}
             if picture is not None:
                 read |= {name: values[picture[at.flatten(1)[:, 0]]] for name, values in (pictures or {}).items()}
             tokens = EncoderTokens(grid, len(members), device, project=project, most=most, **read)

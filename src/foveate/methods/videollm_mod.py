@@ -103,5 +103,6 @@ class VideoLLMMoD(TrainedMethod, DepthMethod):
             return evenly(groups.present, budget), None
         if self.router == "random":
             return topk_mask(drawn(groups.present, (self.seed * 1009 + layer) % 2**63)[:, 0], budget), None
-        logits = router_logits(states, self.tensors[f"{layer}.weight"], self.tensors[f"{layer}.bias"])
+        weight, bias = (self.tensors[f"{layer}.{part}"].to(states.device) for part in ("weight", "bias"))
+        logits = router_logits(states, weight, bias)
         return topk_mask(logits.masked_fill(~groups.present, -torch.inf), budget), router_weight(logits)

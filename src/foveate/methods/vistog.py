@@ -148,14 +148,16 @@ class VisToG(TrainedMethod, EncoderMethod):
         return torch.arange(affinities.shape[1], device=affinities.device).expand(len(affinities), -1)
 
     def _norm(self, name: str, states: Tensor) -> Tensor:
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        weight, bias = (self.tensors[f"{name}.{part}"].to(states.device) for part in ("weight", "bias"))
         return layer_norm(states.float(), weight.shape, weight, bias)
 
     def _linear(self, name: str, states: Tensor) -> Tensor:
-        return linear(states, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+        weight, bias = (self.tensors[f"{name}.{part}"].to(states.device) for part in ("weight", "bias"))
+        return linear(states, weight, bias)
 
     def _project(self, tokens: EncoderTokens, states: Tensor) -> Tensor:
         """The trained copy of the projector: the model's module with weights of its own."""
         assert isinstance(tokens.project, nn.Module)
-        weights = {name[10:]: weight for name, weight in self.tensors.items() if name.startswith("projector.")}
+        own = {name[10:]: weight for name, weight in self.tensors.items() if name.startswith("projector.")}
+        weights = {name: weight.to(states.device) for name, weight in own.items()}
         return torch.func.functional_call(tokens.project, weights, states, strict=True).float()

@@ -13,6 +13,7 @@ from ...methods.base import CacheMethod, Method
 from ...methods.tokens import ImageGroups, LayerTokens
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
+from ..devices import on
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import refuse_assisted
@@ -113,9 +114,10 @@ class CacheAction(Action):
     def finish(self) -> None:
         forward = self.forward
         if self.waiting:
-            statistics = torch.stack([self.method.statistics(scores, t.groups) for _, scores, t in self.waiting])
+            parts = [self.method.statistics(scores, t.groups) for _, scores, t in self.waiting]
+            statistics = torch.stack(on(parts[0].device, parts))
             for i, (index, scores, tokens) in enumerate(self.waiting):
-                self._evict(index, scores, tokens, self.method.budgets(statistics, tokens.groups)[i])
+                self._evict(index, scores, tokens, self.method.budgets(statistics.to(scores.device), tokens.groups)[i])
         if forward.past and forward.queries == 1 and forward.cache is not None:
             for layer in forward.held:
                 _evict_fixed(layer)

@@ -64,11 +64,11 @@ class CrossAction(Action):
         if self.forward.target.kinds[index] != "cross" or states is None:
             return hidden, kwargs
         valid = self.forward.valid()
-        states = states.reshape(valid.shape[0], -1, states.shape[-1])
+        states = states.to(valid.device).reshape(valid.shape[0], -1, states.shape[-1])
         if self.stream.rows is not None:
             return hidden, {**kwargs, "cross_attention_states": gather_rows(states, self.stream.rows.source)}
         self.stream.tokens = states.shape[1]
-        self._text = valid if text is None else valid & (text[:, 0, :, 0] > 0)
+        self._text = valid if text is None else valid & (text[:, 0, :, 0] > 0).to(valid.device)
         return hidden, kwargs
 
     def attends(self, attention: Attention) -> bool:
@@ -107,6 +107,7 @@ class CrossAction(Action):
         method, text = self.place.method, self._text
         if method is None or text is None or self.stream.rows is not None:
             return False
+        text = text.to(attention.query.device)
         scores = received_by_features(attention.query, attention.key, attention.scaling, attention.mask, text)
         received, seen = (part[..., -self.stream.tokens :] for part in scores)
         images = seen.view(seen.shape[0], -1, self.place.features_per_image).any(-1).sum(-1)

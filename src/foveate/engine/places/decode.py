@@ -14,6 +14,7 @@ from ...methods.base import CacheMethod, Method
 from ...methods.stepwise import DecodeMethod
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
+from ..devices import on
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import refuse_assisted
@@ -80,8 +81,8 @@ class DecodeAction(Action):
         self.place, self.method, self.forward = place, place.method, forward
         self.decodes = forward.queries == 1 and bool(forward.past) and not forward.brings_images
         self.acted = False
-        self.read: Tensor | int = 0
-        self.held: Tensor | int = 0
+        self.read: list[Tensor] = []
+        self.held: list[Tensor] = []
         self.chosen: dict[int, Tensor] = {}
 
     def attends(self, attention: Attention) -> bool:
@@ -105,9 +106,10 @@ class DecodeAction(Action):
     def finish(self) -> None:
         report = self.place.outcome.report
         if self.acted and report is not None and report.decoding is not None:
-            report.decoding.add(self.read, self.held)
+            home = self.forward.home
+            report.decoding.add(sum(on(home, self.read)), sum(on(home, self.held)))
             if report.records:
-                report.decoding.chosen.append(self.chosen)
+                report.decoding.chosen.append(on(home, self.chosen))
 
     # -- behind a prefill -------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class DecodeAction(Action):
 
         def by_sample(values: Tensor, fill: int) -> Tensor:
             out = values.new_full((len(self.forward.ids), most, *values.shape[1:]), fill)
-            return out.index_put((groups.row, number), values)
+            return out.index_put((groups.row, number.to(groups.row.device)), values)
 
         return by_sample(tokens.slots, -1), by_sample(self.method.budget(groups), 0), by_sample(groups.cells, 0)
 
@@ -190,8 +192,8 @@ class DecodeAction(Action):
         assert layer.keys is not None
         batch, heads, held = layer.keys.shape[:3]
         later, self.acted = batch * (held - memory.end), True
-        self.held = self.held + heads * (memory.before + later)
-        self.read = self.read + heads * ((memory.before if part is None else memory.chosen) + later)
+        self.held.append(heads * (memory.before + later))
+        self.read.append(heads * ((memory.before if part is None else memory.chosen) + later))
         report = self.place.outcome.report
         if report is None or not report.records:
             return

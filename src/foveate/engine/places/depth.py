@@ -111,9 +111,9 @@ class DepthAction(Action):
         if not self._routes(index):
             return hidden
         if self.weight is not None and self.entered is not None:
-            weight, rows = self.weight[:, :-1], self.forward.rows
+            weight, rows = self.weight[:, :-1].to(hidden.device), self.forward.rows
             weight = weight if rows is None else weight.gather(1, rows.source)
             # At a weight of 1 this is what the layer made, to the last bit.
-            hidden = torch.lerp(self.entered, hidden, weight.unsqueeze(-1))
+            hidden = torch.lerp(self.entered.to(hidden.device), hidden, weight.unsqueeze(-1))
             self.entered = self.weight = None
         return self.forward.rejoin(hidden)

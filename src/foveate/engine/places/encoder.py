@@ -18,6 +18,7 @@ from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
 from ..cache import active
+from ..devices import on
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..images import EncodedImage, attach, by_image, refilled
@@ -135,6 +136,8 @@ class EncoderPlace(Place):
         if self.method is not None:
             if any(tile.patches.ndim > 1 for layout in pictures for tile in layout.tiles):
                 reading.states = None  # several patches join into a token, and nothing leads from states to features
+            device = features[0].device
+            reading = on(device, reading)
             patches = self._patches(reading)
             chosen = select_tokens(
                 self.method,
@@ -144,7 +147,7 @@ class EncoderPlace(Place):
                 self._project if "states" in patches else lambda states: states,
                 images={} if self._questions is None else {"question": self._questions.states(layouts, medium)},
                 pictures={} if reading.readers is None else {"readers": reading.readers},
-                picture=None if reading.readers is None else self._pictures(reading.shape),
+                picture=None if reading.readers is None else self._pictures(reading.shape, device),
             )
             merged = [feature for _, feature in chosen]
             keeps = [keep for keep, _ in chosen]
@@ -188,11 +191,11 @@ class EncoderPlace(Place):
             patches["levels"] = torch.stack(levels, 1)
         return patches
 
-    def _pictures(self, shape: tuple[int, int]) -> Tensor:
+    def _pictures(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         """(all patches,) which picture of the encoder each patch is of. shape: pictures, and the tokens of each."""
         pictures, tokens = shape
         patches = tokens - self.family.prefix_tokens(self.base.config)
-        return torch.arange(pictures, device=self.base.device).repeat_interleave(patches)
+        return torch.arange(pictures, device=device).repeat_interleave(patches)
 
     @untraced
     def _note_level(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -217,7 +220,7 @@ class EncoderPlace(Place):
                 assert self.method is not None and self.method.seeds is not None
                 readers = self.method.seeds.to(key).expand(len(key), -1, -1)
                 reading.shape = (key.shape[0], key.shape[1])
-            reading.readers = self.family.carry(layer, readers, key, value)
+            reading.readers = self.family.carry(layer, readers.to(key.device), key, value)
             reading.read.clear()
 
     @untraced
@@ -287,5 +290,5 @@ class EncoderAction(Action):
         keep = forward.valid().clone()
         for image, (row, place) in zip(forward.images, forward.places, strict=True):
             if image.keep is not None:
-                keep[row, place] &= image.keep
+                keep[row, place] &= image.keep.to(keep.device)
         forward.drop(keep)

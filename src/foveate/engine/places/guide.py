@@ -70,7 +70,7 @@ class GuidePlace(Place):
     def act(self, forward: Forward) -> None:
         """Tell the pass what the guide looked at."""
         if forward.brings_images:
-            forward.guidance = self.guidance(len(forward.ids))
+            forward.guidance = self.guidance(len(forward.ids)).to(forward.home)
 
     def generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the guide answer; return that, or run the model's `generate` with what the guide looked at."""

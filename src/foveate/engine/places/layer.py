@@ -14,6 +14,7 @@ from ...methods.base import LayerMethod, Method
 from ...methods.tokens import LayerTokens
 from ..ahead import look_ahead
 from ..attention import Attention, Output, Run
+from ..devices import on
 from ..forward import Forward
 from ..report import Outcome
 from ..rows import first_stream, gather_rows
@@ -111,10 +112,9 @@ class LayerAction(Action):
         assert view is not None and groups is not None
         embedded = self.embedded
         if embedded is not None and forward.rows is not None:
-            embedded = gather_rows(embedded, forward.rows.source)
-        tokens = dataclasses.replace(
-            view, entered=self.entered, left=first_stream(hidden), embedded=embedded, stage=stage, norm=forward.norm
-        )
+            embedded = gather_rows(embedded.to(hidden.device), forward.rows.source)
+        view = dataclasses.replace(view, entered=self.entered, embedded=embedded, stage=stage, norm=forward.norm)
+        tokens = dataclasses.replace(on(hidden.device, view), left=first_stream(hidden))
         chosen = method.select(tokens)
         states = method.merge(tokens, chosen)
         if states is not None and hidden.ndim == 4:
