@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..methods.tokens import ImageGroups, LayerTokens
 from .cache import PrunedLayer
-from .forward import Forward, Lent
+from .forward import Forward
 from .masks import gather_mask, physical_mask
 from .routes import Kernel
+from .rows import Lent
 from .target import Kind
 
 Output = tuple[Tensor, "Tensor | None"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .memory import Memory
 from .rows import Compaction, Stream, compact, gather_entries
+from .shared import Shared
 from .upstream import (
     ENTRYLESS_LAYERS,
     Cache,
@@ -38,23 +38,6 @@ class _Active(threading.local):
 
 active = _Active()
 """The pruned forward pass (`Pass`) that this thread is in, if any."""
-
-
-class Shared:
-    """What the layers of one cache have in common. pruned: whether any of them lost entries."""
-
-    def __init__(self) -> None:
-        self.pruned = False
-        self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    def once(self, index: Tensor, key: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
-        """What is made of an index: one tensor for all layers that have it, as most do, and ask in every step."""
-        known = self._made.get((id(index), *key))
-        if known is None or known[0] is not index:
-            if len(self._made) > 8:
-                self._made.clear()
-            known = self._made[(id(index), *key)] = (index, make())
-        return known[1]
 
 
 class PrunedLayer(DynamicLayer):

@@ -18,7 +18,7 @@ from .cache import PrunedLayer
 from .devices import on
 from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
-from .rows import Rows, Stream, compact, gather_rows
+from .rows import Lent, Rows, Stream, compact, gather_rows
 from .target import Target
 
 _FOLLOWS = frozenset(
@@ -37,19 +37,6 @@ class _Aside:
     rows: Rows | None
     groups: ImageGroups | None
     short: dict[int, tuple[Any, Any]]
-
-
-@dataclass(frozen=True)
-class Lent:
-    """The entries of a layer as later layers borrow them: what it sees itself, even if it is evicted meanwhile.
-
-    positions: (batch, kv_heads | 1, slots) of the keys, None where none went. rows: (batch, width) which tokens of this
-    pass are among them, None for all. slots: how many keys there are.
-    """
-
-    positions: Tensor | None
-    rows: Tensor | None
-    slots: int
 
 
 class Forward:

@@ -67,6 +67,19 @@ class Rows:
         return torch.where(self.real, self.source, -1)
 
 
+@dataclass(frozen=True)
+class Lent:
+    """The entries of a layer as later layers borrow them: what it sees itself, even if it is evicted meanwhile.
+
+    positions: (batch, kv_heads | 1, slots) of the keys, None where none went. rows: (batch, width) which tokens of this
+    pass are among them, None for all. slots: how many keys there are.
+    """
+
+    positions: Tensor | None
+    rows: Tensor | None
+    slots: int
+
+
 def gather_rows(tensor: Tensor, source: Tensor) -> Tensor:
     """Rows of a (batch | 1, n, d) tensor, or of several streams of such, (streams, batch, n, d).
 
