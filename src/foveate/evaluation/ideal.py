@@ -120,10 +120,11 @@ class _Shortened:
         width = next(tensor.shape[1] for tensor in (embeds, ids) if tensor is not None)
         self.prefill = width > 1
         if self.prefill:
-            width = self.plan.computed[self.first]
-            for name, tensor in (("inputs_embeds", embeds), ("input_ids", ids)):
-                if tensor is not None:
-                    kwargs[name] = self.fit(tensor, 1, width, start)
+            length, width = width, self.plan.computed[self.first]
+            for name, value in kwargs.items():  # whatever comes token by token
+                by_token = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length
+                if by_token and name not in ("attention_mask", "position_ids"):
+                    kwargs[name] = self.fit(value, 1, width, start)
             if kwargs.get("position_ids") is not None:
                 # Without a gap, which flash attention would take for the border of packed sequences.
                 kwargs["position_ids"] = kwargs["position_ids"][..., :width]
@@ -165,11 +166,11 @@ class _Shortened:
         computed, start = self.plan.computed[index], self.plan.start
 
         def shorten(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            mask, hidden = kwargs.get("attention_mask"), args[0]
+            mask, (hidden, *rest) = kwargs.get("attention_mask"), args
             if not self.prefill and mask is None:
                 return None
             if self.prefill:
-                hidden = self.fit(hidden, 1, computed, start)
+                hidden, *rest = (self.fit(x, 1, computed, start) if isinstance(x, Tensor) else x for x in args)
                 parts = kwargs["position_embeddings"]
                 kwargs["position_embeddings"] = tuple(self.fit(part, 1, computed, start) for part in parts)
                 if kwargs.get("position_ids") is not None:
@@ -179,7 +180,7 @@ class _Shortened:
                 keys = computed if self.prefill else self.cache.layers[index].keys.shape[2] + hidden.shape[1]
                 mask = self.fit(mask, mask.ndim - 1, keys, start)
                 kwargs["attention_mask"] = self.fit(mask, 2, hidden.shape[1], start) if mask.ndim == 4 else mask
-            return (hidden, *args[1:]), kwargs
+            return (hidden, *rest), kwargs
 
         return shorten
 
