@@ -6,11 +6,13 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import foveate
@@ -413,6 +415,15 @@ def test_geometries_have_the_size_of_the_published_models(name):
     ids = synthetic(config, 1)["input_ids"]
     assert (ids == config.image_token_id).sum() == TOKENS[name]
     assert foveate.get_family(config) is not None
+
+
+def test_every_geometry_is_named_and_measured():
+    """In the help, which imports nothing heavy, and on the page; and of each the size is known."""
+    (option,) = (option for option in get_command(app).commands["bench"].params if option.name == "geometry")
+    page = Path("docs/measuring.md").read_text("utf-8")
+    names = set(geometries.GEOMETRIES) - {"tiny"}
+    assert names == set(PARAMETERS) == set(TOKENS)
+    assert all(f" {name}" in option.help and f"`{name}`" in page for name in names)
 
 
 def test_random_weights_give_finite_logits_and_listen_to_the_seed():
