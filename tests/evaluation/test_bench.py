@@ -276,7 +276,15 @@ def test_the_ideal_of_fewer_image_tokens_is_the_untouched_model_on_fewer_embeddi
 HANDED = [name for name, each in tiny.found.items() if each.both_ways or foveate.get_family(each.config()).deepstack]
 
 
-@pytest.mark.parametrize("family", [*tiny.CORE, *HANDED])
+# And those some of whose layers carry a state.
+STATES = [
+    name
+    for name in tiny.FAMILIES
+    if {"linear_attention", "conv"} & set(getattr(tiny.config(name).get_text_config(), "layer_types", None) or ())
+]
+
+
+@pytest.mark.parametrize("family", [*tiny.CORE, *HANDED, *STATES])
 def test_every_family_is_measured(family):
     model = tiny.build(family, attn=tiny.found[family].backends[0])
     try:

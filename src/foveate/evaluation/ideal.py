@@ -21,9 +21,9 @@ from ..engine.upstream import cache_in
 class Plan:
     """How many tokens each decoder layer has.
 
-    kinds: "self" or "cross". length: tokens of the prompt, the longest sample's. start: where its image begins in
-    every sample. features: image features that cross-attention layers read. computed: tokens that each layer computes
-    in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or of those
+    kinds: "self", "cross" or "state". length: tokens of the prompt, the longest sample's. start: where its image begins
+    in every sample. features: image features that cross-attention layers read. computed: tokens that each layer
+    computes in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or of those
     what a step of decoding reads, where steps choose.
     """
 
@@ -51,7 +51,7 @@ class Plan:
         return cls(tuple(layer.kind for layer in layers), length, start, features, tuple(seen), tuple(held))
 
     def _full(self, layer: int) -> int:
-        return self.length if self.kinds[layer] == "self" else self.features
+        return self.features if self.kinds[layer] == "cross" else self.length
 
     @property
     def shortens_prefill(self) -> bool:
@@ -157,7 +157,7 @@ class _Shortened:
         if plan.kinds[index] == "cross":
             return self._cross(index) if plan.held[index] < plan.features else None
         first = self.first
-        before = next((plan.computed[i] for i in range(index - 1, first, -1) if plan.kinds[i] == "self"), None)
+        before = next((plan.computed[i] for i in range(index - 1, first, -1) if plan.kinds[i] != "cross"), None)
         alike = (plan.computed[index], plan.held[index]) == (plan.computed[first], plan.held[first])
         # What comes from a shorter layer must grow again.
         return None if alike and before in (None, plan.computed[index]) else self._self(index)
@@ -167,7 +167,7 @@ class _Shortened:
 
         def shorten(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             mask, (hidden, *rest) = kwargs.get("attention_mask"), args
-            if not self.prefill and mask is None:
+            if not self.prefill and (mask is None or self.plan.kinds[index] == "state"):
                 return None
             if self.prefill:
                 hidden, *rest = (self.fit(x, 1, computed, start) if isinstance(x, Tensor) else x for x in args)
@@ -201,6 +201,8 @@ class _Shortened:
         """Behind the language model: shorten what methods would have evicted."""
         if self.prefill:
             for layer, size in zip(self.cache.layers, self.plan.held, strict=True):
+                if not hasattr(layer, "keys"):  # it carries a state
+                    continue
                 held = [t[:, :, -size:] for t in (layer.keys, layer.values)]
                 # Those behind a window are a view, too, of all that was computed.
                 if held[0].untyped_storage().nbytes() > held[0].nbytes:

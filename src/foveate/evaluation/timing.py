@@ -155,8 +155,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Memory that a KV cache really holds: whole storages, so that a view of a large one counts as large."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    """Memory that a KV cache really holds: whole storages, so that a view of a large one counts as large.
+
+    Layers that carry a state along hold no entries.
+    """
+    layers = [layer for layer in cache.layers if hasattr(layer, "keys")]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
