@@ -23,8 +23,8 @@ class Plan:
 
     kinds: "self", "cross" or "state". length: tokens of the prompt, the longest sample's. start: where its image begins
     in every sample. features: image features that cross-attention layers read. computed: tokens that each layer
-    computes in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or of those
-    what a step of decoding reads, where steps choose.
+    computes in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or
+    of those what a step of decoding reads, where steps choose.
     """
 
     kinds: tuple[str, ...]
