@@ -4,15 +4,19 @@ import csv
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import foveate
+from foveate.asking.mistake import Mistake
 from foveate.commands.app import app
 from foveate.engine.cache import PrunedLayer
 from foveate.evaluation import geometries, timing
@@ -268,10 +272,25 @@ def test_the_ideal_of_fewer_image_tokens_is_the_untouched_model_on_fewer_embeddi
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", tiny.CORE)
+# Beside the core those whose language model is handed more than embeddings and a mask of padding.
+HANDED = [name for name, each in tiny.found.items() if each.both_ways or foveate.get_family(each.config()).deepstack]
+
+
+# And those some of whose layers carry a state.
+STATES = [
+    name
+    for name in tiny.FAMILIES
+    if {"linear_attention", "conv"} & set(getattr(tiny.config(name).get_text_config(), "layer_types", None) or ())
+]
+
+
+@pytest.mark.parametrize("family", [*tiny.CORE, *HANDED, *STATES])
 def test_every_family_is_measured(family):
-    model = tiny.build(family)
-    inputs = synthetic(model.config, 2, padded=True)
+    model = tiny.build(family, attn=tiny.found[family].backends[0])
+    try:
+        inputs = small(model.config, 2, padded=True)
+    except Mistake as mistake:
+        pytest.skip(str(mistake))
     method = foveate.TrimmedLlama(keep=0.1) if family == "mllama" else foveate.FastV(keep=0.5, layer=2)
     row = Bench(model, inputs, new_tokens=2, repeat=1).measure(method)
     assert row["kept_tokens"] < row["image_tokens"]
@@ -406,6 +425,15 @@ def test_geometries_have_the_size_of_the_published_models(name):
     assert foveate.get_family(config) is not None
 
 
+def test_every_geometry_is_named_and_measured():
+    """In the help, which imports nothing heavy, and on the page; and of each the size is known."""
+    (option,) = (option for option in get_command(app).commands["bench"].params if option.name == "geometry")
+    page = Path("docs/measuring.md").read_text("utf-8")
+    names = set(geometries.GEOMETRIES) - {"tiny"}
+    assert names == set(PARAMETERS) == set(TOKENS)
+    assert all(f" {name}" in option.help and f"`{name}`" in page for name in names)
+
+
 def test_random_weights_give_finite_logits_and_listen_to_the_seed():
     config = geometries.get_config("tiny")
     one, same, other = (geometries.build(config, device="cpu", dtype="float32", attn=None, seed=s) for s in (0, 0, 1))
@@ -434,6 +462,70 @@ def test_a_share_of_the_gain_needs_runs_that_show_the_noise():
         _compare("ttft", [6.0] * runs, [10.0] * runs, [5.0] * runs, True)["ttft_gain_share"] for runs in (1, 2, 3, 4)
     ]
     assert shares == [None, None, 0.8, 0.8]
+
+
+# -- synthetic inputs ----------------------------------------------------------------------------------------------
+
+
+def small(config, batch, **options):
+    """Inputs with few tokens, where that can be asked for."""
+    try:
+        return synthetic(config, batch, tokens=16, **options)
+    except Mistake:
+        return synthetic(config, batch, **options)
+
+
+def test_every_family_finds_its_images_and_clips_in_synthetic_inputs():
+    """By what it says of the model's inputs, without a model."""
+    without = []
+    for name, each in tiny.found.items():
+        config = each.config()
+        family = foveate.get_family(config)
+        if not each.in_prompt:
+            continue
+        for frames in (None, 3):
+            try:
+                inputs = small(config, 2, padded=True, frames=frames)
+            except Mistake as mistake:
+                assert f"no synthetic inputs for {config.model_type} models" in str(mistake)
+                without.append(name)
+                continue
+            video = "pixel_values_videos" in inputs
+            assert not video or frames
+            layouts = (family.video_layouts if video else family.layouts)(config, inputs)
+            placeholder = family.video_token_id(config) if video else family.image_token_id(config)
+            assert (inputs["input_ids"] == placeholder).sum() == sum(layout.tokens for layout in layouts), name
+            assert sum(layout.frames for layout in layouts) == 2 * (frames or 1), name
+            kinds = [kinds for key, kinds in inputs.items() if key.endswith("mm_token_type_ids")]
+            assert all(((kinds > 0) == (inputs["input_ids"] == placeholder)).all() for kinds in kinds), name
+    assert len(without) < len(tiny.found) / 4
+
+
+@pytest.mark.parametrize("family", tiny.sampled(name for name in tiny.found if tiny.found[name].in_prompt))
+@pytest.mark.parametrize("frames", [None, 2])
+def test_synthetic_inputs_run(family, frames):
+    model = tiny.build(family, attn=tiny.found[family].backends[0])
+    try:
+        inputs = small(model.config, 2, padded=True, frames=frames)
+    except Mistake as mistake:
+        pytest.skip(str(mistake))
+    pruned = foveate.prune(model, "random", keep=0.5)
+    frames_are_pictures = frames and "pixel_values" in inputs
+    with pruned, pruned.clips(frames) if frames_are_pictures else nullcontext(), torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=2)
+    assert out.shape == (2, inputs["input_ids"].shape[1] + 2)
+    assert [len(images) for images in pruned.report.images] == [1, 1]
+    assert all(0 < kept < tokens for images in pruned.report.images for tokens, kept in images)
+
+
+def test_a_family_of_a_known_kind_needs_no_entry(monkeypatch):
+    """What a package of somebody else brings is benched as its base is."""
+
+    class Mine(type(foveate.get_family("llava"))):
+        model_type = "mine"
+
+    monkeypatch.setattr("foveate.evaluation.synthetic.get_family", lambda config: Mine())
+    assert (synthetic(geometries.get_config("tiny"), 1)["input_ids"] == 95).sum() == 36
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------

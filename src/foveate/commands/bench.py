@@ -18,8 +18,9 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Random weights of a real size: 1b, llava-1.5-7b, llava-next-7b, llava-next-mistral-7b, "
-            "qwen2.5-vl-7b, llama-3.2-11b-vision.",
+            help="Random weights of a real size: 1b, gemma3-1b, qwen3-vl-1b, qwen3-vl-2b, smolvlm2-2.2b, "
+            "qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b, internvl3.5-8b, llava-1.5-7b, llava-next-7b, "
+            "llava-next-mistral-7b, llava-onevision-7b, llama-3.2-11b-vision, gemma3-12b.",
             show_default=False,
         ),
     ] = None,

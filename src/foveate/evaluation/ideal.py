@@ -21,10 +21,10 @@ from ..engine.upstream import cache_in
 class Plan:
     """How many tokens each decoder layer has.
 
-    kinds: "self" or "cross". length: tokens of the prompt, the longest sample's. start: where its image begins in
-    every sample. features: image features that cross-attention layers read. computed: tokens that each layer computes
-    in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or of those
-    what a step of decoding reads, where steps choose.
+    kinds: "self", "cross" or "state". length: tokens of the prompt, the longest sample's. start: where its image begins
+    in every sample. features: image features that cross-attention layers read. computed: tokens that each layer
+    computes in the prefill (cross layers: features they read). held: entries of its cache behind the prefill, or
+    of those what a step of decoding reads, where steps choose.
     """
 
     kinds: tuple[str, ...]
@@ -51,7 +51,7 @@ class Plan:
         return cls(tuple(layer.kind for layer in layers), length, start, features, tuple(seen), tuple(held))
 
     def _full(self, layer: int) -> int:
-        return self.length if self.kinds[layer] == "self" else self.features
+        return self.features if self.kinds[layer] == "cross" else self.length
 
     @property
     def shortens_prefill(self) -> bool:
@@ -120,10 +120,11 @@ class _Shortened:
         width = next(tensor.shape[1] for tensor in (embeds, ids) if tensor is not None)
         self.prefill = width > 1
         if self.prefill:
-            width = self.plan.computed[self.first]
-            for name, tensor in (("inputs_embeds", embeds), ("input_ids", ids)):
-                if tensor is not None:
-                    kwargs[name] = self.fit(tensor, 1, width, start)
+            length, width = width, self.plan.computed[self.first]
+            for name, value in kwargs.items():  # whatever comes token by token
+                by_token = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length
+                if by_token and name not in ("attention_mask", "position_ids"):
+                    kwargs[name] = self.fit(value, 1, width, start)
             if kwargs.get("position_ids") is not None:
                 # Without a gap, which flash attention would take for the border of packed sequences.
                 kwargs["position_ids"] = kwargs["position_ids"][..., :width]
@@ -156,7 +157,7 @@ class _Shortened:
         if plan.kinds[index] == "cross":
             return self._cross(index) if plan.held[index] < plan.features else None
         first = self.first
-        before = next((plan.computed[i] for i in range(index - 1, first, -1) if plan.kinds[i] == "self"), None)
+        before = next((plan.computed[i] for i in range(index - 1, first, -1) if plan.kinds[i] != "cross"), None)
         alike = (plan.computed[index], plan.held[index]) == (plan.computed[first], plan.held[first])
         # What comes from a shorter layer must grow again.
         return None if alike and before in (None, plan.computed[index]) else self._self(index)
@@ -165,11 +166,11 @@ class _Shortened:
         computed, start = self.plan.computed[index], self.plan.start
 
         def shorten(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            mask, hidden = kwargs.get("attention_mask"), args[0]
-            if not self.prefill and mask is None:
+            mask, (hidden, *rest) = kwargs.get("attention_mask"), args
+            if not self.prefill and (mask is None or self.plan.kinds[index] == "state"):
                 return None
             if self.prefill:
-                hidden = self.fit(hidden, 1, computed, start)
+                hidden, *rest = (self.fit(x, 1, computed, start) if isinstance(x, Tensor) else x for x in args)
                 parts = kwargs["position_embeddings"]
                 kwargs["position_embeddings"] = tuple(self.fit(part, 1, computed, start) for part in parts)
                 if kwargs.get("position_ids") is not None:
@@ -179,7 +180,7 @@ class _Shortened:
                 keys = computed if self.prefill else self.cache.layers[index].keys.shape[2] + hidden.shape[1]
                 mask = self.fit(mask, mask.ndim - 1, keys, start)
                 kwargs["attention_mask"] = self.fit(mask, 2, hidden.shape[1], start) if mask.ndim == 4 else mask
-            return (hidden, *args[1:]), kwargs
+            return (hidden, *rest), kwargs
 
         return shorten
 
@@ -200,6 +201,8 @@ class _Shortened:
         """Behind the language model: shorten what methods would have evicted."""
         if self.prefill:
             for layer, size in zip(self.cache.layers, self.plan.held, strict=True):
+                if not hasattr(layer, "keys"):  # it carries a state
+                    continue
                 held = [t[:, :, -size:] for t in (layer.keys, layer.values)]
                 # Those behind a window are a view, too, of all that was computed.
                 if held[0].untyped_storage().nbytes() > held[0].nbytes:
