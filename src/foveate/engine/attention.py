@@ -154,7 +154,7 @@ class Attention:
             whole = torch.arange(end - self.key.shape[2], end, device=self.key.device)
             return whole.expand(len(forward.ids), 1, -1) if self.lent is None else self.lent
         if layer is not None:
-            return layer.full_index(len(forward.ids), self.key.device)
+            return layer.full_index(len(forward.ids), self.key.device).to(self.key.device)
         if forward.rows is not None:
             return forward.rows.index.unsqueeze(1)
         return torch.arange(forward.queries, device=self.key.device).expand(len(forward.ids), 1, -1)

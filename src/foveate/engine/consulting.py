@@ -15,6 +15,7 @@ from ..errors import UnsupportedError
 from ..layout import ImageLayout
 from ..methods.base import GuidedMethod
 from ..methods.tokens import ImageGroups, LayerTokens
+from .devices import on
 from .generation import GenerateCall
 from .images import EncodedImage, group_images, place_images
 from .report import GuideAnswer
@@ -108,7 +109,7 @@ class Guide:
         groups, length = reading.groups, answer.shape[1]
         at = groups.positions.clamp(min=0)
         guidance = reading.received[groups.row.unsqueeze(1), at].masked_fill(~groups.present, -torch.inf)
-        chosen = self.method.probe(dataclasses.replace(reading.view, guidance=guidance))
+        chosen = self.method.probe(dataclasses.replace(on(guidance.device, reading.view), guidance=guidance))
         gone = torch.zeros(len(answer), reading.valid.shape[1] + 1, dtype=torch.bool, device=answer.device)
         # Padding, -1, is the column past the end.
         gone[groups.row.unsqueeze(1), groups.positions] = ~chosen
@@ -135,11 +136,11 @@ class Guide:
         # One sample after the other: vocabularies are large.
         checked = torch.stack(
             [
-                head(states).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0]
+                (said := head(states).float().log_softmax(-1)).gather(-1, tokens.unsqueeze(-1).to(said.device))[:, 0]
                 for states, tokens in zip(hidden, answer, strict=True)
             ]
         )
-        return self.method.exit_score(torch.stack(reading.sure, dim=1), checked, reading.real(answer))
+        return self.method.exit_score(torch.stack(reading.sure, dim=1), checked.to(answer.device), reading.real(answer))
 
 
 def _without_positions(kernel: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +223,8 @@ class _Reading(LogitsProcessor):
         """Beside one layer's attention: add up what the prompt receives."""
         if threading.get_ident() == self.thread:
             assert self.rows is not None
-            view = LayerTokens(
+            # Layers of a guide may be on other devices than its prompt.
+            tokens = LayerTokens(
                 groups=self.groups,
                 slots=self.groups.positions,
                 query=query,
@@ -232,8 +234,9 @@ class _Reading(LogitsProcessor):
                 last=self.last,
                 text=self.rows,
             )
+            view = on(query.device, tokens)
             self.view = self.view or view
-            self.received += view.received(self.rows)[..., : self.prompt].sum(1)
+            self.received += view.received(view.text)[..., : self.prompt].sum(1).to(self.received.device)
         return kernel(module, query, key, *args, **kwargs)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -155,9 +155,9 @@ class Forward:
     def visible(self, layer: PrunedLayer | None, keys: int) -> Tensor | None:
         """bool (batch, keys): slots that hold a token that may be attended to; None when all do."""
         if layer is not None and layer.index is not None:
-            filled = layer.filled()
+            filled = on(self.ids.device, layer.filled())  # of another layer, where this one borrows
             if self.mask is not None:
-                index = layer.full_index(self.ids.shape[0], self.ids.device)[:, 0]
+                index = layer.full_index(self.ids.shape[0], self.ids.device)[:, 0].to(self.ids.device)
                 tokens = self.mask.gather(1, index.clamp(min=0)) & (index >= 0)
                 # Only text can be masked inside a pruned layer, and text has the same slots in every head.
                 filled = tokens if filled is None else filled & tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..layout import ImageLayout
 from ..methods.tokens import ImageGroups
+from .devices import on
 
 Features = Tensor | list[Tensor] | tuple[Tensor, ...]
 """Of all images: a tensor each, a tensor for the images of each sample, or one tensor (tiles, n, hidden)."""
@@ -71,6 +73,7 @@ def attach(output: Any, name: str, images: Sequence[EncodedImage]) -> None:
     the output. name: of the field that holds the features.
     """
     features = getattr(output, name)
+    output.to = functools.partial(_sent, output, name)
     if isinstance(features, Tensor):
         output._foveate = _Tensor(features, images)
         return
@@ -82,6 +85,14 @@ def attach(output: Any, name: str, images: Sequence[EncodedImage]) -> None:
             image = left.pop(0)
             part._foveate.append(image)
             room -= image.layout.tokens
+
+
+def _sent(output: Any, name: str, device: Any, **options: Any) -> Any:
+    """An encoder's output elsewhere, with what travels with it: accelerate sends whatever has a method `to` by that."""
+    images, sent = attached(output, name), type(output)(**on(torch.device(device), dict(output)))
+    if images is not None:
+        attach(sent, name, images)
+    return sent
 
 
 def attached(output: Any, name: str) -> list[EncodedImage] | None:

@@ -72,6 +72,11 @@ class Steps(NotPickled, threading.local):
         if isinstance(kwargs.get("logits_to_keep"), int):
             kwargs["logits_to_keep"] = 1
         inputs = prepare(*args, **kwargs)
+        given, sent = kwargs.get("mm_encoder_outputs") or {}, inputs.get("mm_encoder_outputs") or {}
+        for medium in given.keys() & sent.keys():
+            # generate() sends inputs to its device without what travels with them; the output's own way keeps it.
+            if sent[medium] is not given[medium] and hasattr(given[medium], "to"):
+                sent[medium] = given[medium].to(inputs["input_ids"].device)
         self._prepared = inputs.get("input_ids"), bool(kwargs.get("is_first_iteration", False))
         return inputs
 
