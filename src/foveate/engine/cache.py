@@ -12,14 +12,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .memory import Memory
 from .rows import Compaction, Stream, compact, gather_entries
-from .upstream import (
-    ENTRYLESS_LAYERS,
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-)
+from .upstream import ENTRYLESS, Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 
 class Pass(Protocol):
@@ -311,7 +304,7 @@ def check_cache(cache: Any) -> None:
     if cache.offloading:
         raise UnsupportedError(f"foveate cannot prune an offloaded cache: evicted entries live elsewhere; {advice}")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, *ENTRYLESS_LAYERS):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, *ENTRYLESS):
             raise UnsupportedError(f"foveate cannot prune a cache of {type(layer).__name__}s; {advice}")
     if not cache.layers and cache.layer_class_to_replicate is not DynamicLayer:
         raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
@@ -325,7 +318,7 @@ def adopt_cache(cache: Any, kinds: list[Literal["self", "cross", "state"]]) -> N
             if not grows:
                 break  # the layers from here on read the entries of earlier ones
             cache.layers.append(PrunedLayer("cross" if kind == "cross" else "self"))
-        elif type(cache.layers[i]) in ENTRYLESS_LAYERS:
+        elif type(cache.layers[i]) in ENTRYLESS:
             continue
         elif not isinstance(cache.layers[i], PrunedLayer):
             cache.layers[i] = PrunedLayer.adopt(cache.layers[i], "cross" if kind == "cross" else "self")

@@ -57,12 +57,12 @@ BORROWING_LAYERS: tuple[type, ...] = tuple(
 STATE_LAYERS: tuple[type, ...] = (LinearAttentionLayer,)
 
 # Layers of a cache without entries of their own.
-ENTRYLESS_LAYERS = (*STATE_LAYERS, *BORROWING_LAYERS)
+ENTRYLESS = (*STATE_LAYERS, *BORROWING_LAYERS)
 
 __all__ = [
     "BORROWING_LAYERS",
     "CACHE_NAMES",
-    "ENTRYLESS_LAYERS",
+    "ENTRYLESS",
     "STATE_LAYERS",
     "AttentionInterface",
     "Cache",
