@@ -21,9 +21,7 @@ from .masks import says_more
 from .rows import Lent, Rows, Stream, compact, gather_rows
 from .target import Target
 
-_FOLLOWS = frozenset(
-    ["ids", "mask", "is_image", "text", "places", "groups", "guidance", "lent", "_pending", "_through", "_aside"]
-)
+_FOLLOWS = {"ids", "mask", "is_image", "text", "places", "groups", "guidance", "lent", "_pending", "_through", "_aside"}
 """What a forward knows that is made of tensors."""
 
 
