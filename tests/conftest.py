@@ -1,6 +1,7 @@
 """Tests run offline, on one thread (xdist brings its own workers), and upstream deprecations are errors."""
 
 import os
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,3 +19,16 @@ def pytest_configure(config: pytest.Config) -> None:
     for category in ("FutureWarning", "DeprecationWarning", "PendingDeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")
     config.addinivalue_line("filterwarnings", THEIRS)
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow ones are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of files whose rows are `sampled(n)` every n-th row of a test is a quick one, and all are under `-m slow`."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is not None and item.get_closest_marker("slow") is None:
+            test = str(item.path), getattr(item, "originalname", item.name)
+            if rows[test] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            rows[test] += 1

@@ -77,8 +77,8 @@ def masked(model: PreTrainedModel, hides: Sequence[Hide]) -> Iterator[None]:
                 keys = keys.repeat_interleave(group, dim=1)
             if mask is None:  # mllama without a cross_attention_mask
                 mask = torch.zeros(keys.shape[0], 1, queries, keys.shape[-1])
-            # Keys made since (generated text) stay visible; a window has left the first behind.
-            width = keys.shape[-1] if cross else end
+            # Keys made since (generated text, later images) stay visible; a window has left the first behind.
+            width = mask.shape[-1] if cross else end
             keys = torch.nn.functional.pad(keys, (0, width - keys.shape[-1]))[..., width - mask.shape[-1] :]
             queries_at = (at >= hide.first_query) & (at <= (at.max() if hide.last_query is None else hide.last_query))
             gone = keys[:, :, None, :] & queries_at[:, None]

@@ -19,6 +19,8 @@ from transformers.modeling_utils import AttentionInterface
 import foveate
 from foveate.methods.videollm_mod import VideoLLMMoD
 
+pytestmark = pytest.mark.sampled(2)
+
 # Methods beside the routed layers, the routed layers, and for each of them a layer whose rows tell what was left there.
 TOGETHER = {
     "encoder": ([foveate.FoPru(keep=0.5)], (0, 1, 3), {0: 2, 1: 2, 3: 2}),

@@ -15,6 +15,8 @@ import foveate
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.reference import prove
 
+pytestmark = pytest.mark.sampled(2)
+
 # Beside the rows of the matrix: methods that are proven in files of their own.
 OTHERS: dict[str, dict[str, Any]] = {
     "visionzip": dict(keep=0.25),

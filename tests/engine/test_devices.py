@@ -18,7 +18,10 @@ from foveate.engine.target import Target, fingerprint
 from foveate.families import get_family
 
 accelerate = pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("ignore:The following device_map keys")  # single weights, which it asks for
+pytestmark = [
+    pytest.mark.sampled(3),
+    pytest.mark.filterwarnings("ignore:The following device_map keys"),  # single weights, which it asks for
+]
 
 # Beside the rows of test_device.py: methods with weights of their own, and one that remembers.
 OTHERS.update(videollm_mod=dict(), attention_predictor=dict(), running_sum=dict(), quecc=dict(keep=4))

@@ -13,6 +13,8 @@ from transformers.modeling_utils import AttentionInterface
 
 import foveate
 
+pytestmark = pytest.mark.sampled(2)
+
 # mllama does not support flash attention
 flash_fits = pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] != "mllama"])
 

@@ -12,6 +12,8 @@ from cases import FITS, PLACES, prune, pruned_run
 from torch import nn
 from traces import changes, snapshot
 
+pytestmark = pytest.mark.sampled(2)
+
 places = pytest.mark.parametrize(("family", "name"), PLACES)
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 

@@ -13,6 +13,8 @@ from oracle import Hide, hidden
 
 import foveate
 
+pytestmark = pytest.mark.sampled(3)
+
 FAR = 1e-2  # what a mistake costs at least
 # Methods that compare frames; those of the matrix see each frame as a tile.
 ACROSS = {

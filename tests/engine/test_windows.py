@@ -12,6 +12,8 @@ from oracle import hidden
 import foveate
 from foveate.engine.attention import Attention
 
+pytestmark = pytest.mark.sampled(2)
+
 # Where all layers see a window, only what is dropped before the LLM counts.
 FITS = [("llava_sliding", name) for name in BEFORE_LLM]
 FITS += [("llava_windows", name) for name in (*BEFORE_LLM[:1], "fastv", "pyramiddrop", "sparsevlm", "topv", "dart")]

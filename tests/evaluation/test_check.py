@@ -73,7 +73,7 @@ def test_methods_together_and_batches_are_proven(family, batch):
     assert found.holds and not found.blind and not found.faults
 
 
-@pytest.mark.parametrize("family", tiny.DECODER_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @pytest.mark.parametrize("options", [dict(router="random"), dict(router="learned")], ids=lambda o: o["router"])
 def test_tokens_that_skip_layers_are_proven(family, batch, options):

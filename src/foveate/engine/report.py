@@ -37,6 +37,7 @@ class LayerReport:
     seen: bool (batch, 1, length), what the layer's prefill attended to, with record=True.
     taken: (batch, q) how much of what the layer made of it each token of the prefill took, 0 where it skipped it,
         with record=True; None where no token can skip it.
+    sliding: whether a window passes over it, so that it may hold fewer entries than it kept.
     """
 
     index: int
@@ -47,6 +48,7 @@ class LayerReport:
     kept: Tensor | None = None
     seen: Tensor | None = None
     taken: Tensor | None = None
+    sliding: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ class PruneReport:
                 self._kept(i) if self.records else None,
                 self._seen(i) if self.records else None,
                 self._taken.get(i) if self.records else None,
+                self._windows[i],
             )
             for i, kind in enumerate(self._kinds)
         ]

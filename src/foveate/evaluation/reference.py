@@ -325,6 +325,8 @@ def _faults(report: PruneReport, held: dict[int, _Held]) -> Iterator[str]:
     for layer, real in ((layer, held[layer.index]) for layer in report.layers if layer.index in held):
         assert layer.kept is not None
         kept = int(layer.kept.sum(-1).max())
+        if layer.sliding:  # what the window left behind is kept, and held no more
+            kept = min(kept, real.slots)
         if layer.kept_length != real.slots:
             yield f"layer {layer.index} reports {layer.kept_length} entries, but its cache has {real.slots}"
         elif kept < layer.length and (real.slots, real.storage) != (kept, kept * real.slot_bytes):
