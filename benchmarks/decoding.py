@@ -62,7 +62,7 @@ class Watching(DecodeMethod):
         return {"none": tokens.slots}
 
     def score(self, memory: Memory, query: Tensor, scaling: float) -> Tensor:
-        raise NotImplementedError("no step runs here")
+        raise NotImplementedError("no step runs here")  # only prompts are read, whose rows are compared afterwards
 
 
 def rows_of(answer: LayerTokens) -> Iterator[tuple[Tensor, Tensor]]:

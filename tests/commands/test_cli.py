@@ -206,7 +206,7 @@ def test_a_model_that_is_nowhere_ends_with_one_line_in_a_real_process(files):
 
 def test_cuda_is_refused_where_there_is_none(files, monkeypatch):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("there is a GPU here")  # and then nothing to refuse
     result = run("ask", files / "good.png", QUESTION, "--device", "cuda")
     assert result.exit_code == 2
     assert "try --device cpu" in result.stderr

@@ -218,7 +218,7 @@ class Attention:
         """Run the kernel with the actions (of `places`) that take part wrapped around it, the first outermost."""
         if self.kind == "self":
             forward, rows = self.forward, self.forward.rows
-            if self.index in forward.target.sources[self.index + 1 :] and forward.queries > 1:
+            if forward.queries > 1 and self.index in forward.target.sources[self.index + 1 :]:
                 at = None if self.whole else self.positions
                 forward.lent[self.index] = Lent(at, forward.streams["self"].index, self.key.shape[2])
             if not self.whole:

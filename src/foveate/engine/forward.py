@@ -283,8 +283,8 @@ class Forward:
             return hidden, kwargs
         # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; the
         # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
-        beside = {name: self._shortened(name, value) for name, value in kwargs.items()}
-        return hidden, beside | {"position_ids": None, **({} if self.sliced else {"attention_mask": None})}
+        gone = {"position_ids": None} if self.sliced else {"position_ids": None, "attention_mask": None}
+        return hidden, {name: self._shortened(name, value) for name, value in kwargs.items() if name not in gone} | gone
 
     def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """In front of a layer that carries a state, behind `enter`: its mask is of tokens, and leaves padding out."""

@@ -18,7 +18,7 @@ class Queries(Family):
 
     def queries(self, config: Any, inputs: dict[str, Any]) -> int:
         """Tokens of a picture."""
-        raise NotImplementedError
+        raise NotImplementedError  # every family behind this base says it
 
     def pictures(self, inputs: dict[str, Any]) -> int:
         """How many there are, without padding."""
