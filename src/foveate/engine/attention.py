@@ -167,14 +167,9 @@ class Attention:
         """
         if self.own is None:
             return physical_mask(self.implementation, query.shape[2], key.shape[2], filled, query.dtype, query)
+        own, end = self.own, self.forward.past + self.forward.queries
         # Most layers have the same mask, the same rows and the same entries.
-        own, made, end = self.own, self.forward.gathered, self.forward.past + self.forward.queries
-        known = made.get((id(own), id(rows), id(at)))
-        if known is None or known[0] is not own or known[1] is not rows or known[2] is not at:
-            if len(made) > 3:
-                made.clear()
-            known = made[id(own), id(rows), id(at)] = (own, rows, at, gather_mask(own, rows, at, end, query.shape[1]))
-        return known[3]
+        return self.forward.gathered(lambda: gather_mask(own, rows, at, end, query.shape[1]), own, rows, at)
 
     def _sees(self) -> Tensor | None:
         """bool (batch, heads | 1, rows, keys): what each row sees, where that is more than what is causal."""

@@ -142,7 +142,7 @@ class PrunedLayer(DynamicLayer):
             newest = torch.arange(self.length - tail, self.length, device=index.device)
             return torch.cat([index, newest.expand(*index.shape[:2], -1)], dim=-1)
 
-        return self.shared.once(index, (self.length, tail), made)
+        return self.shared.once(made, index, key=(self.length, tail))
 
     def filled(self) -> Tensor | None:
         """bool (batch, slots), False at fillers; None when there are none."""
@@ -204,8 +204,10 @@ class PrunedLayer(DynamicLayer):
     def slide(self, recorded: bool = False) -> None:
         """Behind a pass: forget what the window left behind. Of a pruned layer the last slots hold all that it still
         sees, and more; which of them count is for the mask to say. recorded: also what assisted decoding may want."""
+        if self.sliding_window is None or (self.record_past and not recorded):
+            return
         gone = self.physical - self.most
-        if self.sliding_window is None or (self.record_past and not recorded) or gone <= 0:
+        if gone <= 0:
             return
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[:, :, gone:], self.values[:, :, gone:]
@@ -214,7 +216,7 @@ class PrunedLayer(DynamicLayer):
         index = self.index
         if index is not None:
             rest = gone < index.shape[-1]
-            self.index = self.shared.once(index, (gone,), lambda: index[..., gone:]) if rest else None
+            self.index = self.shared.once(lambda: index[..., gone:], index, key=(gone,)) if rest else None
             self.ragged = self.ragged and rest
 
     # -- what transformers asks for, answered logically -------------------------------------------------------

@@ -18,6 +18,7 @@ from .cache import PrunedLayer
 from .devices import on
 from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
+from .once import Once
 from .rows import Lent, Rows, Stream, compact, gather_rows
 from .target import Target
 
@@ -34,7 +35,7 @@ class _Aside:
     source: Tensor
     rows: Rows | None
     groups: ImageGroups | None
-    short: dict[int, tuple[Any, Any]]
+    short: Once
 
 
 class Forward:
@@ -79,14 +80,14 @@ class Forward:
         self.peeks = False
         self.outer: Forward | None = None
         self.handed: Any = None
-        self._says_more: dict[int, tuple[Tensor, bool]] = {}
+        self._says_more = Once()
         self._pending: Tensor | None = None
         self._through: Tensor | None = None
         self._aside: _Aside | None = None
-        self._short: dict[int, tuple[Any, Any]] = {}
+        self._short = Once()
         self.lent: dict[int, Lent] = {}
         self.sliced = False
-        self.gathered: dict[tuple[int, int, int], tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
+        self.gathered = Once(most=4)  # masks are large
 
     def unhook(self) -> None:
         """Take the hooks off the layers."""
@@ -100,10 +101,10 @@ class Forward:
         self.__dict__.update({name: on(device, held) for name, held in vars(self).items() if name in _FOLLOWS})
         for stream in self.streams.values():
             stream.rows = on(device, stream.rows)
-        self._short = {}
-        self.gathered.clear()
+        self._short.forget()
+        self.gathered.forget()
         if self._aside is not None:
-            self._aside.short.clear()
+            self._aside.short.forget()
 
     def owns(self, layer: PrunedLayer) -> bool:
         """Whether `layer` belongs to this forward's cache."""
@@ -168,9 +169,7 @@ class Forward:
         """Whether the model's mask of this pass, over all tokens, is not just causal and of no padding."""
         # On each device there is a copy of what the model handed over.
         known = self.handed if isinstance(self.handed, Tensor) else mask
-        if id(known) not in self._says_more:
-            self._says_more[id(known)] = (known, says_more(mask, self.mask, self.past + self.queries))
-        return self._says_more[id(known)][1]
+        return self._says_more(lambda: says_more(mask, self.mask, self.past + self.queries), known)
 
     # -- images -----------------------------------------------------------------------------------------------
 
@@ -270,7 +269,7 @@ class Forward:
             keep, self._pending = self._pending, None
             source = self.streams["self"].narrow(keep, self.valid())
             if source is not None:
-                hidden, self._short = gather_rows(hidden, source), {}
+                hidden, self._short = gather_rows(hidden, source), Once()
         if self._through is not None:
             through, self._through = self._through, None
             rows, stream = self.rows, self.streams["self"]
@@ -278,7 +277,7 @@ class Forward:
             if source is not None:
                 self._aside = _Aside(hidden, source, rows, self.groups, self._short)
                 self._narrow(through)
-                hidden, self._short = gather_rows(hidden, source), {}
+                hidden, self._short = gather_rows(hidden, source), Once()
         if self.rows is None:
             return hidden, kwargs
         # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; the
@@ -297,9 +296,7 @@ class Forward:
         """What comes beside the hidden states, for the rows alone where it is of all tokens: position embeddings, and
         inputs that a layer gets of its own, (batch | 1, q, ...); a tuple of these, or anything else as it is."""
         if isinstance(value, tuple):
-            if id(value) not in self._short:
-                self._short[id(value)] = (value, tuple(self._shortened(name, part) for part in value))
-            return self._short[id(value)][1]
+            return self._short(lambda: tuple(self._shortened(name, part) for part in value), value)
         rows = self.rows
         assert rows is not None
         # Image features are no tokens of the prompt, even if there are as many.

@@ -50,8 +50,9 @@ def prune(
     Works from this call until `remove()`; as a context manager until the block ends, however it ends.
 
     model: a transformers model of a supported family, or what wraps one: adapters of PEFT that change weights,
-        torch.compile, a pipeline. method: a name (with its `options`), a method object, or a
-    list of them that act at different places; each chooses among the tokens that the ones before it left.
+        torch.compile, a pipeline.
+    method: a name (with its `options`), a method object, or a list of them that act at different places; each chooses
+        among the tokens that the ones before it left.
     record: also keep boolean masks of what every layer and head kept in `report.layers`.
 
     Raises:

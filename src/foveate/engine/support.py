@@ -14,6 +14,7 @@ from ..families.base import Family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
 from ..methods.places import PLACES
+from ..methods.tokens import ATTENTION
 from ..registry import PluginError
 from .target import Target
 from .upstream import PreTrainedModel, cache_name
@@ -112,7 +113,7 @@ def check_attention(target: Target) -> None:
 
 def reads_encoder(method: Method) -> bool:
     """Whether a method reads what happens between the layers of a vision encoder."""
-    return bool(getattr(method, "reads", frozenset()) & {"received", "given", "cls", "keys", "levels", "readers"})
+    return bool(getattr(method, "reads", frozenset()) & (ATTENTION | {"levels", "readers"}))
 
 
 def fitting(family: Family) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -312,7 +312,7 @@ def clips(family: Family, wanted: Wanted) -> tuple[Inputs, list[int]]:
     if "encoder" not in family.places:
         raise Mistake(f"--frames: no synthetic clips for {wanted.config.model_type} models")
     if isinstance(family, Tiles) and wanted.tokens is None:
-        wanted = Wanted(wanted.config, wanted.batch, wanted.frames, _each(family, wanted.config), wanted.rng)
+        wanted = replace(wanted, tokens=_each(family, wanted.config))
     pixels = pictures(family, wanted)
     return pixels, [*written(family, wanted, pixels), WORD] * wanted.frames
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ATTENTION = frozenset({"received", "given", "cls", "keys"})
+"""What methods read of a vision encoder's attention, by the names of `EncoderTokens`."""
+
 
 @dataclass(frozen=True)
 class EncoderTokens:

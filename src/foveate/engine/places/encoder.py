@@ -17,6 +17,7 @@ from ...families.base import Family
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
+from ...methods.tokens import ATTENTION
 from ..cache import active
 from ..devices import on
 from ..fixtures import Fixtures
@@ -28,9 +29,6 @@ from ..report import Outcome
 from ..target import Target
 from ..upstream import untraced
 from .place import Action, Place
-
-ATTENTION = frozenset({"received", "given", "cls", "keys"})
-"""What methods read of the encoder's attention."""
 
 
 @dataclass
