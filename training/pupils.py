@@ -149,6 +149,12 @@ def alone(turn: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     return mask[:, None], torch.where(turn == 0, order, order - F.pad(begins, (1, 0)) + shared)
 
 
+def half_precision(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16, except on a CPU without instructions for it, which is many times slower at it."""
+    units = device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.autocast(device.type, torch.bfloat16, enabled=units)
+
+
 def plain_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -158,7 +164,7 @@ def plain_attention(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in bfloat16 products, with an additive mask: on a CPU a third faster to train than sdpa."""
+    """Attention in the precision of the values, with an additive mask: on a CPU a third faster to train than sdpa."""
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
     rows = (query * scaling).reshape(batch * groups, -1, width).to(value.dtype)  # norms leave float32

@@ -14,7 +14,7 @@ import plugin
 import torch
 import torch.nn.functional as F
 from lessons import GRID, IGNORE, Lessons
-from pupils import normal
+from pupils import half_precision, normal
 from torch import Tensor
 from train import endless
 
@@ -214,7 +214,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
 
     def lessons(held: TrainedMethod, batch: plugin.Batch, step: int) -> dict[str, Tensor]:
         assert isinstance(held, QueCC)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with half_precision(model.device):
             return glimpse.loss(held, {name: value.to(model.device) for name, value in batch.items()})
 
     batches = partial(glimpse.batches, options)

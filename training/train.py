@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from clip_lessons import ClipLessons, ClipPupil, clip_keys
 from lessons import Lessons, keys
 from model import WIDTHS, make_model, make_processor
-from pupils import Batch, CrossPupil, Pupil, plain_attention
+from pupils import Batch, CrossPupil, Pupil, half_precision, plain_attention
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
@@ -144,7 +144,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
             for group in tool.param_groups:
                 group["lr"] = rate
         watched = not speaks or step % options.watch_every == 0
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             with contextlib.nullcontext() if watched else torch.no_grad():
                 tokens, cls = pupil.see(batch["pixels"])
             losses = pupil.vision_loss(tokens, cls, batch) if watched else {}

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from clip_lessons import ClipLessons, clip_keys
 from lessons import IGNORE, Lessons, keys
-from pupils import Pupil, alone, normal, plain_attention
+from pupils import Pupil, alone, half_precision, normal, plain_attention
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface
@@ -242,7 +242,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
             if packed is None:
                 return plugin.answer_loss(model, batch)
             drawing = dataclasses.replace(held, seed=step) if held.router == "random" else held
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with half_precision(model.device):
                 return packed.loss(drawing, {name: value.to(model.device) for name, value in batch.items()})
 
     if packed is not None:

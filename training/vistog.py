@@ -14,7 +14,7 @@ import plugin
 import torch
 import torch.nn.functional as F
 from lessons import Lessons
-from pupils import Pupil, alone, normal, plain_attention
+from pupils import Pupil, alone, half_precision, normal, plain_attention
 from torch import Tensor
 from train import endless
 from transformers import AttentionInterface
@@ -112,7 +112,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         held.tau = 1 - 0.5 * step / options.steps
         if packed is None:
             return plugin.answer_loss(model, batch)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with half_precision(model.device):
             return packed.loss({name: value.to(model.device) for name, value in batch.items()})
 
     if packed is not None:
