@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
 import plugin
+import quecc
 import vistog
 from lessons import IGNORE
 from model import make_model, make_processor
@@ -115,6 +116,24 @@ def test_another_model_learns_from_a_folder(tmp_path, random_model):
     foveate.prune(model, foveate.VisToG(keep=6, weights=tmp_path)).remove()
     with pytest.raises(foveate.UnsupportedError, match="trained on another model"):
         foveate.prune(glimpse.load()[0], foveate.VisToG(keep=6, weights=tmp_path))
+
+
+@pytest.mark.parametrize("train", [vistog, quecc])
+def test_a_model_that_joins_several_layers_of_its_encoder_learns_too(tmp_path, train):
+    processor = make_processor("small")
+    config = make_model(processor, "small").config
+    config.vision_feature_layer = [-4, -2]
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    few = ["--out", str(tmp_path / "out"), "--steps", "2", "--batch", "2", "--warmup", "1", "--decay", "1"]
+    asked = train.parse([*few, "--model", str(tmp_path / "model"), "--data", str(DEMO), "--keep", "4"])
+    assert all(entry["loss"] > 0 for entry in train.train(asked))
+    model, processor = plugin.load(asked)
+    method = foveate.get_method(train.__name__, keep=4, weights=tmp_path / "out")
+    (question,) = glimpse.heldout(1)
+    with foveate.prune(model, method) as pruned:
+        model.generate(**model_inputs(processor, [question.images], [question.question]), max_new_tokens=1)
+    assert pruned.report.images == [[(144, 4)]]
 
 
 def test_only_answers_are_learned_and_prompts_are_those_of_a_chat():

@@ -104,7 +104,11 @@ class VisToG(TrainedMethod, EncoderMethod):
             raise UnsupportedError(f"vistog needs a projector that works token by token, which {host.model_type} lacks")
         eye, ones = torch.eye(width, device=host.device), torch.ones(width, device=host.device)
         weights = {f"projector.{name}": weight for name, weight in projector.items()}
-        weights["seeds"] = 0.02 * torch.randn(self.keep, width, device=host.device)
+        assert host.encoder is not None  # the engine took the model
+        seen = host.encoder.width
+        weights["seeds"] = 0.02 * torch.randn(self.keep, seen, device=host.device)
+        if seen != width:  # the projector takes several layers' states side by side
+            weights["lift.weight"] = torch.eye(seen, device=host.device).repeat(width // seen, 1)
         # As nothing was learned yet, patches join the semantic token that they resemble, and outweigh it.
         layer = {"query": eye, "key": eye, "value": eye, "out": 3 * eye, "group_norm": ones, "patch_norm": ones}
         for name, weight in layer.items():
@@ -125,11 +129,11 @@ class VisToG(TrainedMethod, EncoderMethod):
     def merge(self, tokens: EncoderTokens, keep: Tensor) -> Tensor | None:
         if keep.shape[1] <= self.keep:
             return None
-        assert tokens.states is not None and tokens.readers is not None and tokens.features is not None
+        assert tokens.states is not None and tokens.features is not None
         affinities = self._affinity(tokens)
         values, soft = self._linear("value", tokens.states.float()), self.grouping == "soft"
         mixed = affinities.softmax(-1) @ values if soft else mean_of_members(self.joins(affinities), values)
-        grouped = self._project(tokens, tokens.readers.float() + self._linear("out", mixed))
+        grouped = self._project(tokens, self._readers(tokens) + self._linear("out", mixed))
         at = self._carriers(affinities).unsqueeze(-1).expand_as(grouped)
         return torch.zeros_like(tokens.features, dtype=torch.float32).scatter(1, at, grouped)
 
@@ -138,9 +142,15 @@ class VisToG(TrainedMethod, EncoderMethod):
         return members(affinities).float()
 
     def _affinity(self, tokens: EncoderTokens) -> Tensor:
-        assert tokens.states is not None and tokens.readers is not None
-        group, patch = self._norm("group_norm", tokens.readers), self._norm("patch_norm", tokens.states)
+        assert tokens.states is not None
+        group, patch = self._norm("group_norm", self._readers(tokens)), self._norm("patch_norm", tokens.states)
         return affinity(self._linear("query", group), self._linear("key", patch))
+
+    def _readers(self, tokens: EncoderTokens) -> Tensor:
+        """The semantic tokens behind the encoder, as wide as what the projector gets."""
+        assert tokens.readers is not None
+        readers, lift = tokens.readers.float(), self.tensors.get("lift.weight")
+        return readers if lift is None else readers @ lift.to(readers).T
 
     def _carriers(self, affinities: Tensor) -> Tensor:
         if self.carriers == "centroid":
