@@ -62,6 +62,7 @@ def check(family: str, name: str, batch: dict, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), ROWS)
+@pytest.mark.sampled(3)
 def test_every_method_works_on_a_device(family, name):
     check(family, name, tiny.inputs(family, **tiny.BATCHES["ragged"]))
 

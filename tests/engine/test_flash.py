@@ -93,6 +93,7 @@ def test_the_stand_in_agrees_with_eager(family, batch, flash):
 @flash_fits
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
+@pytest.mark.sampled(4)
 def test_flash_equals_the_dense_reference(family, name, batch, decoding, flash):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     run, report = pruned_run(flash_model(family), name, batch, **oracle.DECODING[decoding])

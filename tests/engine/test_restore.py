@@ -46,6 +46,7 @@ at_places = pytest.mark.parametrize(
 
 
 @everywhere
+@pytest.mark.sampled(3)
 def test_leaving_the_block_restores_everything(world, name):
     model, batch, untouched = world
     with prune(model, name):
