@@ -288,18 +288,35 @@ class PrunedLayer(DynamicLayer):
         self._reindex(lambda index: index[indices.to(index.device)])
 
 
-def check_cache(cache: Any) -> None:
-    """Raise UnsupportedError for a cache whose entries cannot be evicted."""
-    advice = "use the default dynamic cache (no cache_implementation, no cache of another kind, no continuous batching)"
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise UnsupportedError(f"foveate cannot prune a {type(cache).__name__}; {advice}")
+def unfit(cache: Any) -> str | None:
+    """Why entries of a cache cannot be evicted, as the end of a sentence; None where they can."""
     if cache.offloading:
-        raise UnsupportedError(f"foveate cannot prune an offloaded cache: evicted entries live elsewhere; {advice}")
+        return "an offloaded cache: its entries live elsewhere"
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, *ENTRYLESS_LAYERS):
-            raise UnsupportedError(f"foveate cannot prune a cache of {type(layer).__name__}s; {advice}")
+            return f"a cache of {type(layer).__name__}s"
     if not cache.layers and cache.layer_class_to_replicate is not DynamicLayer:
-        raise UnsupportedError(f"foveate cannot prune this {type(cache).__name__}; {advice}")
+        return f"this {type(cache).__name__}"
+    return None
+
+
+DEFAULT_CACHE = "use the default dynamic cache (no cache_implementation, no cache of another kind, no continuous batching)"
+
+
+def check_cache(cache: Any) -> None:
+    """Raise UnsupportedError for a cache that no method can do with."""
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedError(f"foveate cannot prune a {type(cache).__name__}; {DEFAULT_CACHE}")
+
+
+def check_evicts(cache: Any) -> None:
+    """Raise UnsupportedError for a cache whose entries cannot be evicted."""
+    check_cache(cache)
+    if why := unfit(cache):
+        raise UnsupportedError(
+            f"foveate cannot evict from {why}. Methods before the LLM work with it, since what they drop never gets there "
+            f"(`foveate methods` says which); for others {DEFAULT_CACHE}"
+        )
 
 
 def adopt_cache(cache: Any, kinds: list[Literal["self", "cross", "state"]]) -> None:

@@ -16,6 +16,7 @@ from ..layout import Tile
 from ..methods.tokens import ImageGroups
 from .cache import PrunedLayer
 from .devices import on
+from .gaps import layers_of
 from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
 from .once import Once
@@ -50,18 +51,27 @@ class Forward:
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
-    home: the device of the token ids.
+    home: the device of the token ids. part: bool (batch, q), what stays of a chunk of a
+    prompt, where that was chosen before.
     """
 
     def __init__(
-        self, target: Target, cache: Any, ids: Tensor, arguments: dict[str, Any], *, brings_images: bool
+        self,
+        target: Target,
+        cache: Any,
+        ids: Tensor,
+        arguments: dict[str, Any],
+        *,
+        brings_images: bool,
+        past: int | None = None,
     ) -> None:
         self.target, self.cache, self.ids, self.arguments = target, cache, ids, arguments
         self.home = ids.device
         self.brings_images = brings_images
         self.queries = ids.shape[1]
-        self.past = cache.layers[target.text_layer].length if cache is not None else 0
-        self.held = [layer for layer in cache.layers if isinstance(layer, PrunedLayer)] if cache is not None else []
+        self.past = past if past is not None else cache.layers[target.text_layer].length if cache is not None else 0
+        self._by_number = layers_of(cache) if cache is not None else {}
+        self.held = list(self._by_number.values())
         self._layers = frozenset(map(id, self.held))
         # A single new token is never padding, and what earlier masks hid is gone from pruned layers.
         mask, decodes = arguments.get("attention_mask"), self.past and self.queries == 1
@@ -87,6 +97,7 @@ class Forward:
         self._short = Once()
         self.lent: dict[int, Lent] = {}
         self.sliced = False
+        self.part: Tensor | None = None
         self.gathered = Once(most=4)  # masks are large
 
     def unhook(self) -> None:
@@ -112,8 +123,7 @@ class Forward:
 
     def layer(self, index: int) -> PrunedLayer | None:
         """The cache layer of a decoder layer; None where it holds no entries."""
-        layer = None if self.cache is None else self.cache.layers[self.target.sources[index]]
-        return layer if isinstance(layer, PrunedLayer) else None
+        return self._by_number.get(self.target.sources[index])
 
     # -- tokens -----------------------------------------------------------------------------------------------
 
@@ -173,12 +183,20 @@ class Forward:
 
     # -- images -----------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """In front of layer 0: let the actions choose among the images, if there are any in the prompt."""
+        if self.part is not None:
+            self._pending = self.part & self.valid()
+        elif self.brings_images and self.find_images():
+            for action in self.actions:
+                action.begin()
+
     def find_images(self) -> bool:
-        """In front of layer 0: where the images are; whether there are any in the prompt."""
+        """Where the images are; whether there are any in the prompt."""
         if None in self.encoded.values():
             raise UnsupportedError(
-                "these image features were not encoded while the model is pruned (precomputed features, or a chunked "
-                "prefill): pass pixel values, and generate without prefill_chunk_size"
+                "these image features were not encoded while the model is pruned (precomputed features, or those of a "
+                "part of a prompt): pass pixel values with the whole prompt"
             )
         encoded = {medium: images for medium, images in self.encoded.items() if images}
         if not encoded:
@@ -261,15 +279,10 @@ class Forward:
         self.handed = kwargs.get("attention_mask")
         rows, computed = self.rows, hidden.shape[-2]
         if computed < (self.queries if rows is None else rows.source.shape[1]):
-            # The model itself goes on with its last tokens only, and with what comes beside them.
-            last = torch.arange(self.queries - computed, self.queries, device=hidden.device).expand(len(self.ids), -1)
-            self.streams["self"].rows = Rows(last, torch.ones_like(last, dtype=torch.bool), False)
-            self.sliced = True
-        if self._pending is not None:
-            keep, self._pending = self._pending, None
-            source = self.streams["self"].narrow(keep, self.valid())
-            if source is not None:
-                hidden, self._short = gather_rows(hidden, source), Once()
+            self._go_on_with_last(computed)
+        source = self.leave_out()
+        if source is not None:
+            hidden = gather_rows(hidden, source)
         if self._through is not None:
             through, self._through = self._through, None
             rows, stream = self.rows, self.streams["self"]
@@ -283,7 +296,26 @@ class Forward:
         # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; the
         # rows' own is made where the kernel is called, and a layer that never asks for its kernel is refused behind it.
         gone = {"position_ids": None} if self.sliced else {"position_ids": None, "attention_mask": None}
-        return hidden, {name: self._shortened(name, value) for name, value in kwargs.items() if name not in gone} | gone
+        return hidden, {name: self.shortened(name, value) for name, value in kwargs.items() if name not in gone} | gone
+
+    def _go_on_with_last(self, computed: int) -> None:
+        """The model itself goes on with its last tokens only, and with what comes beside them."""
+        rows = self.rows
+        if rows is None:
+            every = torch.arange(self.queries, device=self.ids.device).expand(len(self.ids), -1)
+            rows = Rows(every, torch.ones_like(every, dtype=torch.bool), False)
+        self.streams["self"].rows = Rows(rows.source[:, -computed:], rows.real[:, -computed:], rows.ragged)
+        self.sliced = True
+
+    def leave_out(self) -> Tensor | None:
+        """Drop what leaves here: (batch, width), which of the rows so far go on; None where all do."""
+        if self._pending is None:
+            return None
+        keep, self._pending = self._pending, None
+        source = self.streams["self"].narrow(keep, self.valid())
+        if source is not None:
+            self._short = Once()
+        return source
 
     def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """In front of a layer that carries a state, behind `enter`: its mask is of tokens, and leaves padding out."""
@@ -292,20 +324,20 @@ class Forward:
             return kwargs
         return {**kwargs, "attention_mask": self.rows.real if self.rows.ragged else None}
 
-    def _shortened(self, name: str, value: Any) -> Any:
+    def shortened(self, name: str, value: Any) -> Any:
         """What comes beside the hidden states, for the rows alone where it is of all tokens: position embeddings, and
         inputs that a layer gets of its own, (batch | 1, q, ...); a tuple of these, or anything else as it is."""
         if isinstance(value, tuple):
-            return self._short(lambda: tuple(self._shortened(name, part) for part in value), value)
+            return self._short(lambda: tuple(self.shortened(name, part) for part in value), value)
         rows = self.rows
         assert rows is not None
         # Image features are no tokens of the prompt, even if there are as many.
-        fits = isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == self.queries
+        fits = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == self.queries
         if not fits or self.sliced or name == "cross_attention_states":
             return value
         value = value.to(rows.source.device)
-        short = gather_rows(value if value.ndim == 3 else value.unsqueeze(-1), rows.source)
-        return short if value.ndim == 3 else short[..., 0]
+        flat = value.flatten(2) if value.ndim > 2 else value.unsqueeze(-1)
+        return gather_rows(flat, rows.source).view(*rows.source.shape, *value.shape[2:])
 
     def rejoin(self, hidden: Tensor) -> Tensor:
         """Behind a layer: put what it made, (batch, rows, d), among what waited, which comes back as it was."""
@@ -326,4 +358,6 @@ class Forward:
 
     def leave(self, hidden: Tensor) -> Tensor:
         """Behind the last layer: back to the logical length, zeros where rows were dropped."""
+        if self.rows is not None and hidden.shape[1] < self.rows.source.shape[1]:
+            self._go_on_with_last(hidden.shape[1])
         return self.streams["self"].spread(hidden)

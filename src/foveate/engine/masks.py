@@ -56,7 +56,7 @@ def gather_mask(mask: Tensor, rows: Tensor | None, keys: Tensor, end: int, heads
 
     mask: (batch | 1, heads | 1, queries, columns), bool or additive, over logical positions up to `end`. rows: (batch,
     r) which of the queries, None for all. keys: (batch, kv_heads | 1, slots) the logical position of each key, -1 for
-    a filler. Returns (batch, heads | 1, r, slots).
+    a filler; one behind `end` holds nothing yet. Returns (batch, heads | 1, r, slots).
     """
     mask = mask.expand(keys.shape[0], -1, -1, -1)
     if rows is not None:
@@ -64,8 +64,23 @@ def gather_mask(mask: Tensor, rows: Tensor | None, keys: Tensor, end: int, heads
     if keys.shape[1] > 1:
         keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
     columns = keys - (end - mask.shape[-1])
+    seen = (columns >= 0) & (columns < mask.shape[-1])
     shape = torch.broadcast_shapes(mask.shape[:2], columns.shape[:2])
-    columns = columns.expand(*shape, -1).unsqueeze(2)
-    found = mask.expand(*shape, -1, -1).gather(3, columns.clamp(min=0).expand(-1, -1, mask.shape[2], -1))
-    # What stands in front of the first column is behind the window; fillers do, too.
-    return found.masked_fill(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    within = columns.clamp(0, mask.shape[-1] - 1).expand(*shape, -1).unsqueeze(2)
+    found = mask.expand(*shape, -1, -1).gather(3, within.expand(-1, -1, mask.shape[2], -1))
+    # What stands in front of the first column is behind the window; fillers do, too. Behind the last nothing is yet.
+    return found.masked_fill(~seen.unsqueeze(2), hidden_in(mask))
+
+
+def hidden_in(mask: Tensor) -> float:
+    """What a mask says of a key that must not be seen."""
+    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+
+
+def causal_over(rows: Tensor, keys: Tensor) -> Tensor:
+    """bool (batch | 1, 1, r, slots): each row sees the keys that are not behind it.
+
+    rows: (batch | 1, r) positions. keys: (batch | 1, slots) positions, -1 for a filler.
+    """
+    keys = keys[:, None, None, :]
+    return (keys >= 0) & (keys <= rows[:, None, :, None])

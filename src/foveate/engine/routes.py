@@ -23,10 +23,14 @@ _lock = threading.Lock()
 _original: Any = None
 
 
-@untraced
 def _dispatch(kernel: Kernel, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     handler = module.__dict__.get(_MARK)
-    return kernel(module, *args, **kwargs) if handler is None else handler(kernel, module, *args, **kwargs)
+    return kernel(module, *args, **kwargs) if handler is None else _handle(handler, kernel, module, *args, **kwargs)
+
+
+@untraced
+def _handle(handler: Handler, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return handler(*args, **kwargs)
 
 
 def _get_interface(self: AttentionInterface, attn_implementation: str, default: Kernel) -> Kernel:

@@ -22,16 +22,19 @@ from ..families.base import Family
 from ..methods.base import Method
 from .ahead import Peeked
 from .attention import Attention
-from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
+from .cache import active, adopt_cache, check_cache, check_evicts, evict_hidden, new_cache, unfit
+from .chunks import Chunks
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
+from .gaps import close_gaps, is_gapped, open_gaps
 from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
 from .rows import add_to_rows
 from .sayings import Sayings
-from .steps import UNSAID, Steps
+from .short import check_short, prepare_step, watch_decoder
+from .steps import UNSAID, Step, Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods, unwrapped
 from .target import Target
 from .upstream import PreTrainedModel, cache_in, release_note, untraced, without_cache
@@ -99,12 +102,19 @@ class _Pass:
     """A forward, and how its output is put together.
 
     prompt: hidden states of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
-    is no prefill of the user's, such as one that checks guesses.
+    is no prefill of the user's, such as one that checks guesses. whole: of a chunk of a prompt, the pass that all of it
+    would be.
     """
 
-    def __init__(self, forward: Forward, prompt: Tensor | None, unreported: bool) -> None:
+    def __init__(self, forward: Forward, prompt: Tensor | None, unreported: bool, whole: Forward | None) -> None:
         self.forward, self.prompt = forward, prompt
         self.unreported = unreported or prompt is not None
+        self.whole = whole or forward
+
+    @property
+    def ends(self) -> bool:
+        """Whether all of the prompt has run now."""
+        return self.forward.past + self.forward.queries == self.whole.past + self.whole.queries
 
 
 class Pruned(Sayings, NotPickled):
@@ -122,8 +132,12 @@ class Pruned(Sayings, NotPickled):
         found = [place.of(target, self._acting, self._outcome) for place in PLACES]
         self._places = [place for place in found if place is not None]
         self._parameters = list(inspect.signature(target.base.forward).parameters)
-        self._steps, self._entered = Steps(), _Entered()
-        self._fixtures = Fixtures()
+        self._steps, self._entered = Steps(self._inputs), _Entered()
+        # What these drop is known before the decoder runs.
+        late = [method.name for method in self._acting if method.place != "encoder"]
+        self._before_llm, self._chunks = not late, Chunks(target, late, bool(self._acting))
+        self._fixtures, self._routing = Fixtures(), threading.Lock()
+        self._routed = False
         try:
             self._install()
         except BaseException:
@@ -166,15 +180,25 @@ class Pruned(Sayings, NotPickled):
         pruned_models[self.base] = weakref.ref(self)
         fixtures = self._fixtures
         self._steps.install(fixtures, self.model)  # in front of the base model's, which may be the same
+        self._chunks.install(fixtures)
         fixtures.hook(self.base.register_forward_pre_hook(self._enter, with_kwargs=True))
         fixtures.hook(self.base.register_forward_hook(self._exit, always_call=True))
         for place in self._places:
             place.install(fixtures)
         if self.family.deepstack is not None:
             fixtures.wrap(self.decoder, self.family.deepstack, self._add)
-        if self._acting:
-            attentions = self._target.attentions()
-            fixtures.route({module: functools.partial(self._attend, index) for index, module in attentions.items()})
+        if not self._before_llm:
+            self._route()
+
+    def _route(self) -> None:
+        """Send the decoder's attention through `_attend`, once; the shorter way needs none of it, and compiles better
+        without."""
+        with self._routing:
+            if self._acting and not self._routed:
+                attentions = self._target.attentions()
+                routes = {module: functools.partial(self._attend, index) for index, module in attentions.items()}
+                self._fixtures.route(routes)
+                self._routed = True
 
     def remove(self) -> None:
         """Restore the model to what it was; harmless when done already."""
@@ -226,14 +250,17 @@ class Pruned(Sayings, NotPickled):
         call = Call(kwargs, brings_images, step.behind if step.assisted else 0)
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
-        cache = cache_in(kwargs)
-        if cache is not None:
-            check_cache(cache)
-        check_inputs(self._target, kwargs, call.brings_images)
+        cache, said = cache_in(kwargs), {"attention_mask": step.mask} if step.prepared else {}
+        short = cache is not None and self._goes_short(cache)
+        check_inputs(self._target, kwargs | said, call.brings_images)
         for place in self._places:
             place.refuse(call)
         splits = step.assisted or any(place.reads_prompt for place in self._places)
-        cache = self._adopt(cache, call, in_parts=call.brings_images and splits and step.behind > 0)
+        if not short:
+            self._route()
+            cache = self._adopt(cache, call, in_parts=call.brings_images and splits and step.behind > 0)
+        elif self._acting:
+            open_gaps(cache)
         if cache is not None:
             kwargs = {**without_cache(kwargs), self._target.cache_name: cache}
         prompt, brings_images = None, call.brings_images
@@ -258,17 +285,50 @@ class Pruned(Sayings, NotPickled):
             if embeds is None:
                 return kwargs, None  # the model has its own words for this
             ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        forward = Forward(self._target, cache, ids, kwargs, brings_images=brings_images)
-        forward.actions = [action for place in self._places if (action := place.act(forward)) is not None]
+        past = self._past(cache, step, ids) if short else None
+        forward = Forward(self._target, cache, ids, kwargs | said, brings_images=brings_images, past=past)
+        whole = self._chunks.part(forward, self._places) if step.prepared else None
+        if whole is None:
+            forward.actions = [action for place in self._places if (action := place.act(forward)) is not None]
+            for medium in PIXELS:
+                if encoded.get(medium) is not None:
+                    forward.encoded[medium] = attached(encoded[medium], self.family.features)
         if forward.past and forward.mask is not None:
             evict_hidden(cache, forward.mask)
-        for medium in PIXELS:
-            if encoded.get(medium) is not None:
-                forward.encoded[medium] = attached(encoded[medium], self.family.features)
-        if brings_images:
+        if short:
+            if not step.over_slots:
+                watch_decoder(forward)
+        elif brings_images or whole is not None:
             watch_layers(forward, routed=bool(self._acting))
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.
-        return kwargs, _Pass(forward, prompt, step.verifies or (step.beside and not brings_images))
+        return kwargs, _Pass(forward, prompt, step.verifies or (step.beside and not brings_images), whole)
+
+    def _goes_short(self, cache: Any) -> bool:
+        """Whether the decoder is handed the tokens that stay, because the layers of its cache cannot lose any."""
+        check_cache(cache)
+        if not is_gapped(cache) and unfit(cache) is None:
+            return False
+        if not self._before_llm:
+            check_evicts(cache)
+        if self._acting:
+            check_short(self._target)
+        return True
+
+    def _inputs(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """What `generate()` prepares for a forward, and whether its masks are over what the cache holds."""
+        cache = cache_in(kwargs)
+        if cache is None or not self._acting or not self._goes_short(cache):
+            return prepare(*args, **kwargs), False
+        open_gaps(cache)
+        return prepare_step(self._target, prepare, args, kwargs)
+
+    @staticmethod
+    def _past(cache: Any, step: Step, ids: Tensor) -> int:
+        """Tokens in front of this pass; in a step of generate() as its mask has it, since a static cache must be asked
+        for what is on its device."""
+        if step.mask is not None and ids.shape[1] == 1:
+            return step.mask.shape[1] - 1
+        return int(cache.get_seq_length())
 
     def _adopt(self, cache: Any, call: Call, *, in_parts: bool) -> Any:
         """The cache that the pass will use, its layers swapped for pruned ones; None without a cache.
@@ -301,10 +361,13 @@ class Pruned(Sayings, NotPickled):
             evict_hidden(forward.cache, forward.mask)
         for layer in forward.held:
             layer.slide()
-        if not entered.unreported and (forward.queries > 1 or not forward.past):
-            report = self._outcome.report = PruneReport(forward, self.methods, self.record)
+        whole = entered.whole
+        if not entered.unreported and (whole.queries > 1 or not whole.past) and entered.ends:
+            report = self._outcome.report = PruneReport(whole, self.methods, self.record)
             for place in self._places:
                 place.tell(report)
+        if is_gapped(forward.cache) and forward.cache.whole:
+            close_gaps(forward.cache)
         if entered.prompt is not None:
             output.last_hidden_state = torch.cat([entered.prompt, output.last_hidden_state], dim=1)
         return output

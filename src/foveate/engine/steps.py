@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .fixtures import Fixtures, NotPickled
 from .generation import brings_pixels
@@ -28,6 +30,8 @@ class Step:
     uneven: whether they begin at another place in every sample. assisted: whether they are guesses. verifies: whether
     it checks guesses. beside: whether it is made within `generate()`, but none of the steps that `generate()` prepared.
     unsaid: whether it asks for logits of more than the last token, and nobody said where the prompt ends.
+    prepared: whether `generate()` prepared it. mask: (batch, tokens) which tokens there are, where it may have made
+    masks of that already. over_slots: whether it did, over what the cache holds.
     """
 
     behind: int = 0
@@ -36,18 +40,39 @@ class Step:
     verifies: bool = False
     beside: bool = False
     unsaid: bool = False
+    prepared: bool = False
+    mask: Tensor | None = None
+    over_slots: bool = False
+
+
+class _Prepared(NamedTuple):
+    """What `generate()` prepared for the coming forward, see `Step`."""
+
+    ids: Any
+    first: bool
+    mask: Tensor | None
+    over_slots: bool
+
+
+Prepare = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[dict[str, Any], bool]]
+"""Prepares a forward: its inputs, and whether their masks are over what the cache holds."""
 
 
 class Steps(NotPickled, threading.local):
     """Listens to one model and its `generate()`, in each thread on its own.
 
+    inputs: how it prepares a forward.
     prompt: how many tokens of a plain forward are the prompt, where the user said so.
     """
 
     generates = False
     prompt: int | None = None
-    _prepared: tuple[Any, bool] | None = None
+    _prepared: _Prepared | None = None
+    _inputs: Prepare
     _coming = Step()
+
+    def __init__(self, inputs: Prepare) -> None:
+        self._inputs = inputs
 
     def install(self, fixtures: Fixtures, model: Any) -> None:
         """Wrap what `generate()` calls before a step."""
@@ -71,13 +96,14 @@ class Steps(NotPickled, threading.local):
         # generate() reads the last logits only; assisted decoding asks for more, but after this call.
         if isinstance(kwargs.get("logits_to_keep"), int):
             kwargs["logits_to_keep"] = 1
-        inputs = prepare(*args, **kwargs)
+        inputs, over_slots = self._inputs(prepare, args, kwargs)
         given, sent = kwargs.get("mm_encoder_outputs") or {}, inputs.get("mm_encoder_outputs") or {}
         for medium in given.keys() & sent.keys():
             # generate() sends inputs to its device without what travels with them; the output's own way keeps it.
             if sent[medium] is not given[medium] and hasattr(given[medium], "to"):
                 sent[medium] = given[medium].to(inputs["input_ids"].device)
-        self._prepared = inputs.get("input_ids"), bool(kwargs.get("is_first_iteration", False))
+        first, mask = bool(kwargs.get("is_first_iteration", False)), kwargs.get("attention_mask")
+        self._prepared = _Prepared(inputs.get("input_ids"), first, mask, over_slots)
         return inputs
 
     @untraced
@@ -85,12 +111,13 @@ class Steps(NotPickled, threading.local):
         """In front of the model: assisted decoding says only here how many of the coming tokens are guesses."""
         prepared, self._prepared = self._prepared, None
         # A generate() that was aborted in between leaves a note that is of no other forward.
-        if prepared is None or prepared[0] is not kwargs.get("input_ids"):
+        if prepared is None or prepared.ids is not kwargs.get("input_ids"):
             self._coming = Step(beside=True) if self.generates else self._answer(kwargs)
             return
-        wanted, first = kwargs.get("logits_to_keep"), prepared[1]
+        wanted = kwargs.get("logits_to_keep")
         guesses = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
-        self._coming = Step(guesses, assisted=True, verifies=not first)
+        known = dict(prepared=True, mask=prepared.mask, over_slots=prepared.over_slots)
+        self._coming = Step(guesses, assisted=True, verifies=not prepared.first, **known)
 
     def _answer(self, kwargs: dict[str, Any]) -> Step:
         """Tokens of a plain forward behind the prompt: by what the user said, or from the first label on."""

@@ -34,6 +34,7 @@ def release_note() -> str | None:
 
 try:
     from transformers import PreTrainedModel, cache_utils
+    from transformers.generation import utils as generation_utils
     from transformers.cache_utils import (
         Cache,
         DynamicCache,
@@ -42,6 +43,7 @@ try:
         EncoderDecoderCache,
         LinearAttentionLayer,
     )
+    from transformers.masking_utils import create_masks_for_generate
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
     raise ImportError(
@@ -56,6 +58,9 @@ BORROWING_LAYERS: tuple[type, ...] = tuple(
 # Layers of a cache that hold a state in place of entries; those that hold both are none of them.
 STATE_LAYERS: tuple[type, ...] = (LinearAttentionLayer,)
 
+# Before 5.24 a prompt that runs in chunks loses its pictures.
+SLICES_ENCODED = hasattr(generation_utils, "_slice_mm_encoder_output")
+
 # Layers of a cache without entries of their own.
 ENTRYLESS_LAYERS = (*STATE_LAYERS, *BORROWING_LAYERS)
 
@@ -63,6 +68,7 @@ __all__ = [
     "BORROWING_LAYERS",
     "CACHE_NAMES",
     "ENTRYLESS_LAYERS",
+    "SLICES_ENCODED",
     "STATE_LAYERS",
     "AttentionInterface",
     "Cache",
@@ -74,6 +80,7 @@ __all__ = [
     "cache_behind",
     "cache_in",
     "cache_name",
+    "create_masks_for_generate",
     "held_layers",
     "release_note",
     "untraced",

@@ -37,10 +37,9 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
     if index and routed:
         _check_routed(forward, index - 1)
     forward.follow(args[0].device)
-    if index == 0 and forward.find_images():
-        for action in forward.actions:
-            action.begin()
-    hidden, kwargs = args[0], _named(type(module), args[1:]) | kwargs
+    if index == 0:
+        forward.begin()
+    hidden, kwargs = args[0], named(type(module), args, behind=1) | kwargs
     for action in forward.actions:
         hidden, kwargs = action.before_layer(index, hidden, kwargs)
     hidden, kwargs = forward.enter(hidden, kwargs)
@@ -51,9 +50,9 @@ def _before_layer(forward: Forward, routed: bool, index: int, module: Any, args:
     return (hidden,), kwargs
 
 
-def _named(layer: Any, args: tuple[Any, ...]) -> dict[str, Any]:
-    """What a layer is given without names behind the hidden states, by name."""
-    return dict(zip(_parameters(layer)[1:], args, strict=False)) if args else {}
+def named(module: type, args: tuple[Any, ...], behind: int = 0) -> dict[str, Any]:
+    """What a module of this type is given without names, by name; but so many of the first."""
+    return dict(zip(_parameters(module)[behind:], args[behind:], strict=False)) if args else {}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 from ...errors import UnsupportedError
 from ...methods.base import ContrastMethod, Method
-from ..cache import check_cache, new_cache
+from ..cache import check_evicts, new_cache
 from ..fixtures import Fixtures
 from ..generation import GenerateCall
 from ..report import Outcome, PruneReport
@@ -89,7 +89,7 @@ class LogitsPlace(Place):
                 f"{name} has only one view's entries in this KV cache: pass the whole conversation without a cache"
             )
         if call.cache is not None:
-            check_cache(call.cache)
+            check_evicts(call.cache)
         self._running.views = _Views(self, len(call.ids))
         try:
             others = call.arguments.get("logits_processor") or []

@@ -1,0 +1,153 @@
+"""The shorter way through the decoder, for methods before the LLM on caches whose layers stay as they are.
+
+The decoder itself is handed the tokens that stay, with their positions and what masks say of them, and what it returns is
+spread out again. Static, quantised and offloaded caches hold what they get: nothing is evicted, and no cache layer and no
+attention is touched. Only the cache as a whole answers for all tokens, see `gaps`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from .cache import active
+from .forward import Forward
+from .gaps import Gapped, is_gapped
+from .generation import brings_pixels
+from .masks import causal_over, gather_mask
+from .rows import Rows
+from .target import Target
+from .upstream import cache_in, cache_name, create_masks_for_generate, untraced
+from .watching import named
+
+
+def check_short(target: Target) -> None:
+    """Refuse attention that takes no masks of gaps."""
+    if "flash" in target.decoder.config._attn_implementation:
+        raise UnsupportedError(
+            "with a cache of this kind positions have gaps where tokens were dropped, which flash attention reads as "
+            'several samples in a row: load the model with attn_implementation="sdpa", or use the default dynamic cache'
+        )
+
+
+def watch_decoder(forward: Forward) -> None:
+    """Hand the decoder of this pass the tokens that stay, and spread out what it makes of them."""
+    target = forward.target
+    before, behind = functools.partial(_before, forward), functools.partial(_behind, forward)
+    forward.hooks.append(target.decoder.register_forward_pre_hook(before, with_kwargs=True))
+    assert target.norm is not None
+    forward.hooks.append(target.norm.register_forward_hook(behind))
+
+
+@untraced
+def _before(forward: Forward, module: Any, args: Any, kwargs: Any = None) -> Any:
+    if active.forward is not forward:
+        return None
+    kwargs = named(type(module), args) | kwargs
+    target, cache, embeds = forward.target, forward.cache, kwargs["inputs_embeds"]
+    forward.follow(embeds.device)
+    forward.begin()
+    gapped = is_gapped(cache)
+    whole = _masks_of_all(target, kwargs.get("attention_mask"), embeds, cache) if gapped else None
+    forward.leave_out()
+    rows = forward.rows
+    forward.entered = dict.fromkeys(range(len(target.kinds)), forward.streams["self"].index)
+    if not gapped:
+        return (), kwargs
+    if rows is None:
+        return (), kwargs | {"attention_mask": slot_masks(target, cache, whole, forward.ids, forward.past)}
+    cache.expect(rows, forward.queries)
+    positions = kwargs.get("position_ids")
+    if positions is None:  # what the decoder would count by itself
+        positions = (torch.arange(forward.queries, device=embeds.device) + forward.past).unsqueeze(0)
+    source = rows.source.expand(*positions.shape[:-2], -1, -1)
+    short = {
+        "attention_mask": slot_masks(target, cache, whole, forward.ids, forward.past, rows),
+        "position_ids": positions.expand(*source.shape[:-1], -1).gather(-1, source),
+    }
+    own = short.keys() | _added(target)
+    return (), {name: value if name in own else forward.shortened(name, value) for name, value in kwargs.items()} | short
+
+
+@untraced
+def _behind(forward: Forward, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
+    if active.forward is not forward:
+        return None
+    forward.follow(hidden.device)
+    return forward.leave(hidden)
+
+
+def _added(target: Target) -> frozenset[str]:
+    """What the decoder hands on whole, to where features are added to image tokens between two layers."""
+    name = target.family.deepstack
+    return frozenset() if name is None else frozenset(inspect.signature(getattr(target.decoder, name)).parameters)
+
+
+# -- masks ---------------------------------------------------------------------------------------------------------
+
+
+def _masks_of_all(target: Target, mask: Any, embeds: Tensor, cache: Gapped) -> Any:
+    """The decoder's masks over all positions, as `generate()` makes them ahead for compiled steps: a mask (None where
+    it says nothing), or one for each type of layer. mask: these already, or bool (batch, tokens), or None."""
+    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4):
+        return mask
+    return create_masks_for_generate(
+        config=target.decoder.config,
+        inputs_embeds=embeds[..., :0],
+        attention_mask=mask,
+        **{cache_name(create_masks_for_generate): cache},
+    )
+
+
+def slot_masks(
+    target: Target, cache: Gapped, masks: Any, ids: Tensor, past: int | None = None, rows: Rows | None = None
+) -> Any:
+    """Masks over slots, made of masks over all positions.
+
+    masks: one, or by type of layer. ids: (batch, q) tokens of the pass. past: how many are before them, None for
+    all that the cache answers for. rows: those that
+    are computed, None for all; the cache expects them.
+    """
+    types = list(getattr(target.decoder.config, "layer_types", None) or ())
+    queries = ids.shape[1] if rows is None else rows.source.shape[1]
+
+    def over_slots(mask: Tensor | None, layer: int) -> Tensor | None:
+        if target.kinds[layer] == "state":
+            if rows is None:
+                return mask
+            if mask is None:
+                return rows.real if rows.ragged else None
+            return (mask[:, -ids.shape[1] :].gather(1, rows.source).bool() & rows.real).to(mask.dtype)
+        kept, first = cache.sizes(queries, layer)
+        at = cache.positions(first, kept, ids.device).expand(len(ids), -1)
+        if mask is not None:
+            end, heads = mask.shape[-1], mask.shape[1]
+            return gather_mask(mask, None if rows is None else rows.source, at.unsqueeze(1), end, heads)
+        if not cache.ragged and kept == cache.slots + queries and queries in (1, kept):
+            return None  # still causal, and nothing to hide
+        asking = torch.arange(queries, device=ids.device).unsqueeze(0) if rows is None else rows.source
+        return causal_over(asking + (cache.get_seq_length() if past is None else past), at)
+
+    if isinstance(masks, dict):
+        layers = {name: types.index(name) if name in types else target.text_layer for name in masks}
+        return {name: over_slots(mask, layers[name]) for name, mask in masks.items()}
+    return over_slots(masks, target.text_layer)
+
+
+def prepare_step(target: Target, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What `generate()` prepares for a forward on a gapped cache; and whether its masks are over slots already.
+
+    For a single token they are, and always of one shape where the cache has one: a compiled step is compiled once.
+    """
+    inputs = prepare(*args, **kwargs)
+    cache, mask = cache_in(kwargs), inputs.get("attention_mask")
+    ahead = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    ids = inputs.get("input_ids")
+    if not ahead or ids is None or ids.shape[1] > 1 or brings_pixels(inputs):
+        return inputs, False
+    return {**inputs, "attention_mask": slot_masks(target, cache, mask, ids)}, True
