@@ -52,7 +52,7 @@ class Forward:
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
     home: the device of the token ids. part: bool (batch, q), what stays of a chunk of a
-    prompt, where that was chosen before.
+    prompt, where that was chosen before. inside: whether this is now the decoder's business, which was handed what stays.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Forward:
         self.lent: dict[int, Lent] = {}
         self.sliced = False
         self.part: Tensor | None = None
+        self.inside = False
         self.gathered = Once(most=4)  # masks are large
 
     def unhook(self) -> None:
@@ -315,7 +316,21 @@ class Forward:
         source = self.streams["self"].narrow(keep, self.valid())
         if source is not None:
             self._short = Once()
+            self._check_states()
         return source
+
+    def _check_states(self) -> None:
+        """Refuse fillers between tokens that a layer carries a state along: it would read them."""
+        rows = self.rows
+        if rows is None or not (rows.ragged and self.past and "state" in self.target.kinds):
+            return
+        began = torch.ones_like(rows.real[:, 0]) if self.mask is None else self.mask[:, : self.past].any(1)
+        if bool((began & ~rows.real.all(1)).any()):
+            raise UnsupportedError(
+                "the samples of this batch keep differently many tokens behind others of theirs (a later turn, or chunk "
+                "of a prompt), and this decoder carries a state along that cannot skip the difference: run one sample "
+                "at a time"
+            )
 
     def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """In front of a layer that carries a state, behind `enter`: its mask is of tokens, and leaves padding out."""

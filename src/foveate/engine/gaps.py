@@ -81,14 +81,22 @@ class Gapped(Cache):
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    # -- what transformers asks for, answered logically -------------------------------------------------------
+    @property
+    def _inside(self) -> bool:
+        # What torch compiles is handed masks, and asks nothing.
+        forward = None if torch.compiler.is_compiling() else active.forward
+        return forward is not None and forward.cache is self and forward.inside
+
+    # -- what transformers asks for, answered logically outside of the decoder --------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length."""
-        return super().get_seq_length(layer_idx) + self.gap
+        return super().get_seq_length(layer_idx) + (0 if self._inside else self.gap)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """All positions with the coming queries, and offset 0, whatever the layer forgets."""
+        if self._inside:
+            return self.sizes(query_length, layer_idx)
         if query_length > 1:
             return int(self.get_seq_length()) + query_length, 0
         kept, first = self.sizes(query_length, layer_idx)  # of a static layer always as many

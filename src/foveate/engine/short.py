@@ -52,32 +52,31 @@ def _before(forward: Forward, module: Any, args: Any, kwargs: Any = None) -> Any
     target, cache, embeds = forward.target, forward.cache, kwargs["inputs_embeds"]
     forward.follow(embeds.device)
     forward.begin()
-    gapped = is_gapped(cache)
-    whole = _masks_of_all(target, kwargs.get("attention_mask"), embeds, cache) if gapped else None
+    whole = _masks_of_all(target, kwargs.get("attention_mask"), embeds, cache) if is_gapped(cache) else None
     forward.leave_out()
     rows = forward.rows
     forward.entered = dict.fromkeys(range(len(target.kinds)), forward.streams["self"].index)
-    if not gapped:
+    if not is_gapped(cache):
         return (), kwargs
-    if rows is None:
-        return (), kwargs | {"attention_mask": slot_masks(target, cache, whole, forward.ids, forward.past)}
-    cache.expect(rows, forward.queries)
     positions = kwargs.get("position_ids")
     if positions is None:  # what the decoder would count by itself
         positions = (torch.arange(forward.queries, device=embeds.device) + forward.past).unsqueeze(0)
-    source = rows.source.expand(*positions.shape[:-2], -1, -1)
-    short = {
-        "attention_mask": slot_masks(target, cache, whole, forward.ids, forward.past, rows),
-        "position_ids": positions.expand(*source.shape[:-1], -1).gather(-1, source),
-    }
-    own = short.keys() | _added(target)
-    return (), {name: value if name in own else forward.shortened(name, value) for name, value in kwargs.items()} | short
+    if rows is not None:
+        cache.expect(rows, forward.queries)
+        own = {"attention_mask", "position_ids"} | _added(target)
+        kwargs = {name: value if name in own else forward.shortened(name, value) for name, value in kwargs.items()}
+        source = rows.source.expand(*positions.shape[:-2], -1, -1)
+        positions = positions.expand(*source.shape[:-1], -1).gather(-1, source)
+    mask = slot_masks(target, cache, whole, forward.ids, forward.past, rows)
+    forward.inside = True
+    return (), kwargs | {"attention_mask": mask, "position_ids": positions}
 
 
 @untraced
 def _behind(forward: Forward, module: Any, args: Any, hidden: Tensor) -> Tensor | None:
     if active.forward is not forward:
         return None
+    forward.inside = False
     forward.follow(hidden.device)
     return forward.leave(hidden)
 
