@@ -11,7 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cases import FITS, IN_CROSS_ATTENTION, METHODS, OWN_FILES, PLACES, prune, pruned_run
+from cases import BEFORE_LLM, FITS, IN_CROSS_ATTENTION, METHODS, OWN_FILES, PLACES, prune, pruned_run
 from traces import changes, snapshot
 from transformers import CONFIG_MAPPING, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
@@ -48,7 +48,7 @@ def quantized(model) -> Cache:
     return Cache(layers=[QuantizedLayer() for _ in model.model.language_model.layers])
 
 
-@places
+@pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[1] not in BEFORE_LLM])
 @pytest.mark.parametrize("kind", [offloaded, quantized])
 def test_caches_that_cannot_be_pruned_are_refused(family, name, kind):
     batch, model = tiny.inputs(family), tiny.build(family)

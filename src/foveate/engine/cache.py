@@ -300,7 +300,9 @@ def unfit(cache: Any) -> str | None:
     return None
 
 
-DEFAULT_CACHE = "use the default dynamic cache (no cache_implementation, no cache of another kind, no continuous batching)"
+DEFAULT_CACHE = (
+    "use the default dynamic cache (no cache_implementation, no cache of another kind, no continuous batching)"
+)
 
 
 def check_cache(cache: Any) -> None:
@@ -314,8 +316,8 @@ def check_evicts(cache: Any) -> None:
     check_cache(cache)
     if why := unfit(cache):
         raise UnsupportedError(
-            f"foveate cannot evict from {why}. Methods before the LLM work with it, since what they drop never gets there "
-            f"(`foveate methods` says which); for others {DEFAULT_CACHE}"
+            f"foveate cannot evict from {why}. Methods before the LLM work with it, since what they drop never gets "
+            f"there (`foveate methods` says which they are); for others {DEFAULT_CACHE}"
         )
 
 

@@ -45,8 +45,8 @@ class Chunks(NotPickled, threading.local):
     def _check(self) -> None:
         if self.late:
             raise UnsupportedError(
-                f"{', '.join(self.late)} chooses at the end of the prompt, and with prefill_chunk_size most of it has run "
-                "by then: generate without, or use methods before the LLM"
+                f"{', '.join(self.late)} chooses at the end of the prompt, and with prefill_chunk_size most of it has "
+                "run by then: generate without, or use methods before the LLM"
             )
         if not SLICES_ENCODED:
             raise UnsupportedError(
@@ -77,7 +77,9 @@ class Chunks(NotPickled, threading.local):
         if self._whole is None:
             ids, mask, images = self._prompt
             ids = ids if mask is None else ids[:, forward.past - mask.shape[1] :]
-            whole = Forward(self.target, forward.cache, ids, {"attention_mask": mask}, brings_images=True, past=forward.past)
+            whole = Forward(
+                self.target, forward.cache, ids, {"attention_mask": mask}, brings_images=True, past=forward.past
+            )
             whole.encoded.update(images)
             whole.actions = [action for place in places if (action := place.act(whole)) is not None]
             whole.begin()

@@ -52,7 +52,7 @@ class Forward:
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
     home: the device of the token ids. part: bool (batch, q), what stays of a chunk of a
-    prompt, where that was chosen before. inside: whether this is now the decoder's business, which was handed what stays.
+    prompt, where that was chosen before. inside: whether the decoder runs now, and was handed only what stays.
     """
 
     def __init__(
@@ -327,9 +327,9 @@ class Forward:
         began = torch.ones_like(rows.real[:, 0]) if self.mask is None else self.mask[:, : self.past].any(1)
         if bool((began & ~rows.real.all(1)).any()):
             raise UnsupportedError(
-                "the samples of this batch keep differently many tokens behind others of theirs (a later turn, or chunk "
-                "of a prompt), and this decoder carries a state along that cannot skip the difference: run one sample "
-                "at a time"
+                "the samples of this batch keep differently many tokens behind others of theirs (a later turn, or a "
+                "chunk of a prompt), and this decoder carries a state along that cannot skip the difference: run one "
+                "sample at a time"
             )
 
     def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -118,8 +118,8 @@ class Gapped(Cache):
         cut = int(gone.sum(1).max())
         if within and not bool(gone[:, known - cut :].all()):
             raise UnsupportedError(
-                "the samples of this pruned cache hold differently many of the tokens that it is cropped by: crop less, "
-                "run one sample at a time, or use the default dynamic cache"
+                "the samples of this pruned cache hold differently many of the tokens that it is cropped by: crop "
+                "less, run one sample at a time, or use the default dynamic cache"
             )
         super().crop(tokens_to_remove + within - cut)
         self.index, self.gap = self.index[:, : known - cut], self.gap - (within - cut)

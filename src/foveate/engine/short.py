@@ -1,8 +1,8 @@
 """The shorter way through the decoder, for methods before the LLM on caches whose layers stay as they are.
 
-The decoder itself is handed the tokens that stay, with their positions and what masks say of them, and what it returns is
-spread out again. Static, quantised and offloaded caches hold what they get: nothing is evicted, and no cache layer and no
-attention is touched. Only the cache as a whole answers for all tokens, see `gaps`.
+The decoder itself is handed the tokens that stay, with their positions and what masks say of them, and what it returns
+is spread out again. Static, quantised and offloaded caches hold what they get: nothing is evicted, and no cache layer
+and no attention is touched. Only the cache as a whole answers for all tokens, see `gaps`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def slot_masks(
     return over_slots(masks, target.text_layer)
 
 
-def prepare_step(target: Target, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def prepare_step(
+    target: Target, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
     """What `generate()` prepares for a forward on a gapped cache; and whether its masks are over slots already.
 
     For a single token they are, and always of one shape where the cache has one: a compiled step is compiled once.

@@ -34,7 +34,6 @@ def release_note() -> str | None:
 
 try:
     from transformers import PreTrainedModel, cache_utils
-    from transformers.generation import utils as generation_utils
     from transformers.cache_utils import (
         Cache,
         DynamicCache,
@@ -43,6 +42,7 @@ try:
         EncoderDecoderCache,
         LinearAttentionLayer,
     )
+    from transformers.generation import utils as generation_utils
     from transformers.masking_utils import create_masks_for_generate
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
