@@ -58,6 +58,17 @@ class Gapped(Cache):
         known = self.index.to(device)[:, at.clamp(max=self.index.shape[1] - 1)]
         return torch.where(at < self.index.shape[1], known, later)
 
+    def check_room(self, tokens: int) -> None:
+        """Refuse a prompt of which so many tokens stay where static layers have no room for them."""
+        rooms = [
+            layer.max_cache_len for layer in self.layers if hasattr(layer, "max_cache_len") and not layer.is_sliding
+        ]
+        if rooms and self.slots + tokens > min(rooms):
+            raise ValueError(
+                f"this static cache has room for {min(rooms)} tokens, and with the {tokens} of this prompt that stay it "
+                f"would hold {self.slots + tokens}: make it with a larger max_cache_len, or keep fewer"
+            )
+
     def expect(self, rows: Rows, tokens: int) -> None:
         """Of so many new tokens only these rows are about to come."""
         past = self.slots
@@ -171,11 +182,17 @@ def open_gaps(cache: Cache) -> None:
 
 
 def close_gaps(cache: Any) -> None:
-    """Where nothing is missing, let it be what it was."""
+    """Let a cache that holds nothing, or everything, be what it was made as."""
     if is_gapped(cache):
         for name in ("index", "gap", "ragged"):
             del cache.__dict__[name]
         cache.__class__ = cache.plain
+
+
+def close_unused(cache: Any) -> None:
+    """Behind a pass, or where it was refused: a cache that lost nothing is what it was."""
+    if is_gapped(cache) and cache.whole:
+        close_gaps(cache)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .cache import active, adopt_cache, check_cache, check_evicts, evict_hidden,
 from .chunks import Chunks
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
-from .gaps import close_gaps, is_gapped, open_gaps
+from .gaps import close_unused, is_gapped, open_gaps
 from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
@@ -237,6 +237,9 @@ class Pruned(Sayings, NotPickled):
             if entered is not None:
                 entered.forward.outer, active.forward = outer, entered.forward
             return (), kwargs
+        except BaseException:
+            close_unused(cache_in(kwargs))
+            raise
         finally:
             # The hook behind the forward runs even when it was refused here.
             self._entered.passes.append(entered)
@@ -250,7 +253,9 @@ class Pruned(Sayings, NotPickled):
         call = Call(kwargs, brings_images, step.behind if step.assisted else 0)
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
-        cache, said = cache_in(kwargs), {"attention_mask": step.mask} if step.prepared else {}
+        cache, said = cache_in(kwargs), {}
+        if step.prepared and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:  # made of what there is
+            said["attention_mask"] = step.mask if step.mask is None else step.mask.to(self.base.device)
         short = cache is not None and self._goes_short(cache)
         check_inputs(self._target, kwargs | said, call.brings_images)
         for place in self._places:
@@ -259,7 +264,7 @@ class Pruned(Sayings, NotPickled):
         if not short:
             self._route()
             cache = self._adopt(cache, call, in_parts=call.brings_images and splits and step.behind > 0)
-        elif self._acting:
+        elif self._has_gaps(cache):
             open_gaps(cache)
         if cache is not None:
             kwargs = {**without_cache(kwargs), self._target.cache_name: cache}
@@ -296,7 +301,7 @@ class Pruned(Sayings, NotPickled):
         if forward.past and forward.mask is not None:
             evict_hidden(cache, forward.mask)
         if short:
-            if not step.over_slots:
+            if not step.over_slots and (brings_images or whole is not None or self._has_gaps(cache)):
                 watch_decoder(forward)
         elif brings_images or whole is not None:
             watch_layers(forward, routed=bool(self._acting))
@@ -310,14 +315,19 @@ class Pruned(Sayings, NotPickled):
             return False
         if not self._before_llm:
             check_evicts(cache)
-        if self._acting:
+        if self._has_gaps(cache):
             check_short(self._target)
         return True
+
+    def _has_gaps(self, cache: Any) -> bool:
+        """Whether a cache that goes the shorter way lacks tokens, or is about to."""
+        return bool(self._acting) or is_gapped(cache)
 
     def _inputs(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """What `generate()` prepares for a forward, and whether its masks are over what the cache holds."""
         cache = cache_in(kwargs)
-        if cache is None or not self._acting or not self._goes_short(cache):
+        asked = cache is not None and self._before_llm and self._has_gaps(cache)
+        if not asked or not self._goes_short(cache):
             return prepare(*args, **kwargs), False
         open_gaps(cache)
         return prepare_step(self._target, prepare, args, kwargs)
@@ -352,6 +362,7 @@ class Pruned(Sayings, NotPickled):
         forward = entered.forward
         active.forward = forward.outer
         forward.unhook()
+        close_unused(forward.cache)
         if output is None:  # an exception is on its way
             return None
         forward.follow(forward.home)
@@ -366,8 +377,6 @@ class Pruned(Sayings, NotPickled):
             report = self._outcome.report = PruneReport(whole, self.methods, self.record)
             for place in self._places:
                 place.tell(report)
-        if is_gapped(forward.cache) and forward.cache.whole:
-            close_gaps(forward.cache)
         if entered.prompt is not None:
             output.last_hidden_state = torch.cat([entered.prompt, output.last_hidden_state], dim=1)
         return output

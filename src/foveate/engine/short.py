@@ -58,6 +58,8 @@ def _before(forward: Forward, module: Any, args: Any, kwargs: Any = None) -> Any
     forward.entered = dict.fromkeys(range(len(target.kinds)), forward.streams["self"].index)
     if not is_gapped(cache):
         return (), kwargs
+    if forward.queries > 1:
+        cache.check_room(forward.queries if rows is None else rows.source.shape[1])
     positions = kwargs.get("position_ids")
     if positions is None:  # what the decoder would count by itself
         positions = (torch.arange(forward.queries, device=embeds.device) + forward.past).unsqueeze(0)
