@@ -238,7 +238,7 @@ def test_the_first_step_is_not_quantised_yet_and_later_ones_differ_as_they_shoul
     replay = dict(logits_processor=[oracle.Replay(exact.sequences)])
     run, report = pruned_run(model, "fopru_rank", batch, **oracle.GREEDY, **replay, **{tiny.CACHE: rounded})
     differ = (run.logits - exact.logits).abs().amax((0, 2))
-    assert differ[0] < TOLERANCE and 1e-3 < differ[1:].max() < 0.01 * exact.logits.abs().max()
+    assert differ[0] < TOLERANCE and 1e-3 < differ[1:].max() < 0.03 * exact.logits.abs().max()
     held = sum(
         t.numel() * t.element_size() for each in rounded.layers for t in each._quantized_keys + each._quantized_values
     )
@@ -362,7 +362,7 @@ def test_a_crop_takes_back_positions(real):
     assert cache.get_seq_length() == 7 and cache.layers[0].keys.shape[2] == 3
     assert cache.positions(0, 4, source.device).tolist() == [[*row[:3], 7] for row in held], "and what comes goes on"
     with pytest.raises(foveate.UnsupportedError, match="crop"):
-        cache.crop(-3)
+        cache.crop(-2)
 
 
 # Chunks -----------------------------------------------------------------------------------------------------------
@@ -537,10 +537,8 @@ def test_fillers_that_are_not_hidden_are_seen(kind, monkeypatch):
 
     def shown(self, first, slots, device):
         found = positions(self, first, slots, device)
-        return found.where(found >= 0, 0) if active() else found
-
-    def active():
-        return gaps.active.forward is not None
+        # In the place of the first token that its sample holds.
+        return found.where(found >= 0, found.where(found >= 0, 999).amin(1, keepdim=True)) if slots else found
 
     _, report = pruned_run(model, "fopru_rank", batch, max_new_tokens=4)
     monkeypatch.setattr(gaps.Gapped, "positions", shown)

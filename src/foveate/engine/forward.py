@@ -52,7 +52,8 @@ class Forward:
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
     home: the device of the token ids. part: bool (batch, q), what stays of a chunk of a
-    prompt, where that was chosen before. inside: whether the decoder runs now, and was handed only what stays.
+    prompt, where that was chosen before. short: whether the decoder itself is handed what stays, see
+    `short`; inside: whether it runs now.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Forward:
         self.lent: dict[int, Lent] = {}
         self.sliced = False
         self.part: Tensor | None = None
-        self.inside = False
+        self.short = self.inside = False
         self.gathered = Once(most=4)  # masks are large
 
     def unhook(self) -> None:

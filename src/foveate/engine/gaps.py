@@ -65,8 +65,8 @@ class Gapped(Cache):
         ]
         if rooms and self.slots + tokens > min(rooms):
             raise ValueError(
-                f"this static cache has room for {min(rooms)} tokens, and with the {tokens} of this prompt that stay it "
-                f"would hold {self.slots + tokens}: make it with a larger max_cache_len, or keep fewer"
+                f"this static cache has room for {min(rooms)} tokens, and with the {tokens} of this prompt that stay "
+                f"it would hold {self.slots + tokens}: make it with a larger max_cache_len, or keep fewer"
             )
 
     def expect(self, rows: Rows, tokens: int) -> None:
@@ -165,7 +165,7 @@ def _gapped(plain: type[Cache]) -> type[Gapped]:
 
 
 def _empty(plain: type[Cache]) -> Gapped:
-    kind = _gapped(plain)
+    kind = _gapped(plain)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -177,7 +177,7 @@ def is_gapped(cache: Any) -> TypeGuard[Gapped]:
 def open_gaps(cache: Cache) -> None:
     """Let a cache of any kind answer logically; what it holds stays as it is."""
     if not is_gapped(cache):
-        cache.__class__ = _gapped(type(cache))
+        cache.__class__ = _gapped(type(cache))  # type: ignore[arg-type]
         cache.__dict__.update(index=None, gap=0, ragged=False)
 
 
@@ -186,7 +186,7 @@ def close_gaps(cache: Any) -> None:
     if is_gapped(cache):
         for name in ("index", "gap", "ragged"):
             del cache.__dict__[name]
-        cache.__class__ = cache.plain
+        cache.__class__ = cache.plain  # type: ignore[assignment]
 
 
 def close_unused(cache: Any) -> None:

@@ -196,8 +196,7 @@ class Pruned(Sayings, NotPickled):
         with self._routing:
             if self._acting and not self._routed:
                 attentions = self._target.attentions()
-                routes = {module: functools.partial(self._attend, index) for index, module in attentions.items()}
-                self._fixtures.route(routes)
+                self._fixtures.route({m: functools.partial(self._attend, index) for index, m in attentions.items()})
                 self._routed = True
 
     def remove(self) -> None:
@@ -300,6 +299,7 @@ class Pruned(Sayings, NotPickled):
                     forward.encoded[medium] = attached(encoded[medium], self.family.features)
         if forward.past and forward.mask is not None:
             evict_hidden(cache, forward.mask)
+        forward.short = short
         if short:
             if not step.over_slots and (brings_images or whole is not None or self._has_gaps(cache)):
                 watch_decoder(forward)
@@ -392,7 +392,7 @@ class Pruned(Sayings, NotPickled):
         self, index: int, kernel: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
     ) -> Any:
         forward = active.forward
-        if forward is None or forward.target is not self._target:
+        if forward is None or forward.target is not self._target or forward.short:
             return kernel(module, query, key, value, mask, **options)
         forward.follow(query.device)
         kind = self._target.kinds[index]

@@ -116,8 +116,14 @@ class Steps(NotPickled, threading.local):
             return
         wanted = kwargs.get("logits_to_keep")
         guesses = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
-        known = dict(prepared=True, mask=prepared.mask, over_slots=prepared.over_slots)
-        self._coming = Step(guesses, assisted=True, verifies=not prepared.first, **known)
+        self._coming = Step(
+            guesses,
+            assisted=True,
+            verifies=not prepared.first,
+            prepared=True,
+            mask=prepared.mask,
+            over_slots=prepared.over_slots,
+        )
 
     def _answer(self, kwargs: dict[str, Any]) -> Step:
         """Tokens of a plain forward behind the prompt: by what the user said, or from the first label on."""
