@@ -159,6 +159,11 @@ class Gapped(Cache):
         return _empty, (self.plain,), self.__dict__
 
 
+def _room(layer: Any) -> int | None:
+    """Tokens that a layer may ever hold, None for all."""
+    return None if getattr(layer, "is_sliding", False) else getattr(layer, "max_cache_len", None)
+
+
 @functools.cache
 def _gapped(plain: type[Cache]) -> type[Gapped]:
     return type(plain.__name__, (Gapped, plain), {"plain": plain})
