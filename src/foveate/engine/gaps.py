@@ -60,9 +60,7 @@ class Gapped(Cache):
 
     def check_room(self, tokens: int) -> None:
         """Refuse a prompt of which so many tokens stay where static layers have no room for them."""
-        rooms = [
-            layer.max_cache_len for layer in self.layers if hasattr(layer, "max_cache_len") and not layer.is_sliding
-        ]
+        rooms = [room for room in map(_room, self.layers) if room is not None]
         if rooms and self.slots + tokens > min(rooms):
             raise ValueError(
                 f"this static cache has room for {min(rooms)} tokens, and with the {tokens} of this prompt that stay "
