@@ -42,7 +42,7 @@ class Molmo2(Family):
 
 
 def _laid_out(pooling: Tensor, pictures: Sequence[Sequence[tuple[int, tuple[int, int]]]]) -> list[ImageLayout]:
-    """pooling: (tokens, k) the patches that join into each token, -1 for none. pictures: frame and grid of each tile."""
+    """pooling: (tokens, k) patches that join into each token, -1 for none. pictures: frame and grid of each tile."""
     pooling, layouts, first = pooling.flatten(0, -2).cpu(), [], 0
     # At an edge fewer patches join; there one of them stands for those that are missing.
     pooling = torch.where(pooling < 0, pooling.max(-1, keepdim=True).values, pooling)
