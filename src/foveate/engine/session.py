@@ -25,7 +25,7 @@ from .attention import Attention
 from .cache import active, adopt_cache, check_cache, evict_hidden, new_cache
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
-from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
+from .generation import PIXELS, brings_pixels, made_name, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
@@ -98,7 +98,7 @@ class _Entered(threading.local):
 class _Pass:
     """A forward, and how its output is put together.
 
-    prompt: hidden states of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
+    prompt: what was made of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
     is no prefill of the user's, such as one that checks guesses.
     """
 
@@ -306,7 +306,8 @@ class Pruned(Sayings, NotPickled):
             for place in self._places:
                 place.tell(report)
         if entered.prompt is not None:
-            output.last_hidden_state = torch.cat([entered.prompt, output.last_hidden_state], dim=1)
+            name = made_name(output)
+            output[name] = torch.cat([entered.prompt, output[name]], dim=1)
         return output
 
     def _add(self, add: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
