@@ -441,6 +441,13 @@ def test_mistakes_end_with_one_line_and_write_nothing(args, expected, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("family", ["gemma4", "llava_windows"])
+@pytest.mark.parametrize("name", ["fopru", "fastv", "plphp"])
+def test_layers_that_see_a_window_are_proven(family, name):
+    found = proof(family, build((name, METHODS[name])), batch="ragged")
+    assert found.holds and found.same_tokens and not found.blind and not found.faults
+
+
 HYBRID = {
     "before": [("fopru", dict(keep=0.25))],
     "inside": [("pyramiddrop", dict(keep=0.25))],

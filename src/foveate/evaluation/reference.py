@@ -190,7 +190,10 @@ def hidden(model: Any, report: PruneReport) -> Iterator[None]:
         gone = ~shown.to(mask.device)
         if gone.shape[1] > 1:  # one set a KV head: for all query heads that share it
             gone = gone.repeat_interleave(decoder.config.num_attention_heads // gone.shape[1], dim=1)
-        gone = nn.functional.pad(gone, (0, mask.shape[-1] - gone.shape[-1]))
+        if layer.kind == "self":
+            # What was made since is seen, and a window has left the first behind.
+            width = layer.length + (0 if reading else step)
+            gone = nn.functional.pad(gone, (0, width - gone.shape[-1]))[..., width - mask.shape[-1] :]
         # Padding rows see nothing and must stay finite. A text row without an image sees all features of mllama
         # equally, and of those only the kept ones exist.
         lowest = -torch.inf if layer.kind == "cross" else torch.finfo(mask.dtype).min
