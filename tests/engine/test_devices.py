@@ -134,9 +134,12 @@ def test_a_second_turn_works_on_a_split_model(family, name, image):
         assert turns(split(tiny.build(family))) == expected
 
 
-@pytest.mark.parametrize(("family", "name"), [("llava", "fopru_rank"), ("llava", "fastv")])
+PROVEN = [("llava", "fopru_rank"), ("llava", "fastv"), ("qwen2_5_vl", "plphp"), ("mllama", "trimmed_llama")]
+
+
+@pytest.mark.parametrize(("family", "name"), [*PROVEN, ("qwen3_5", "fopru_rank")])
 def test_a_split_model_is_proven(family, name):
-    """With the reference split as the model is."""
+    """With the reference split as the model is, the one for states, too."""
     batch = tiny.inputs(family, **tiny.BATCHES["ragged"])
     with pretend.Device():
         # In inference mode the simulated device does not see what a copy between devices is made of.

@@ -304,11 +304,14 @@ def _left(decoder: Any, family: Family, report: PruneReport, row: int, real: Ten
 
     def drop(layer: LayerReport, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         (name, given) = ("", args[0]) if args else ("hidden_states", kwargs["hidden_states"])
-        here = alive[layer.index].to(given.device)
-        before = alive[layer.index - 1].to(given.device) if layer.index else torch.ones_like(here)
-        states, mask = given[:, here[before]], kwargs.get("attention_mask")
-        more: dict[str, Any] = {"position_embeddings": tuple(part[:, here] for part in kwargs["position_embeddings"])}
+        now = alive[layer.index]
+        before = alive[layer.index - 1] if layer.index else torch.ones_like(now)
+        states, mask = given[:, now[before].to(given.device)], kwargs.get("attention_mask")
+        # On a split model these need not be where the layer is.
+        rotary = tuple(part[:, now.to(part.device)] for part in kwargs["position_embeddings"])
+        more: dict[str, Any] = {"position_embeddings": rotary}
         if isinstance(mask, Tensor):
+            here = now.to(mask.device)
             more["attention_mask"] = mask[:, :, here][..., here] if mask.ndim == 4 else mask[:, here]
         if name:
             return args, {**kwargs, **more, "position_ids": None, name: states}
