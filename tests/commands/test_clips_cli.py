@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from foveate.asking.pictures import FRAME
 from foveate.commands.app import app
+from foveate.evaluation.questions import from_folder
 
 pytest.importorskip("av")
 FILM, FOLDER = "examples/clip.mp4", "examples/clip"
@@ -112,6 +114,25 @@ def test_rows_about_clips_are_evaluated(tmp_path):
     found = json.loads((tmp_path / "out/rows.json").read_text())
     evs = next(row for row in found if row["method"] == "evs")
     assert (evs["questions"], evs["accuracy"], evs["kept_share"]) == (2, 1.0, 0.5)
+
+
+def test_fewer_frames_of_clips_are_evaluated(tmp_path):
+    (tmp_path / "clip.mp4").symlink_to(Path(FILM).absolute())
+    row = {"clip": "clip.mp4", "question": QUESTION, "answers": ["right"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    options = ["eval", "--model", "glimpse-video", "--data", tmp_path, "--methods", "evs", "--keep", "0.5"]
+    options += ["--out", tmp_path / "out"]
+    result = run(*options, "--max-frames", "3")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out/run.json").read_text())["settings"]["max_frames"] == 3
+    other = run(*options)
+    assert other.exit_code == 2 and "max_frames" in other.output, "rows of clips of 32 frames are no rows of these"
+    for most, frames in ((2, 2), (40, 6)):
+        (item,), _, _ = from_folder(tmp_path)
+        (clip,) = replace(item, max_frames=most).shown()
+        assert len(clip.frames) == frames
+    refused = run("eval", "--count", "14", "--max-frames", "3", "--out", tmp_path / "none")
+    assert refused.exit_code == 2 and "no question is about one" in refused.output
 
 
 def test_a_clip_is_benched(tmp_path):

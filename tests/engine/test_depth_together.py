@@ -17,6 +17,7 @@ from test_merging_cache import image_spans
 from transformers.modeling_utils import AttentionInterface
 
 import foveate
+from foveate.evaluation.reference import prove
 from foveate.methods.videollm_mod import VideoLLMMoD
 
 pytestmark = pytest.mark.sampled(2)
@@ -273,3 +274,15 @@ def test_what_cannot_be_right_is_refused():
     with pytest.raises(foveate.UnsupportedError, match="acts around layers of the LLM, which mllama does not offer"):
         foveate.prune(tiny.build("mllama"), "videollm_mod", router="random")
     assert not model._forward_hooks and not model.model._forward_hooks, "nothing was left behind"
+
+
+def test_layers_that_borrow_keys_and_values_are_not_routed_and_those_that_lend_may_be():
+    """Gemma 4 E: the last two of six layers read what layers 2 and 3 hold."""
+    model, batch = tiny.build("gemma4_e"), tiny.inputs("gemma4_e", **tiny.BATCHES["ragged"])
+    with pytest.raises(foveate.UnsupportedError, match=r"layers 5 of this .* route 1, 3 alone, by `layers`"):
+        foveate.prune(model, "videollm_mod", router="random")
+    with pytest.raises(foveate.UnsupportedError, match="route earlier ones"):
+        foveate.prune(model, "videollm_mod", router="random", layers=(4, 5))
+    foveate.prune(model, "videollm_mod", router="random", keep=1.0).remove()
+    found = prove(model, batch, [VideoLLMMoD(keep=0.5, router="random", layers=(1, 3))], steps=4)
+    assert found.holds and not found.blind and not found.faults

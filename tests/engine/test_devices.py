@@ -15,6 +15,7 @@ from test_guided import guide_of
 
 import foveate
 from foveate.engine.target import Target, fingerprint
+from foveate.evaluation.reference import prove
 from foveate.families import get_family
 
 accelerate = pytest.importorskip("accelerate")
@@ -131,6 +132,21 @@ def test_a_second_turn_works_on_a_split_model(family, name, image):
     expected = turns(tiny.build(family))
     with pretend.Device():
         assert turns(split(tiny.build(family))) == expected
+
+
+PROVEN = [("llava", "fopru_rank"), ("llava", "fastv"), ("qwen2_5_vl", "plphp"), ("mllama", "trimmed_llama")]
+
+
+@pytest.mark.parametrize(("family", "name"), [*PROVEN, ("qwen3_5", "fopru_rank")])
+def test_a_split_model_is_proven(family, name):
+    """With the reference split as the model is, the one for states, too."""
+    batch = tiny.inputs(family, **tiny.BATCHES["ragged"])
+    with pretend.Device():
+        # In inference mode the simulated device does not see what a copy between devices is made of.
+        with torch.no_grad():
+            found = prove.__wrapped__(split(tiny.build(family)), batch, [method(family, name)], steps=3)
+        assert found.holds and not found.blind and not found.faults
+        assert found.same_tokens
 
 
 @pytest.mark.parametrize("threshold", [None, 0.99], ids=["guides", "may answer"])

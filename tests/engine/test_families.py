@@ -121,3 +121,18 @@ def test_guesses_from_the_prompt_give_what_greedy_decoding_gives(family, name):
         guessed = oracle.run(model, batch, **oracle.GREEDY, prompt_lookup_num_tokens=3)
     assert torch.equal(greedy.sequences, guessed.sequences)
     assert (greedy.logits - guessed.logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["fopru_rank", "fastv", "plphp"])
+def test_guesses_from_the_prompt_where_layers_see_chunks_equal_the_dense_reference(name):
+    """Llama 4, whose chunked layers hold more while there are guesses."""
+    batch, model = tiny.inputs("llama4", text=(30,)), tiny.build("llama4")
+    ids = batch["input_ids"]
+    ids[:, -10:] = ids[:, -20:-10] = ids[:, -30:-20]
+    with prune(model, name) as pruned:
+        greedy = oracle.run(model, batch, **oracle.GREEDY)
+        guessed = oracle.run(model, batch, **oracle.GREEDY, prompt_lookup_num_tokens=3)
+    assert torch.equal(greedy.sequences, guessed.sequences)
+    assert (greedy.logits - guessed.logits).abs().max() < TOLERANCE
+    assert relative_errors("llama4", batch, guessed, pruned.report).max() < TOLERANCE
+    assert any(layer.kept_length < layer.length for layer in pruned.report.layers)

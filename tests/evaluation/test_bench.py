@@ -498,7 +498,7 @@ def test_every_family_finds_its_images_and_clips_in_synthetic_inputs():
             assert sum(layout.frames for layout in layouts) == 2 * (frames or 1), name
             kinds = [kinds for key, kinds in inputs.items() if key.endswith("mm_token_type_ids")]
             assert all(((kinds > 0) == (inputs["input_ids"] == placeholder)).all() for kinds in kinds), name
-    assert len(without) < len(tiny.found) / 4
+    assert set(without) == {"gemma3n"}
 
 
 @pytest.mark.parametrize("family", tiny.sampled(name for name in tiny.found if tiny.found[name].in_prompt))

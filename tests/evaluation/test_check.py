@@ -441,10 +441,44 @@ def test_mistakes_end_with_one_line_and_write_nothing(args, expected, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_a_state_has_read_cannot_be_checked_by_masks():
-    """But what the cache loses behind it can, and a layer without attention is nothing to look at."""
-    model, batch = tiny.build("qwen3_5"), tiny.inputs("qwen3_5")
-    with pytest.raises(foveate.UnsupportedError, match="carry a state along"):
-        prove(model, batch, [foveate.FoPru(keep=0.25)], steps=3)
-    assert prove(model, batch, [foveate.PLPHP(keep=0.5, start_layer=1)], steps=3).holds
-    assert sorted(last_token_attention(model, batch)) == [1, 3, 5]
+@pytest.mark.parametrize("family", ["gemma4", "llava_windows"])
+@pytest.mark.parametrize("name", ["fopru", "fastv", "plphp"])
+def test_layers_that_see_a_window_are_proven(family, name):
+    found = proof(family, build((name, METHODS[name])), batch="ragged")
+    assert found.holds and found.same_tokens and not found.blind and not found.faults
+
+
+HYBRID = {
+    "before": [("fopru", dict(keep=0.25))],
+    "inside": [("pyramiddrop", dict(keep=0.25))],
+    "cache": [("plphp", dict(keep=0.5, start_layer=1))],
+    "all": [("fopru", dict(keep=0.5)), ("fastv", dict(keep=0.5, layer=2)), ("plphp", dict(keep=0.5, start_layer=2))],
+    "steps": [("fopru", dict(keep=0.5)), ("last_step", dict(keep=0.5))],
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2_vl", "minicpmv4_6"])
+@pytest.mark.parametrize("methods", HYBRID)
+def test_what_a_state_never_read_is_proven(family, methods):
+    found = proof(family, build(*HYBRID[methods]), batch="ragged", steps=4)
+    assert found.holds and found.same_tokens and not found.blind and not found.faults
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2_vl"])
+@pytest.mark.parametrize("methods", ["before", "all"])
+@pytest.mark.parametrize("what", ["seen", "kept"])
+def test_a_report_of_other_tokens_shows_in_decoders_with_states(family, methods, what, monkeypatch):
+    """Neighbours of what was kept, in every layer."""
+    true = reference.short_logits
+
+    def shifted(model, report, *args):
+        named = [replace(layer, **{what: getattr(layer, what).roll(1, -1)}) for layer in report.layers]
+        monkeypatch.setattr(report, "layers", named)
+        return true(model, report, *args)
+
+    monkeypatch.setattr(reference, "short_logits", shifted)
+    assert not proof(family, build(*HYBRID[methods]), steps=4).holds
+
+
+def test_a_layer_without_attention_is_nothing_to_look_at():
+    assert sorted(last_token_attention(tiny.build("qwen3_5"), tiny.inputs("qwen3_5"))) == [1, 3, 5]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from foveate import glimpse
 from foveate.asking.mistake import Mistake
 from foveate.asking.options import Variant
 from foveate.commands.app import app
+from foveate.evaluation import evaluate, plots
 from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, Answers, measure
 from foveate.evaluation.cost import prefill_flops
 from foveate.evaluation.jobs import Processes
@@ -131,7 +133,7 @@ def test_keeping_everything_is_the_untouched_model(asked, tmp_path):
     rows = score(asked, tmp_path, Variant("all", 1.0, foveate.get_method("plphp", keep=1.0)))
     untouched, everything = rows[UNTOUCHED], rows["all"]
     assert everything["accuracy"] == untouched["accuracy"] and everything["agreement"] == 1.0
-    for share in ("kept_share", "kv_share", "prefill_share"):
+    for share in ("kept_share", "kv_share", "read_share", "prefill_share"):
         assert everything[share] == untouched[share] == 1.0
 
 
@@ -164,6 +166,24 @@ def test_what_is_evicted_behind_the_prefill_changes_no_first_word(asked, tmp_pat
                 line[column][0] for column in line if column == UNTOUCHED or "keep=" in column
             }  # of a number: its digit
             assert len(first) == 1 or line["type"] == "again", "only a second turn sees nothing but what was left"
+
+
+def test_what_steps_read_is_drawn_where_they_choose(asked, tmp_path, monkeypatch):
+    model, processor, _ = asked
+    batches = Batches(processor, from_glimpse(12, ("describe",)), 12)
+    chosen = [Variant(name, 0.25, foveate.get_method(name, keep=0.25)) for name in ("last_step", "random_cache")]
+    rows = score((model, processor, batches), tmp_path, *chosen)
+    assert rows["last_step"]["kv_share"] == 1.0 and 0.25 < rows["last_step"]["read_share"] < 0.8
+    assert rows["random_cache"]["read_share"] == rows["random_cache"]["kv_share"] < 1
+    drawn = {}
+    monkeypatch.setattr(plots, "curves", lambda rows, path, **how: drawn.update({path.name: how["x"]}))
+    monkeypatch.setattr(plots, "pareto", lambda rows, path, **how: drawn.update({path.name: how["xlabel"]}))
+    for share, word in (("read_share", "a step reads"), ("kv_share", "behind the prefill")):
+        found = SimpleNamespace(rows=list(rows.values()), folder=tmp_path, due=lambda name: True)
+        evaluate._draw(found, "", {})
+        assert drawn["accuracy.png"] == share and word in drawn["pareto.png"]
+        for row in rows.values():  # as an earlier release wrote them
+            row.pop("read_share", None)
 
 
 def test_the_price_of_a_prefill_is_what_is_computed(asked, tmp_path):

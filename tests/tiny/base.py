@@ -67,7 +67,7 @@ class Tiny:
     first: words in front of the first image. types: inputs that mark the placeholders. decoder: name of the language
     model inside the base model. window: how many tokens most of its layers see, None for all. both_ways: whether image
     tokens see later ones. backends: implementations of attention that it has. mixes: whether a prompt may hold images
-    and videos. ends: tokens of a film behind its frames.
+    and videos. heads, ends: tokens of a film in front of each frame, and behind all, that are no part of any.
     """
 
     name: str = ""
@@ -76,7 +76,7 @@ class Tiny:
     refused: tuple[str, ...] = ()
     rounding = 1.0
     in_prompt = mixes = True
-    ends = 0
+    heads = ends = 0
     image_id = IMAGE
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()

@@ -2,8 +2,10 @@
 
 import torch
 
-from .base import BREAK, IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START
+from .base import BREAK, IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START, moving
 from .qwen2_5_vl import Grid, mrope
+
+FILMS = [(6, 8, 12), (4, 8, 8), (8, 12, 8), (4, 8, 12)]  # two pictures join into a frame
 
 
 class Ernie(Grid):
@@ -12,7 +14,16 @@ class Ernie(Grid):
     values = 3 * PATCH**2
 
     def clip(self, kind):
-        return []  # frames of videos join
+        t, h, w = FILMS[kind]
+        return [h * w // 4] * (t // 2)
+
+    def film(self, kind):
+        return [BREAK, *[VIDEO] * sum(self.clip(kind)), MARK]
+
+    def films(self, kinds, rng):
+        grids = torch.tensor([FILMS[k] for k in kinds])
+        patches = [moving(t, h * w, self.values, rng) for t, h, w in grids.tolist()]
+        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": grids}
 
     def options(self):
         experts = dict(moe_intermediate_size=[32, 16], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1)

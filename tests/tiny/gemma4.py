@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from .base import IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START, VOCAB, Tiny
+from .base import IMAGE, LLM, MARK, PATCH, VIDEO, VISION_END, VISION_START, VOCAB, Tiny, moving
 
 GRIDS = [(6, 9), (9, 6), (6, 6), (3, 6)]  # (rows, columns) of patches
+FRAMES = [3, 5, 2, 4]
 MOST = 90  # patches that a picture is padded to
+
+
+def padded(pictures, grids):
+    """Pictures of patches and their places, (column, row), all of one length."""
+    pixels = torch.zeros(len(pictures), MOST, 3 * PATCH**2)
+    places = torch.full((len(pictures), MOST, 2), -1)
+    for i, (picture, (rows, columns)) in enumerate(zip(pictures, grids, strict=True)):
+        pixels[i, : rows * columns] = picture
+        places[i, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    return pixels, places
 
 
 class Gemma4(Tiny):
@@ -47,12 +58,27 @@ class Gemma4(Tiny):
         return rows * columns // 9
 
     def pixels(self, kinds, rng):
-        pixels = torch.zeros(len(kinds), MOST, 3 * PATCH**2)
-        places = torch.full((len(kinds), MOST, 2), -1)
-        for i, (rows, columns) in enumerate(GRIDS[kind] for kind in kinds):
-            pixels[i, : rows * columns] = torch.rand(rows * columns, 3 * PATCH**2, generator=rng)
-            places[i, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+        grids = [GRIDS[kind] for kind in kinds]
+        pixels, places = padded([torch.rand(h * w, 3 * PATCH**2, generator=rng) for h, w in grids], grids)
         return {"pixel_values": pixels, "image_position_ids": places}
+
+    def clip(self, kind):
+        return [self.tokens(kind)] * FRAMES[kind]
+
+    def film(self, kind):
+        """A frame at a time, each behind when it is shown."""
+        frames = [[3 + i, *self.before, *[VIDEO] * n, *self.after] for i, n in enumerate(self.clip(kind))]
+        return [token for frame in frames for token in frame]
+
+    def films(self, kinds, rng):
+        frames, grids = [], []
+        for rows, columns, n in ((*GRIDS[kind], FRAMES[kind]) for kind in kinds):
+            film = moving(n, rows * columns, 3 * PATCH**2, rng).sigmoid()
+            frames += film.unflatten(0, (n, -1))
+            grids += [(rows, columns)] * n
+        pixels, places = padded(frames, grids)
+        counts = torch.tensor([FRAMES[kind] for kind in kinds])
+        return {"pixel_values_videos": pixels, "video_position_ids": places, "num_frames_per_video": counts}
 
 
 class Gemma4E(Gemma4):

@@ -1,15 +1,32 @@
 """Kimi K2.5: patches come as pictures, and the cache is latent."""
 
-from .base import LLM, PATCH
+import torch
+
+from .base import LLM, PATCH, VIDEO, VISION_END, VISION_START, moving
 from .paddleocr_vl import PatchPictures
 from .qwen2_5_vl import TOKENS
+
+# Of the films' parts how many pictures join into each, and (h, w) in patches.
+FILMS = [((4, 4, 2), 8, 12), ((4, 1), 8, 8), ((3, 3, 2), 12, 8), ((4, 4), 8, 12)]
 
 
 class KimiK25(PatchPictures):
     name, types = "kimi_k25", ()
 
     def clip(self, kind):
-        return []  # frames of videos join
+        parts, h, w = FILMS[kind]
+        return [h * w // 4] * len(parts)
+
+    def film(self, kind):
+        """A part at a time, each behind when it is shown."""
+        parts = [[3 + i, VISION_START, *[VIDEO] * n, VISION_END] for i, n in enumerate(self.clip(kind))]
+        return [token for part in parts for token in part]
+
+    def films(self, kinds, rng):
+        films = [FILMS[kind] for kind in kinds]
+        patches = [moving(sum(parts), h * w, self.values, rng) for parts, h, w in films]
+        grids = torch.tensor([(t, h, w) for parts, h, w in films for t in parts])
+        return {"pixel_values_videos": torch.cat(patches).view(-1, 3, PATCH, PATCH), "video_grid_thw": grids}
 
     def options(self):
         vision = dict(

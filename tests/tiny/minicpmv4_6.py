@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import IMAGE, PATCH, VIDEO, VISION, VISION_END, VISION_START, Tiny
-from .qwen2_5_vl import GRIDS
+from .base import IMAGE, PATCH, VIDEO, VISION, VISION_END, VISION_START, Tiny, moving
+from .qwen2_5_vl import FILMS, GRIDS
 from .qwen3_5 import Qwen35, hybrid
 
 
@@ -31,6 +31,19 @@ class MiniCPMV46(Tiny):
         sizes = [GRIDS[kind][1:] for kind in kinds]
         strips = [torch.randn(1, 3, PATCH, PATCH * height * width, generator=rng) for height, width in sizes]
         return {"pixel_values": torch.cat(strips, -1), "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
+
+    def clip(self, kind):
+        t, h, w = FILMS[kind]
+        return [h * w // 16] * t
+
+    def film(self, kind):
+        return [token for n in self.clip(kind) for token in (*self.before, *[VIDEO] * n, *self.after)]
+
+    def films(self, kinds, rng):
+        sizes = [FILMS[kind][1:] for kind in kinds for _ in range(FILMS[kind][0])]
+        strips = [moving(t, h * w, 3 * PATCH**2, rng) for t, h, w in (FILMS[kind] for kind in kinds)]
+        strips = torch.cat(strips).view(-1, 3, PATCH, PATCH).permute(1, 2, 0, 3).flatten(2)[None]
+        return {"pixel_values_videos": strips, "target_sizes_videos": torch.tensor(sizes, dtype=torch.int32)}
 
     def beside(self, one, other):
         pixels = torch.cat([one["pixel_values"], other["pixel_values"]], -1)

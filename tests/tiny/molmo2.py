@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .base import IMAGE, LLM, MARK, PATCH, VISION, VISION_END, VISION_START, Tiny
+from .base import IMAGE, LLM, MARK, PATCH, VISION, VISION_END, VISION_START, Tiny, moving
 
 GRIDS = [(2, 4), (4, 2), (4, 4), (2, 2)]  # (rows, columns) of tokens at full size, 2 x 2 a crop
+FRAMES = [3, 5, 2, 4]
 SIDE = 4
+JOINED = torch.arange(SIDE**2).view(2, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
 
 
 class Molmo2(Tiny):
     name, types, both_ways = "molmo2", ("mm_token_type_ids",), True
+    mixes = False  # transformers takes images or videos
 
     def options(self):
         vision = dict(**VISION, num_key_value_heads=4, head_dim=8, image_size=[16, 16], patch_size=PATCH)
@@ -37,18 +40,36 @@ class Molmo2(Tiny):
         small, large = ([*[IMAGE] * c, MARK] * r for r, c in ((2, 2), (rows, columns)))
         return [VISION_START, *small, VISION_END, VISION_START, *large, VISION_END]
 
+    def clip(self, kind):
+        return [4] * FRAMES[kind]
+
+    def film(self, kind):
+        """A frame at a time, each behind when it is shown."""
+        frames = [[3 + i, 90, *[IMAGE] * n, MARK] for i, n in enumerate(self.clip(kind))]
+        return [token for frame in frames for token in frame]
+
+    def films(self, kinds, rng):
+        counts = [FRAMES[kind] for kind in kinds]
+        crops = [moving(n, SIDE**2, 3 * PATCH**2, rng).unflatten(0, (n, -1)) for n in counts]
+        numbers = torch.arange(sum(counts)).view(-1, 1, 1) * SIDE**2 + JOINED
+        grids = torch.tensor([[n, 2, 2] for n in counts])
+        return {
+            "pixel_values_videos": torch.cat(crops),
+            "video_token_pooling": numbers.flatten(0, 1),
+            "video_grids": grids,
+        }
+
     def beside(self, one, other):
         seen = one["pixel_values"].shape[:2].numel()
         pooling = other["image_token_pooling"]
         return super().beside(one, other | {"image_token_pooling": pooling.where(pooling < 0, pooling + seen)})
 
     def pixels(self, kinds, rng):
-        joined = torch.arange(SIDE**2).view(2, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
         crops, pooling, seen = [], [], 0
         for rows, columns in (GRIDS[kind] for kind in kinds):
             n = 1 + rows * columns // 4
             crops.append(torch.randn(n, SIDE**2, 3 * PATCH**2, generator=rng))
-            numbers = torch.arange(n).view(-1, 1, 1) * SIDE**2 + joined + seen
+            numbers = torch.arange(n).view(-1, 1, 1) * SIDE**2 + JOINED + seen
             high, wide = rows // 2, columns // 2
             large = numbers[1:].view(high, wide, 2, 2, 4).transpose(1, 2).reshape(-1, 4)
             pooling += [numbers[0], large]

@@ -2,6 +2,7 @@
 
 import inspect
 
+import torch
 from transformers import (
     GenerationMixin,
     JanusForConditionalGeneration,
@@ -13,6 +14,7 @@ from transformers import (
 
 from .base import IMAGE, LLM, MARK, PATCH, VIDEO, VISION, VISION_END, VISION_START, VOCAB, clip
 from .llava import SIDE, Llava, siglip, squares
+from .llava_next import film
 
 
 class VipLlava(Llava):
@@ -78,7 +80,7 @@ class Ovis2(Llava):
 
 
 class VideoLlava(Llava):
-    name = "video_llava"
+    name, heads = "video_llava", 1
 
     def options(self):
         parts = dict(vision_config=clip(SIDE), text_config=LlamaConfig(**LLM), image_token_index=IMAGE)
@@ -93,3 +95,12 @@ class VideoLlava(Llava):
     def pixels(self, kinds, rng):
         known = inspect.signature(VideoLlavaModel.forward).parameters
         return {"pixel_values" if "pixel_values" in known else "pixel_values_images": squares(kinds, rng)}
+
+    def clip(self, kind):
+        return [36] * 3
+
+    def film(self, kind):
+        return [VIDEO] * (3 * 37)  # [CLS] comes with every frame
+
+    def films(self, kinds, rng):
+        return {"pixel_values_videos": torch.stack([film(rng, 3, SIDE) for _ in kinds])}

@@ -25,6 +25,7 @@ class Convolution(nn.Module):
         self.convolution = nn.Conv2d(3, width, stride, stride)
 
     def forward(self, pixel_values, **kwargs):
+        pixel_values = nn.functional.adaptive_avg_pool2d(pixel_values, SIDE)  # of any size
         return BaseModelOutputWithPooling(last_hidden_state=self.convolution(pixel_values))
 
 

@@ -20,6 +20,7 @@ from foveate.commands.parameters import (
     Guide,
     Keeps,
     Match,
+    MaxFrames,
     MaxNewTokens,
     Model,
 )
@@ -47,6 +48,7 @@ def eval_command(
     dtype: Dtype = "auto",
     attn: Attention = None,
     guide: Guide = None,
+    max_frames: MaxFrames = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that ask at once, each with a model of its own.")] = 1,
 ) -> None:
     """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
@@ -71,6 +73,7 @@ def eval_command(
         dtype=dtype,
         attn=attn,
         guide=guide,
+        max_frames=max_frames,
     )
     results, lost = evaluate(options, out=out, jobs=jobs, console=console)
     Console().print(overview(results.rows).rich(), crop=False)

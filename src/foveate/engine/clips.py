@@ -1,4 +1,4 @@
-"""Which of the pictures that come are frames of a clip: no model's inputs say it where frames are pictures."""
+"""Which of the pictures that come are frames of a clip: no model's inputs say it where frames come one by one."""
 
 from __future__ import annotations
 
@@ -51,3 +51,18 @@ class Clips(threading.local):
             )
         left = iter(pictures)
         return [as_clip([next(left) for _ in range(count)]) if count > 1 else next(left) for count in counts]
+
+
+def of_samples(frames: Sequence[ImageLayout], tokens: Sequence[int]) -> list[ImageLayout]:
+    """Of each sample the frames that follow one another in one shape as a clip. tokens: placeholders of each sample."""
+    clips: list[list[ImageLayout]] = []
+    left = list(frames)
+    for count in tokens:
+        first = True
+        while left and count > 0:
+            frame = left.pop(0)
+            if first or frame.tiles[0].grid != clips[-1][0].tiles[0].grid:
+                clips.append([])
+            clips[-1].append(frame)
+            count, first = count - frame.tokens, False
+    return [as_clip(clip) for clip in [*clips, *([frame] for frame in left)]]

@@ -116,7 +116,7 @@ def split_prompt(arguments: dict[str, Any], candidates: int) -> tuple[dict[str, 
 
 
 def run_prompt(base: Any, decoder: Any, head: dict[str, Any], tail: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Run the first of the two forwards of `split_prompt`: its hidden states, and the arguments of the second.
+    """Run the first of the two forwards of `split_prompt`: what it made, and the arguments of the second.
 
     Where the base model counts positions itself, the second goes on behind the last of the first.
     """
@@ -125,10 +125,16 @@ def run_prompt(base: Any, decoder: Any, head: dict[str, Any], tail: dict[str, An
         lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
     )
     try:
-        hidden: Tensor = base(**head).last_hidden_state
+        output = base(**head)
     finally:
         note.remove()
     if tail.get("position_ids") is None and seen and seen[0] is not None:
         ahead = torch.arange(1, tail["input_ids"].shape[1] + 1, device=seen[0].device)
         tail = {**tail, "position_ids": seen[0][..., -1:] + ahead}
-    return hidden, tail
+    made: Tensor = output[made_name(output)]
+    return made, tail
+
+
+def made_name(output: Any) -> str:
+    """What a base model's output calls what it made of each token: logits, where the base is the whole model."""
+    return "last_hidden_state" if "last_hidden_state" in output else "logits"

@@ -37,7 +37,8 @@ class Sayings:
         """Say which of the pictures that come in this block are frames of clips, where frames are pictures to a model.
 
         A clip is then one image to every method: `keep` is of all its frames together, and methods that compare frames
-        see them. Videos that a model takes as videos need no word.
+        see them. Videos that a model takes as videos need no word, but for models that take the frames of a video as
+        videos of their own (Kimi K2.5, MiniCPM-V 4.6): where such come, what is said is of them, not of pictures.
 
         frames: how many pictures each clip is of, 1 for a picture, in order and for the whole batch; or one number, for
         clips that all have as many.

@@ -27,7 +27,7 @@ from .chunks import Chunks
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
 from .gaps import close_unused, is_gapped, open_gaps
-from .generation import PIXELS, brings_pixels, run_prompt, split_prompt
+from .generation import PIXELS, brings_pixels, made_name, run_prompt, split_prompt
 from .images import attached
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
@@ -101,7 +101,7 @@ class _Entered(threading.local):
 class _Pass:
     """A forward, and how its output is put together.
 
-    prompt: hidden states of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
+    prompt: what was made of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
     is no prefill of the user's, such as one that checks guesses. whole: of a chunk of a prompt, the pass that all of it
     would be.
     """
@@ -378,7 +378,8 @@ class Pruned(Sayings, NotPickled):
             for place in self._places:
                 place.tell(report)
         if entered.prompt is not None:
-            output.last_hidden_state = torch.cat([entered.prompt, output.last_hidden_state], dim=1)
+            name = made_name(output)
+            output[name] = torch.cat([entered.prompt, output[name]], dim=1)
         return output
 
     def _add(self, add: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..families.base import Family, ImageLayout
 from ..methods.host import Encoder, Host
-from .clips import Clips
+from .clips import Clips, of_samples
 from .devices import on
 from .upstream import STATE_LAYERS, DynamicCache, cache_name
 
@@ -112,10 +112,27 @@ class Target:
         lay_out = self.family.video_layouts if medium == "video" else self.family.layouts
         return lay_out(self.base.config, inputs)
 
+    def joined(self, medium: str, each: Sequence[ImageLayout], prompt: Callable[[], Tensor]) -> list[ImageLayout]:
+        """Frames that come as pictures, or as videos of their own, as the clips that they form.
+
+        Those are as the user says; without a word pictures are pictures, and the frames of a sample a clip as long as
+        their shape is one. each: as `layouts` gives them. prompt: gives the ids (batch, q) they stand in.
+        """
+        apart, said = self.family.frames_apart and "video" in self.token_ids, self.clips.frames is not None
+        if medium == "video":
+            if not apart:
+                return list(each)
+            return self.clips.joined(each) if said else of_samples(each, self._videos(prompt()).sum(1).tolist())
+        # What is said is of the frames of videos, where some come.
+        return list(each) if apart and said and bool(self._videos(prompt()).any()) else self.clips.joined(each)
+
+    def _videos(self, ids: Tensor) -> Tensor:
+        return ids.eq(self.token_ids["video"])
+
     def is_image(self, ids: Tensor) -> Tensor:
         """Where the placeholders of images and videos are: bool like `ids`."""
         images = ids.eq(self.image_token_id)
-        return images | ids.eq(self.token_ids["video"]) if "video" in self.token_ids else images
+        return images | self._videos(ids) if "video" in self.token_ids else images
 
     @cached_property
     def cache_name(self) -> str:

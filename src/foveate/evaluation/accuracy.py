@@ -230,8 +230,10 @@ def ask(
     import foveate
 
     counts = {"tokens": 0, "kept": 0, "kv": 0, "kv_full": 0}
+    read = 0.0  # of those bytes what a step of decoding reads
 
     def after() -> None:
+        nonlocal read
         advance()
         if variant is None:
             return
@@ -243,6 +245,7 @@ def ask(
             counts["kept"] += kept
         counts["kv"] += report.kv_bytes
         counts["kv_full"] += report.kv_bytes_unpruned
+        read += report.kv_bytes * (1.0 if report.decoding is None else report.decoding.share)
 
     begun = time.perf_counter()
     with foveate.prune(model, variant.method) if variant else nullcontext() as pruned:
@@ -258,6 +261,7 @@ def ask(
     cost = {
         "kept_share": counts["kept"] / counts["tokens"] if counts["tokens"] else whole,
         "kv_share": counts["kv"] / counts["kv_full"] if counts["kv_full"] else whole,
+        "read_share": read / counts["kv_full"] if counts["kv_full"] else whole,
         "prefill_flops": flops,
         "seconds": seconds,
     }

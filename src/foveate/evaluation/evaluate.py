@@ -64,8 +64,15 @@ def _draw(results: Results, title: str, parts: dict[str, Any]) -> None:
     from .plots import curves, pareto
 
     rows = [row for row in results.rows if row["kept_share"] is not None]  # None: a guide answered all
+    # Rows of an earlier release say what is held only, which is what a step reads unless it chooses.
+    steps = "read_share" if all("read_share" in row for row in rows) else "kv_share"
     prices = {
-        "kv_share": ("", "KV cache behind the prefill, % of the untouched model's"),
+        steps: (
+            "",
+            "KV cache that a step reads, % of the untouched model's"
+            if steps == "read_share"
+            else "KV cache behind the prefill, % of the untouched model's",
+        ),
         "prefill_share": ("-prefill", "operations until the first token, % of the untouched model's"),
     }
     for x, (suffix, xlabel) in prices.items():

@@ -29,7 +29,7 @@ class Item:
     """A question. images: pictures, or files that are opened when needed. answers: any of them is right.
 
     before: questions that the model is asked first, with the pictures, in turns of their own. clip: whether the images
-    are the frames of one clip, or the one file is a film.
+    are the frames of one clip, or the one file is a film. max_frames: of a clip with more so many, at an even stride.
     """
 
     images: tuple[Image.Image | Path, ...]
@@ -39,6 +39,12 @@ class Item:
     line: int | None = None
     before: tuple[str, ...] = ()
     clip: bool = False
+    max_frames: int = MAX_FRAMES
+
+    @property
+    def shows_clip(self) -> bool:
+        """Whether it is about a clip."""
+        return self.clip or any(isinstance(image, Path) and is_clip(image) for image in self.images)
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -52,10 +58,14 @@ class Item:
     def shown(self) -> list[Image.Image | Clip]:
         """The pictures, or the clip, opened."""
         opened = [
-            image if isinstance(image, Image.Image) else open_clip(image) if is_clip(image) else open_picture(image)
+            image
+            if isinstance(image, Image.Image)
+            else open_clip(image, max_frames=self.max_frames)
+            if is_clip(image)
+            else open_picture(image)
             for image in self.images
         ]
-        return [Clip.of(opened, MAX_FRAMES)] if self.clip else opened
+        return [Clip.of(opened, self.max_frames)] if self.clip else opened
 
 
 def from_glimpse(count: int, kinds: Sequence[str] | None = None, first: int = 0) -> list[Item]:

@@ -20,22 +20,23 @@ from foveate.asking.mistake import Mistake
 from foveate.families import get_family, unknown_family
 from foveate.families.base import Family
 from foveate.families.gemma4 import Gemma4
-from foveate.families.grid import Glm4v, Grid, Qwen3VL, Qwen35, Qwen35Moe
+from foveate.families.grid import Glm4v, Grid, KimiK25, Qwen3VL, Qwen35, Qwen35Moe
 from foveate.families.lfm2_vl import Lfm2VL
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext, LlavaNextVideo
 from foveate.families.minicpmv4_6 import MiniCPMV46
 from foveate.families.mllama import Mllama
+from foveate.families.molmo2 import Molmo2
 from foveate.families.paligemma import PaliGemma
 from foveate.families.pixtral import Pixtral
 from foveate.families.queries import Idefics2, Queries
-from foveate.families.squares import Idefics3, Squares, Tiles
+from foveate.families.squares import FastVlm, Idefics3, Squares, Tiles
 
 BEFORE, AFTER = 32, 32  # text tokens in front of the image and behind it
 SHORTER = 16  # how much shorter every second sample of a padded batch is
 USUAL = 1296  # tokens of a picture that may have any number: 36 x 36
 WORD, WHOLE = 3, 4  # ids of text that stand behind a frame or in front of a tile, and in front of a whole picture
-STAMPED = (Qwen3VL, Qwen35, Qwen35Moe, Glm4v)  # each frame of a clip stands by itself, beside its time
+STAMPED = (Qwen3VL, Qwen35, Qwen35Moe, Glm4v, KimiK25)  # each frame of a clip stands by itself, beside its time
 EDGES = (("vision_start", "vision_end"), ("image_start", "image_end"), ("boi", "eoi"))
 Config = Any
 Inputs = dict[str, Tensor]
@@ -95,7 +96,8 @@ def _beside(family: Family, config: Config, ids: Tensor, pixels: Inputs) -> Inpu
         return {"cross_attention_mask": seen[:, :, None, None].expand(-1, -1, 1, tiles).long()}
     video = "pixel_values_videos" in pixels
     placeholder = family.video_token_id(config) if video else family.image_token_id(config)
-    kinds = ids.eq(torch.tensor(placeholder)).int() * (2 if video else 1)
+    # To Molmo 2 frames are images.
+    kinds = ids.eq(torch.tensor(placeholder)).int() * (2 if video and not isinstance(family, Molmo2) else 1)
     if isinstance(family, PaliGemma):  # all of it is a prompt, which sees itself both ways
         kinds = torch.zeros_like(kinds)
     model: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
@@ -190,6 +192,13 @@ def pictures(family: Family, wanted: Wanted) -> Inputs:
 @pictures.register(Queries)
 def _square(family: Family, wanted: Wanted) -> Inputs:
     return {"pixel_values": wanted.squares(wanted.pictures)}
+
+
+@pictures.register
+def _convolved(family: FastVlm, wanted: Wanted) -> Inputs:
+    # The stages of its encoder halve a picture six times.
+    edge = 64 * family.side(wanted.config)
+    return {"pixel_values": wanted.noise(wanted.pictures, 3, edge, edge)}
 
 
 @pictures.register
@@ -294,6 +303,53 @@ def _minicpm(family: MiniCPMV46, wanted: Wanted) -> Inputs:
 
 
 @pictures.register
+def _cropped(family: Molmo2, wanted: Wanted) -> Inputs:
+    """A small whole picture, and crops at full size, which stand side by side here and overlap in a real picture."""
+    joined = _pooled(wanted.config, 2)
+    side = math.isqrt(len(joined))
+    tokens = (1 + round(math.sqrt(max(USUAL / len(joined) - 1, 1))) ** 2) * len(joined)
+    tokens = wanted.tokens or tokens
+    crops = tokens // len(joined) - 1
+    if tokens % len(joined) or crops < 1:
+        raise Mistake(f"--image-tokens {tokens}: crops give multiples of {len(joined)}, from {2 * len(joined)} on")
+    high, wide = replace(wanted, tokens=crops).grid(crops)
+    numbers = _counted(joined, 1 + crops, wanted.config)
+    large = numbers[1:].view(high, wide, side, side, -1).transpose(1, 2).reshape(-1, joined.shape[1])
+    one = torch.cat([numbers[0], large])
+    patches = (1 + crops) * _patches_each(wanted.config)
+    pooling = torch.cat([torch.where(one < 0, one, one + patches * number) for number in range(wanted.pictures)])
+    return {
+        "pixel_values": _in_patches(wanted, (1 + crops) * wanted.pictures),
+        "image_token_pooling": pooling,
+        "image_grids": torch.tensor([[side, side, high * side, wide * side]] * wanted.pictures),
+    }
+
+
+def _pooled(config: Config, factor: int) -> Tensor:
+    """(n, factor ** 2) the patches of one of the encoder's pictures that join into each token, -1 beyond its edge."""
+    size = config.vision_config.image_size[0] // config.vision_config.patch_size
+    tokens = -(-size // factor)
+    at = torch.full((tokens * factor, tokens * factor), -1)
+    at[:size, :size] = torch.arange(size * size).view(size, size)
+    return at.view(tokens, factor, tokens, factor).transpose(1, 2).reshape(-1, factor * factor)
+
+
+def _patches_each(config: Config) -> int:
+    """Patches of one of the encoder's pictures."""
+    return int((config.vision_config.image_size[0] // config.vision_config.patch_size) ** 2)
+
+
+def _counted(joined: Tensor, pictures: int, config: Config) -> Tensor:
+    """(pictures, n, k) of `_pooled` for so many pictures, patches counted over all of them."""
+    first = torch.arange(pictures).view(-1, 1, 1) * _patches_each(config)
+    return torch.where(joined < 0, joined, joined + first)
+
+
+def _in_patches(wanted: Wanted, pictures: int) -> Tensor:
+    return wanted.noise(pictures, _patches_each(wanted.config), 3 * wanted.config.vision_config.patch_size**2)
+
+
+@pictures.register
 def _crossed(family: Mllama, wanted: Wanted) -> Inputs:
     vision, features = wanted.config.vision_config, family.features_per_image(wanted.config)
     _check(wanted, features)
@@ -322,15 +378,31 @@ def _grid_clips(family: Grid, wanted: Wanted) -> tuple[Inputs, list[int]]:
     config, placeholder = wanted.config, family.video_token_id(wanted.config)
     if placeholder is None:
         return clips.dispatch(Family)(family, wanted)
-    pixels, height, width = _patches(family, wanted)
-    grids = torch.tensor([[wanted.frames, height, width]] * wanted.batch)
-    inputs = {"pixel_values_videos": pixels, "video_grid_thw": grids}
+    apart = family.frames_apart
+    # Of how many pictures a frame is made.
+    join = 1 if apart else family.together(config, 2)
+    pixels, height, width = _patches(family, replace(wanted, frames=wanted.frames * join))
+    films = [[1, height, width]] * wanted.pictures if apart else [[wanted.frames * join, height, width]] * wanted.batch
+    inputs = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor(films)}
     start, end = _edges(config, *EDGES)
-    frame = [placeholder] * (family.video_layouts(config, inputs)[0].tokens // wanted.frames)
+    frame = [placeholder] * (family.video_layouts(config, inputs)[0].tokens // (1 if apart else wanted.frames))
     if not isinstance(family, STAMPED):
         return inputs, [*start, *frame * wanted.frames, *end]
     first, last = _edges(config, ("video_start", "video_end"))
     return inputs, [*first, *[*start, *frame, *end, WORD] * wanted.frames, *last]
+
+
+@clips.register
+def _molmo_clips(family: Molmo2, wanted: Wanted) -> tuple[Inputs, list[int]]:
+    joined = _pooled(wanted.config, 3)
+    side = math.isqrt(len(joined))
+    _check(wanted, len(joined))
+    inputs = {
+        "pixel_values_videos": _in_patches(wanted, wanted.pictures),
+        "video_token_pooling": _counted(joined, wanted.pictures, wanted.config).flatten(0, 1),
+        "video_grids": torch.tensor([[wanted.frames, side, side]] * wanted.batch),
+    }
+    return inputs, [*[family.video_token_id(wanted.config)] * len(joined), WORD] * wanted.frames
 
 
 @clips.register

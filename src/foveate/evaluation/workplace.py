@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Options:
     dtype: str
     attn: str | None
     guide: str | None
+    max_frames: int | None = None
 
 
 @dataclass
@@ -113,6 +114,11 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
         items, bad, digest = from_folder(data, MATCHES[options.match])
         settings |= {"data": Path(data).resolve().name, "digest": digest, "count": count}
         items, groups = draw(items, count, seed), {}
+    if options.max_frames is not None:
+        if not any(item.shows_clip for item in items):
+            raise Mistake("--max-frames is of clips, and no question is about one: leave it out")
+        settings["max_frames"] = options.max_frames
+        items = [replace(item, max_frames=options.max_frames) for item in items]
     check(settings)
     loaded, processor = load(source, config, device=device, dtype=dtype, attn=options.attn)
     chosen = list(fitting(loaded, chosen, left_out))

@@ -21,6 +21,7 @@ class Family:
     deepstack: the decoder's method that adds features to image tokens behind a layer: hidden states, where, features.
     shows_attention: whether the encoder's attention can be read, token by token; else nothing asks for its layers.
     needs_prompt: whether `layouts` reads `input_ids`, where the other inputs do not say how many tokens an image has.
+    frames_apart: whether the frames of a video come as videos of their own, and no input says which form one.
     """
 
     model_type: ClassVar[str]
@@ -33,9 +34,14 @@ class Family:
     shows_attention: ClassVar[bool] = True
     deepstack: ClassVar[str | None] = None
     needs_prompt: ClassVar[bool] = False
+    frames_apart: ClassVar[bool] = False
 
     def of(self, config: Any) -> Family:
         """The family of this very configuration, where models of one type lay images out in several ways."""
+        return self
+
+    def seeing(self, medium: str) -> Family:
+        """The family as it tells of the encoder of "image" or "video", where each has one of its own."""
         return self
 
     def check(self, base: Any) -> str | None:
@@ -68,7 +74,8 @@ class Family:
     def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         """One layout per video, in order, a tile per frame. inputs: the arguments of `get_video_features`.
 
-        A frame is what has tokens of its own: some encoders join two pictures of a film into one.
+        A frame is what has tokens of its own: some encoders join pictures of a film into one. With `frames_apart` one
+        layout per frame; the engine joins them to clips, sample by sample or as the user says.
         """
         raise NotImplementedError  # asked only of families with a `video_token_id`
 

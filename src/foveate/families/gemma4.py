@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..layout import ImageLayout, Tile, joined
+from ..layout import ImageLayout, Tile, as_clip, joined
 from . import register
 from .base import Family
 
@@ -27,8 +27,18 @@ class Gemma4(Family):
         return [layer.self_attn for layer in self.encoder_layers(base)[:-1]]
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        return self._pictures(config, inputs["image_position_ids"])
+
+    def video_token_id(self, config: Any) -> int:
+        return config.video_token_id
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        frames = iter(self._pictures(config, inputs["video_position_ids"]))
+        return [as_clip([next(frames) for _ in range(count)]) for count in inputs["num_frames_per_video"].tolist()]
+
+    def _pictures(self, config: Any, positions: Tensor) -> list[ImageLayout]:
         factor, layouts = config.vision_config.pooling_kernel_size, []
-        for picture, places in enumerate(inputs["image_position_ids"].cpu()):
+        for picture, places in enumerate(positions.cpu()):
             # (column, row) of every patch, -1 at padding.
             width, height = (places.amax(0) + 1).tolist()
             real = (places >= 0).all(-1)

@@ -43,15 +43,20 @@ class Grid(Family):
     def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         return self._layouts(config, inputs["video_grid_thw"])
 
+    def together(self, config: Any, frames: int) -> int:
+        """How many frames of a video of so many join into one."""
+        return 1
+
     def _layouts(self, config: Any, grids: Tensor) -> list[ImageLayout]:
         merge, layouts, first = self.merge(config), [], 0
-        for frames, height, width in grids.tolist():
-            tiles = []
-            for frame in range(frames):
-                patches = first + self.order(config, height, width)
+        for number, height, width in grids.tolist():
+            tiles, join = [], self.together(config, number)
+            for frame in range(number // join):
+                own = self.order(config, height, width)
+                patches = torch.cat([first + at * height * width + own for at in range(join)], -1)
                 index = frame * len(patches) + torch.arange(len(patches))
                 tiles.append(Tile(index, (height // merge, width // merge), patches, frame=frame))
-                first += height * width
+                first += join * height * width
             layouts.append(ImageLayout(sum(len(tile.index) for tile in tiles), tuple(tiles)))
         return layouts
 
@@ -128,15 +133,19 @@ class PaddleOcrVL(Grid):
 
 @register
 class KimiK25(Grid):
-    """MoonViT keeps patches in raster order, and joins the frames of a video; the decoder's cache is latent."""
+    """MoonViT keeps patches in raster order, and joins the pictures of a video, up to four, which come as one; the
+    decoder's cache is latent."""
 
     model_type = "kimi_k25"
     summary = "Kimi K2.5"
     examples = ("moonshotai/Kimi-K2.5",)
-    raster, video = True, None
+    raster = frames_apart = True
 
     def merge(self, config: Any) -> int:
         return config.vision_config.merge_kernel_size[0]
+
+    def together(self, config: Any, frames: int) -> int:
+        return frames
 
     def encoder_layers(self, base: Any) -> list[Any]:
         return list(base.vision_tower.layers)
@@ -181,9 +190,13 @@ class Qwen35Moe(Grid):
 
 @register
 class Ernie45VLMoe(Grid):
-    """Experts of its own for image tokens; which tokens those are comes beside the hidden states."""
+    """Experts of its own for image tokens; which tokens those are comes beside the hidden states. Two pictures of a
+    video join into one frame."""
 
     model_type = "ernie4_5_vl_moe"
     summary = "ERNIE 4.5 VL (mixture of experts)"
     examples = ("baidu/ERNIE-4.5-VL-28B-A3B-PT",)
-    encoder, video = "vision_tower", None
+    encoder = "vision_tower"
+
+    def together(self, config: Any, frames: int) -> int:
+        return config.vision_config.temporal_merge_size if frames > 1 else 1

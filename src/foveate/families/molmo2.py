@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layout import ImageLayout, Tile
 from . import register
@@ -28,15 +29,29 @@ class Molmo2(Family):
         return [layer.self_attn for layer in self.encoder_layers(base)[:-1]]
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
-        pooling, layouts, first = inputs["image_token_pooling"].flatten(0, -2).cpu(), [], 0
-        # At an edge fewer patches join; there one of them stands for those that are missing.
-        pooling = torch.where(pooling < 0, pooling.max(-1, keepdim=True).values, pooling)
-        for sizes in inputs["image_grids"].tolist():
-            tiles, tokens = [], 0
-            for grid in (tuple(sizes[:2]), tuple(sizes[2:])):
-                index = tokens + torch.arange(grid[0] * grid[1])
-                tiles.append(Tile(index, grid, pooling[first + index]))
-                tokens += len(index)
-            layouts.append(ImageLayout(tokens, tuple(tiles)))
-            first += tokens
-        return layouts
+        grids = [[(0, tuple(sizes[:2])), (0, tuple(sizes[2:]))] for sizes in inputs["image_grids"].tolist()]
+        return _laid_out(inputs["image_token_pooling"], grids)
+
+    def video_token_id(self, config: Any) -> int:
+        return config.image_token_id
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        films = inputs["video_grids"].tolist()
+        grids = [[(frame, (rows, columns)) for frame in range(frames)] for frames, rows, columns in films]
+        return _laid_out(inputs["video_token_pooling"], grids)
+
+
+def _laid_out(pooling: Tensor, pictures: Sequence[Sequence[tuple[int, tuple[int, int]]]]) -> list[ImageLayout]:
+    """pooling: (tokens, k) patches that join into each token, -1 for none. pictures: frame and grid of each tile."""
+    pooling, layouts, first = pooling.flatten(0, -2).cpu(), [], 0
+    # At an edge fewer patches join; there one of them stands for those that are missing.
+    pooling = torch.where(pooling < 0, pooling.max(-1, keepdim=True).values, pooling)
+    for grids in pictures:
+        tiles, tokens = [], 0
+        for frame, grid in grids:
+            index = tokens + torch.arange(grid[0] * grid[1])
+            tiles.append(Tile(index, grid, pooling[first + index], frame=frame))
+            tokens += len(index)
+        layouts.append(ImageLayout(tokens, tuple(tiles)))
+        first += tokens
+    return layouts

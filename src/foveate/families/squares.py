@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layout import WHOLE, Box, ImageLayout, Tile, grid_boxes, joined
+from ..layout import WHOLE, Box, ImageLayout, Tile, as_clip, grid_boxes, joined
 from . import register
 from .base import Family
 
@@ -221,10 +221,10 @@ class Ovis2(Squares):
 
 @register
 class VideoLlava(Squares):
-    """Its pictures; with the "full" strategy [CLS] comes along."""
+    """With the "full" strategy [CLS] comes along; with the frames of videos always."""
 
     model_type = "video_llava"
-    summary = "Video-LLaVA (images, not videos)"
+    summary = "Video-LLaVA (an encoder for images, one for videos)"
     examples = ("LanguageBind/Video-LLaVA-7B-hf",)
     tower = "image_tower"
 
@@ -235,6 +235,27 @@ class VideoLlava(Squares):
         pixels = inputs.get("pixel_values")
         pixels = inputs["pixel_values_images"] if pixels is None else pixels
         return super().layouts(config, {**inputs, "pixel_values": pixels})
+
+    def seeing(self, medium: str) -> Family:
+        return _OF_VIDEOS if medium == "video" else self
+
+    def video_token_id(self, config: Any) -> int:
+        return config.video_token_id
+
+    def video_layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        squares = [self.square(config, number, 1) for number in range(videos * frames)]
+        pictures = [ImageLayout(1 + len(square.index), (square,)) for square in squares]
+        return [as_clip(pictures[video * frames : (video + 1) * frames]) for video in range(videos)]
+
+
+class _OfVideos(VideoLlava):
+    """Its second encoder."""
+
+    tower = "video_tower"
+
+
+_OF_VIDEOS = _OfVideos()
 
 
 @register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..layout import ImageLayout
+from ..layout import ImageLayout, Tile
 from .base import EncoderMethod, VideoMethod, token_budget
 from .tokens import EncoderTokens, VideoTokens
 
@@ -75,10 +76,10 @@ def select_tokens(
     device = features[0].device
     keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
     merged = list(features)
-    shapes: dict[tuple[int, tuple[int, int]], list[_Member]] = {}
+    shapes: dict[tuple[int, tuple[int, int], tuple[int, ...]], list[_Member]] = {}
     for member in _members(method, layouts):
-        shapes.setdefault((len(member.index), member.grid), []).append(member)
-    for (frames, grid), members in shapes.items():
+        shapes.setdefault((len(member.index), member.grid, tuple(member.patches.shape[2:])), []).append(member)
+    for (frames, grid, _), members in shapes.items():
         # (members, frames, n): for methods that are asked about tiles, one frame each.
         at = torch.stack([member.patches for member in members]).to(device)
         index = [member.index.to(device) for member in members]
@@ -139,5 +140,14 @@ def _members(method: EncoderMethod, layouts: Sequence[ImageLayout]) -> Iterator[
                     f"{grids[0][1]} and {grids[-1][0]} x {grids[-1][1]} tokens): resize the frames to one size, or use "
                     "a method that looks at each frame alone"
                 )
-            index, patches = (torch.stack(parts) for parts in zip(*((t.index, t.patches) for t in tiles), strict=True))
+            index, patches = torch.stack([tile.index for tile in tiles]), torch.stack(_alike(tiles))
             yield _Member(image, grids[0], index, patches, sum(budgets[number] for number in track))
+
+
+def _alike(tiles: Sequence[Tile]) -> list[Tensor]:
+    """The patches of each tile, where fewer join in some named so often that as many join in each, their mean as is."""
+    joining = [tile.patches.shape[-1] if tile.patches.ndim > 1 else 1 for tile in tiles]
+    most = math.lcm(*joining)
+    if most == min(joining):
+        return [tile.patches for tile in tiles]
+    return [tile.patches.view(len(tile.index), -1).repeat(1, most // n) for tile, n in zip(tiles, joining, strict=True)]

@@ -41,11 +41,24 @@ class DepthPlace(Place):
                         f"{method.name}: layers must be ascending and in [0, {depth - 1}] for this model, got "
                         f"{', '.join(map(str, layers)) or 'none'}"
                     )
+                _check_own_keys(target, method, layers)
                 for other in methods:
                     _check_readable(method, layers, other, depth)
 
     def act(self, forward: Forward) -> Action | None:
         return DepthAction(self, forward) if forward.brings_images else None
+
+
+def _check_own_keys(target: Target, method: DepthMethod, layers: tuple[int, ...]) -> None:
+    """Refuse layers that read the keys and values of earlier ones: what skips them leaves those where they are."""
+    borrowing = [layer for layer in layers if target.sources[layer] != layer]
+    if borrowing and not method.keeps_all:
+        own = [layer for layer in layers if layer not in borrowing]
+        raise UnsupportedError(
+            f"{method.name} saves the keys and values of tokens that skip a layer, and layers "
+            f"{', '.join(map(str, borrowing))} of this {target.decoder.config.model_type} decoder read those of "
+            f"earlier layers: route {', '.join(map(str, own)) + ' alone' if own else 'earlier ones'}, by `layers`"
+        )
 
 
 def _check_readable(method: DepthMethod, layers: tuple[int, ...], other: Method, depth: int) -> None:
@@ -75,9 +88,7 @@ class DepthAction(Action):
         self.weight: Tensor | None = None
 
     def _routes(self, index: int) -> bool:
-        # What has no keys of its own has none to save.
-        own = self.forward.target.sources[index] == index
-        return self.forward.groups is not None and own and index in self.place.layers
+        return self.forward.groups is not None and index in self.place.layers
 
     def before_layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if not self._routes(index):

@@ -59,9 +59,11 @@ class EncoderPlace(Place):
         super().__init__(target)
         self.family, self.base, self.method = target.family, target.base, method
         self.reads = method.reads if method is not None else frozenset()
-        self._modules: list[nn.Module] = []
+        # Of each encoder the attention modules that are read; one may see images and videos.
+        self._encoders = list(dict.fromkeys(self.family.seeing(medium) for medium in target.token_ids))
+        self._modules: list[list[nn.Module]] = []
         if method is not None and self.reads & ATTENTION:
-            self._modules = self.family.vision_attentions(self.base)[-method.vision_layers :]
+            self._modules = [own.vision_attentions(self.base)[-method.vision_layers :] for own in self._encoders]
         self._current = _Current()
         self._prompts = Prompts(target)
         self._questions: Questions | None = None
@@ -90,18 +92,18 @@ class EncoderPlace(Place):
         projector = self.family.projector(self.base) if "states" in self.reads else None
         if projector is not None:
             fixtures.hook(projector.register_forward_pre_hook(self._note_states))
-        fixtures.route({module: functools.partial(self._attend, i) for i, module in enumerate(self._modules)})
-        if self._questions is not None or self.family.needs_prompt:
+        fixtures.route({m: functools.partial(self._attend, i) for own in self._modules for i, m in enumerate(own)})
+        if self._questions is not None or self.family.needs_prompt or self.family.frames_apart:
             self._prompts.install(fixtures)
         if self.method is not None and self.reads & {"levels", "readers"}:
-            layers = self.family.encoder_layers(self.base)
-            for number in self.method.levels(len(layers)) if "levels" in self.reads else ():
-                note = functools.partial(self._note_level, number)
-                fixtures.hook(layers[number - 1].register_forward_hook(note))
-            for layer in layers if "readers" in self.reads else ():
-                for which, module in enumerate(self.family.keys_and_values(layer) or ()):
-                    fixtures.hook(module.register_forward_hook(functools.partial(self._note_read, which)))
-                fixtures.hook(layer.register_forward_hook(self._carry))
+            for layers in (own.encoder_layers(self.base) for own in self._encoders):
+                for number in self.method.levels(len(layers)) if "levels" in self.reads else ():
+                    note = functools.partial(self._note_level, number)
+                    fixtures.hook(layers[number - 1].register_forward_hook(note))
+                for layer in layers if "readers" in self.reads else ():
+                    for which, module in enumerate(self.family.keys_and_values(layer) or ()):
+                        fixtures.hook(module.register_forward_hook(functools.partial(self._note_read, which)))
+                    fixtures.hook(layer.register_forward_hook(self._carry))
 
     @property
     def reads_prompt(self) -> bool:
@@ -120,10 +122,10 @@ class EncoderPlace(Place):
         inputs = {**self.target.said, **inputs.pop("kwargs", {}), **inputs}
         if self.family.needs_prompt:
             inputs["input_ids"] = self._prompt()
-        pictures = layouts = self.target.layouts(medium, inputs)
-        if medium == "image":
-            layouts = self.target.clips.joined(pictures)
-        self._current.reading = reading = _Reading([{} for _ in self._modules], len(pictures))
+        pictures = self.target.layouts(medium, inputs)
+        layouts = self.target.joined(medium, pictures, self._prompt)
+        watched = self._modules[0] if self._modules else []
+        self._current.reading = reading = _Reading([{} for _ in watched], len(pictures))
         try:
             output = encode(*args, **kwargs)
         finally:

@@ -129,5 +129,5 @@ class GuidePlace(Place):
                         f"the guide of {self.method.name} makes {layout.tokens} tokens of {medium} {i} and the model "
                         f"{other.tokens}: use a guide that encodes {medium}s alike"
                     )
-            found[medium] = self.target.clips.joined(layouts) if medium == "image" else layouts
+            found[medium] = self.target.joined(medium, layouts, lambda: call.ids)
         return found
