@@ -110,7 +110,7 @@ def _cover(table: Tensor, value: Tensor, steps: int, room: int | None) -> tuple[
         for at in risen.topk(width, dim=1, sorted=False).indices.split(chunk, dim=1) if width else ():
             old, new = counted.gather(1, at), best.gather(1, at)
             covers = lines.index_select(0, (first + at).flatten()).view(tiles, -1, n)
-            gains.sub_((torch.clamp(covers, old.unsqueeze(2), new.unsqueeze(2)) - old.unsqueeze(2)).sum(1))
+            gains.sub_(covers.clamp_(old.unsqueeze(2), new.unsqueeze(2)).sub_(old.unsqueeze(2)).sum(1))
             counted.scatter_(1, at, new)
         behind = behind | (best > counted).any()
         return gains * value

@@ -81,10 +81,9 @@ class MMTok(EncoderMethod):
         words, counts = words_that_count(tokens, self.text)
         n = tokens.features.shape[1]
         steps, together = min(n, tokens.most or n), max(1, LIMIT // (n * (n + words.shape[1])))
-        orders = []
-        for part in zip(
-            *(each.split(together) for each in (tokens.features, tokens.states, words, counts)), strict=True
-        ):
-            table = coverage(*part, self.alpha, self.word_temperature, self.patch_temperature)
+        parts = (each.split(together) for each in (tokens.features, tokens.states, words, counts))
+        temperatures, orders = (self.word_temperature, self.patch_temperature), []
+        for features, states, asked, spoken in zip(*parts, strict=True):
+            table = coverage(features, states, asked, spoken, self.alpha, *temperatures)
             orders.append(covering_first(table, torch.ones_like(table[:, 0]), steps))
         return first_of(torch.cat(orders), budget, n)
