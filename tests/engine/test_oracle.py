@@ -65,7 +65,6 @@ def test_images_side_by_side_stay_two_images(family, name, attn):
     check(family, name, tiny.inputs(family, images=(2,), between=0), attn, **oracle.GREEDY)
 
 
-@pytest.mark.sampled(3)
 @fits
 @backends
 @pytest.mark.sampled(3)
@@ -112,7 +111,6 @@ def test_more_tokens_than_there_are_is_all_of_them(family, name):
         assert torch.equal(oracle.run(model, batch, **oracle.GREEDY).logits, untouched.logits)
 
 
-@pytest.mark.sampled(2)
 @fits
 @pytest.mark.sampled(2)
 def test_half_precision_runs_and_keeping_everything_stays_exact(family, name):
@@ -141,7 +139,6 @@ def test_keeping_everything_changes_nothing_at_all(family, name, batch, decoding
 # What was kept ----------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
 @fits
 @batches
 @pytest.mark.sampled(3)
