@@ -75,10 +75,13 @@ class Sizes:
             "keys": self.noise(1, self.n, width // self.vision.num_attention_heads),
             "states": states,
             "features": self.projector(states),
+            "words": self.noise(1, AFTER, self.text.hidden_size),
         }
         read = {name: tensor for name, tensor in every.items() if name in method.reads}
         if "states" in read:
             read["features"] = every["features"]
+        if "words" in read:
+            read["behind"] = torch.ones(1, AFTER, dtype=torch.bool, device=self.device)
         return EncoderTokens(self.grid, 1, self.device, project=self.projector, most=self.budget(method), **read)
 
     def budget(self, method: Method) -> int:
@@ -96,6 +99,7 @@ class Sizes:
             slots=positions,
             query=self.noise(1, heads, self.length, dim),
             key=self.noise(1, kv, self.length, dim),
+            value=self.noise(1, kv, self.length, dim),
             scaling=dim**-0.5,
             visible=None,
             last=one * (self.length - 1),
@@ -132,6 +136,7 @@ def without(tokens: LayerTokens, chosen: Tensor, stage: int) -> LayerTokens:
         slots=place[left],
         query=tokens.query[:, :, alive],
         key=tokens.key[:, :, alive],
+        value=None,
         last=place[tokens.last],
         text=place[tokens.text],
         stage=stage,

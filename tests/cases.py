@@ -21,6 +21,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", dict(keep=0.25)),
     "vtc_cls": ("vtc_cls", dict(keep=0.25)),
     "divprune": ("divprune", dict(keep=0.25)),
+    "scope": ("scope", dict(keep=0.25)),
+    "mmtok": ("mmtok", dict(keep=0.25)),
+    "cdpruner": ("cdpruner", dict(keep=0.25)),
+    "apet": ("apet", dict(keep=0.25, basis=4)),
     "pyramiddrop": ("pyramiddrop", dict(keep=0.25)),
     "gsearch": ("gsearch", dict(keep=0.5)),
     "gsearch_none_left": ("gsearch", dict(rates=(0.75, 0.5, 0.0))),
@@ -29,10 +33,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsevlm": ("sparsevlm", dict(keep=0.25)),
     "dart": ("dart", dict(keep=0.5, layer=2)),
     "topv": ("topv", dict(keep=0.5, layer=2)),
+    "v2drop": ("v2drop", dict(keep=0.5)),
     # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
     "plphp_last": ("plphp", dict(keep=0.5, rows=1)),
     "plphp_fixed": ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3)),
     "visual_snapkv": ("visual_snapkv", dict(keep=0.5, window=8)),
+    "mixkv": ("mixkv", dict(keep=0.5, window=8)),
+    "prefixkv": ("prefixkv", dict(keep=0.5)),
     "csp": ("csp", dict(keep=0.5, window=0.3)),
     "aircache": ("aircache", dict(keep=0.5)),
     "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
@@ -42,6 +49,7 @@ METHODS["random_cache"] = ("random_cache", dict(keep=0.5))
 METHODS["random_cross"] = ("random_cross", dict(keep=0.25))
 IN_CROSS_ATTENTION = ("trimmed_llama", "random_cross")
 BEFORE_LLM = ("fopru_rank", "fopru_row", "fopru_cls", "random", "uniform", "vtc_cls", "divprune")
+BEFORE_LLM += ("scope", "mmtok", "cdpruner", "apet")
 FITS = [(family, name) for family in tiny.CORE_DECODERS for name in METHODS if name not in IN_CROSS_ATTENTION]
 FITS += [("mllama", name) for name in IN_CROSS_ATTENTION]
 # One method for each place where tokens can go: before the LLM, inside it, in the cache, in cross-attention.

@@ -6,9 +6,11 @@ from .families import get_family
 from .methods import get_method, method_class
 from .methods import method_names as methods
 from .methods.aircache import AirCache
+from .methods.apet import ApET
 from .methods.attention_predictor import AttentionPredictor
 from .methods.base import Method
 from .methods.baselines import Random, RandomCache, RandomCross, RandomLayer, Uniform
+from .methods.cdpruner import CDPruner
 from .methods.clip_baselines import RandomClip, UniformFrames
 from .methods.csp import CSP
 from .methods.dart import DART
@@ -22,16 +24,21 @@ from .methods.fopru import FoPru
 from .methods.gsearch import GSearch
 from .methods.holitom import HoliTom
 from .methods.mint import MINT
+from .methods.mixkv import MixKV
+from .methods.mmtok import MMTok
 from .methods.plphp import PLPHP
 from .methods.pooling import Pooling
+from .methods.prefixkv import PrefixKV
 from .methods.psigmoid import PSigmoid
 from .methods.pyramiddrop import PyramidDrop
 from .methods.quecc import QueCC
+from .methods.scope import SCOPE
 from .methods.sgl import SGL
 from .methods.sparsevlm import SparseVLM
 from .methods.step_baselines import LastStep, Pages, PerTurn, RunningSum
 from .methods.topv import TopV
 from .methods.trimmed_llama import TrimmedLlama
+from .methods.v2drop import V2Drop
 from .methods.vidcom2 import VidCom2
 from .methods.videollm_mod import VideoLLMMoD
 from .methods.visionzip import VisionZip
@@ -47,10 +54,13 @@ __all__ = [
     "EVS",
     "MINT",
     "PLPHP",
+    "SCOPE",
     "SGL",
     "VTCCLS",
     "AirCache",
+    "ApET",
     "AttentionPredictor",
+    "CDPruner",
     "DivPrune",
     "DyCoke",
     "ElasticCache",
@@ -60,11 +70,14 @@ __all__ = [
     "GSearch",
     "HoliTom",
     "LastStep",
+    "MMTok",
     "Method",
+    "MixKV",
     "PSigmoid",
     "Pages",
     "PerTurn",
     "Pooling",
+    "PrefixKV",
     "PruneReport",
     "Pruned",
     "PyramidDrop",
@@ -81,6 +94,7 @@ __all__ = [
     "Uniform",
     "UniformFrames",
     "UnsupportedError",
+    "V2Drop",
     "VidCom2",
     "VideoLLMMoD",
     "VisToG",

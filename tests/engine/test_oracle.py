@@ -196,7 +196,16 @@ def kept_per_image(report, batch: dict, spec: dict, family: str) -> list[torch.T
 
 
 # test_schedules.py counts what each layer of the last four keeps.
-LAYERS_DIFFER = ("plphp", "plphp_fixed", "aircache", "gsearch", "gsearch_none_left", "psigmoid", "psigmoid_text")
+LAYERS_DIFFER = (
+    "plphp",
+    "plphp_fixed",
+    "aircache",
+    "prefixkv",
+    "gsearch",
+    "gsearch_none_left",
+    "psigmoid",
+    "psigmoid_text",
+)
 
 
 @pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] != "mllama" and f[1] not in LAYERS_DIFFER])

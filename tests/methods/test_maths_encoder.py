@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from slow import slow_topk
 
 from foveate.methods.base import token_budget
-from foveate.methods.divprune import DivPrune, farthest_first, first_of
+from foveate.methods.divprune import DivPrune, farthest_first
+from foveate.methods.greedy import first_of
 from foveate.methods.pooling import Pooling, bands, cells, mean_of_equals, spread
 from foveate.methods.tokens import EncoderTokens
 from foveate.methods.visionzip import VisionZip, contextual_states, dominant_and_targets

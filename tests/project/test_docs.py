@@ -68,7 +68,7 @@ def test_the_table_of_families_says_what_fits():
         if type(family).keys_and_values is Family.keys_and_values:  # its encoder has no room for further tokens
             fitting -= {"vistog"}
         if not family.shows_attention:
-            fitting -= {"fopru", "vtc_cls", "visionzip", "quecc", "vistog", "fastvid", "holitom"}
+            fitting -= {"fopru", "vtc_cls", "visionzip", "scope", "quecc", "vistog", "fastvid", "holitom"}
         assert named == (set(foveate.methods()) - fitting if methods.startswith("all but") else fitting)
 
 

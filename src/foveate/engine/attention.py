@@ -94,6 +94,7 @@ class Attention:
             layer=self.index,
             depth=len(forward.target.kinds),
             guidance=guidance,
+            value=self.value,
         )
 
     # -- masks ------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from . import register
 from .base import EncoderMethod
+from .greedy import LIMIT, Cosines, first_of, one_by_one
 from .tokens import EncoderTokens
 
 
-def farthest_first(features: Tensor, steps: int, limit: int = 1 << 27) -> Tensor:
+def farthest_first(features: Tensor, steps: int, limit: int = LIMIT) -> Tensor:
     """Tokens in the order in which max-min diversity picks them.
 
     The first is the one farthest from its nearest neighbour, each further one that farthest from the nearest of
@@ -26,38 +26,21 @@ def farthest_first(features: Tensor, steps: int, limit: int = 1 << 27) -> Tensor
     tiles, n, _ = features.shape
     if tiles > (together := max(1, limit // n**2)):
         return torch.cat([farthest_first(part, steps, limit) for part in features.split(together)])
-    directions = normalize(features.float(), dim=-1)
-    rows = max(1, limit // (tiles * n))
-    nearest = directions.new_full((tiles, n), -torch.inf)
-    for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        similar = directions[:, part] @ directions.transpose(1, 2)
-        itself = similar.diagonal(start, 1, 2)
-        itself.fill_(-torch.inf)
+    cosines = Cosines(features, limit)
+    nearest = features.new_full((tiles, n), -torch.inf, dtype=torch.float32)
+    for start, similar in cosines.blocks():
+        part = slice(start, start + similar.shape[1])
+        similar.diagonal(start, 1, 2).fill_(-torch.inf)
         # Two tokens that are each other's nearest tie; with both triangles of the table they do in spite of rounding.
         nearest = torch.maximum(nearest, similar.amax(1))
         nearest[:, part] = torch.maximum(nearest[:, part], similar.amax(2))
-        # What has been picked is infinitely close to the picked ones, and so is never picked again.
-        itself.fill_(torch.inf)
-    pick = nearest.argmin(-1)
-    closest = directions.new_full((tiles, n), -torch.inf)
-    tile, picks = torch.arange(tiles, device=pick.device), [pick]
-    for _ in range(steps - 1):
-        if rows >= n:
-            row = similar[tile, pick]
-        else:
-            row = (directions @ directions[tile, pick].unsqueeze(-1)).squeeze(-1)
-            row.scatter_(1, pick.unsqueeze(1), torch.inf)
-        closest = torch.maximum(closest, row)
-        pick = closest.argmin(-1)
-        picks.append(pick)
-    return torch.stack(picks, 1)
+    closest = torch.full_like(nearest, -torch.inf)
 
+    def after(pick: Tensor, step: int) -> Tensor:
+        torch.maximum(closest, cosines.row(pick), out=closest)
+        return -closest
 
-def first_of(order: Tensor, budget: Tensor, n: int) -> Tensor:
-    """The first `budget` of each tile. order: (tiles, steps); budget: (tiles,). Returns bool (tiles, n)."""
-    chosen = torch.arange(order.shape[1], device=order.device) < budget.unsqueeze(-1)
-    return torch.zeros(len(order), n, dtype=torch.bool, device=order.device).scatter(1, order, chosen)
+    return one_by_one(-nearest, steps, after)
 
 
 @register("divprune")

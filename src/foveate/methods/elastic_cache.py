@@ -44,6 +44,8 @@ class ElasticCache(CacheMethod):
         paper reports its perplexity.
     decode_distance: where decoding evicts, in slots before the end of the kept prompt, at least 1; 25 is the default
         of the authors' code. None evicts nothing while decoding.
+    rows: how many rows of the prompt are read, at an even stride, and stand for all; None, the default, for all, as in
+        the authors' code. Reading all costs as much as attention itself.
 
     Source: Elastic Cache, arXiv 2407.18121, and the authors' code. That code scores text as well, takes
     `torch.argsort(scores) > n` for a rank, which it is not (here it is the rank), and reads the dropped entries
@@ -56,16 +58,18 @@ class ElasticCache(CacheMethod):
 
     keep: float | int = 0.5
     decode_distance: int | None = 25
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decode_distance is not None:
             check_range("decode_distance (if not None)", self.decode_distance, 1, integer=True)
+        if self.rows is not None:
+            check_range("rows (if not None)", self.rows, 1, integer=True)
 
     def score(self, tokens: LayerTokens) -> Tensor:
         """(groups, 1, n)."""
-        rows = tokens.recent(tokens.query.shape[2])
-        return tokens.of_images(tokens.received(rows).mean(1, keepdim=True))
+        return tokens.of_images(tokens.received_from_all(self.rows).mean(1, keepdim=True))
 
     def merge(self, keep: Tensor, groups: ImageGroups) -> Tensor:
         return nearest_kept(keep, groups.positions)

@@ -31,6 +31,8 @@ class EncoderTokens:
     readers: (tiles, m, width) tokens of the method's own behind the encoder, where they went beside the patches.
     question: (tiles, hidden) what the LLM makes of the text of the tile's prompt, read alone: its last hidden state at
         the last token.
+    words: (tiles, m, hidden) the LLM's embeddings of the tokens of that text, zeros behind a shorter one; and `behind`,
+        bool (tiles, m), those that stand behind the start of the prompt's first image.
     most: the largest budget among the tiles, for methods that take steps; None where only the device knows it.
     """
 
@@ -46,6 +48,8 @@ class EncoderTokens:
     levels: Tensor | None = None
     readers: Tensor | None = None
     question: Tensor | None = None
+    words: Tensor | None = None
+    behind: Tensor | None = None
     project: Callable[[Tensor], Tensor] = lambda states: states
     most: int | None = None
 
@@ -139,6 +143,7 @@ class LayerTokens:
     norm: what the model does to hidden states behind its last layer. Only for layer methods.
     stage: for layer methods, which of their stages this is. layer, depth: which decoder layer, of how many.
     guidance: (groups, n) scores that another model gave, where a method has a guide.
+    value: (batch, kv_heads, keys, d) values of the keys; not of a layer that is looked at before it runs.
     """
 
     groups: ImageGroups
@@ -159,6 +164,7 @@ class LayerTokens:
     norm: Callable[[Tensor], Tensor] = lambda states: states
     sees: Tensor | None = None
     softcap: float | None = None
+    value: Tensor | None = None
 
     @property
     def past(self) -> int:
@@ -187,45 +193,64 @@ class LayerTokens:
 
         Returns float32 (batch, heads, r, keys).
         """
-        return self._probabilities(rows) * (rows >= 0)[:, None, :, None]
+        return self._probabilities(rows, self.key) * (rows >= 0)[:, None, :, None]
 
-    def _probabilities(self, rows: Tensor) -> Tensor:
-        """The same, with no meaning at -1."""
+    def _probabilities(self, rows: Tensor, key: Tensor) -> Tensor:
+        """The same, on the first keys, beyond which no row looks; with no meaning at -1."""
         batch, heads, _, dim = self.query.shape
-        at = rows.clamp(min=0)
+        at, seen = rows.clamp(min=0), key.shape[2]
         picked = self.query.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim))
-        grouped = picked.reshape(batch, self.key.shape[1], -1, dim)
+        grouped = picked.reshape(batch, key.shape[1], -1, dim).to(key.dtype)
         # Scaled first: the bare product can overflow float16.
-        logits = ((grouped * self.scaling) @ self.key.transpose(-1, -2)).float().view(batch, heads, at.shape[1], -1)
+        logits = ((grouped * self.scaling) @ key.transpose(-1, -2)).float().view(batch, heads, at.shape[1], -1)
         if self.softcap is not None:
             logits = self.softcap * (logits / self.softcap).tanh()
         if self.sees is not None:
-            sees = self.sees.expand(batch, -1, -1, -1)
-            hidden = ~sees.gather(2, at[:, None, :, None].expand(-1, sees.shape[1], -1, sees.shape[3]))
+            sees = self.sees.expand(batch, -1, -1, -1)[..., :seen]
+            hidden = ~sees.gather(2, at[:, None, :, None].expand(-1, sees.shape[1], -1, seen))
         else:
-            keys = torch.arange(self.key.shape[2], dtype=torch.float32, device=rows.device)
+            keys = torch.arange(seen, dtype=torch.float32, device=rows.device)
             hidden = (keys > (at + self.past).unsqueeze(-1)).unsqueeze(1)
         if self.visible is not None:
-            hidden = hidden | ~self.visible[:, None, None]
+            hidden = hidden | ~self.visible[:, None, None, :seen]
         return logits.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
 
-    def received(self, rows: Tensor, weights: Tensor | None = None, chunk_elements: int = 1 << 24) -> Tensor:
+    def received(self, rows: Tensor, weights: Tensor | None = None, chunk_elements: int | None = None) -> Tensor:
         """What every key receives from chosen rows: the sum of their attention, worked out in chunks.
 
         rows: (batch, r), -1 counts nothing. weights: (batch, r), or (batch, r, sums) for several sums of the same rows,
-        or None for ones. Returns (batch, heads, keys), or (batch, heads, sums, keys).
+        or None for ones. chunk_elements: of attention at once; None for what suits the device. Returns (batch, heads,
+        keys), or (batch, heads, sums, keys).
         """
         batch, heads = self.query.shape[:2]
         several = weights is not None and weights.ndim == 3
         share = (rows >= 0).float().unsqueeze(-1)
         if weights is not None:
             share = share * (weights if several else weights.unsqueeze(-1))
-        step = max(1, chunk_elements // (batch * heads * self.key.shape[2]))
-        total = torch.zeros(batch, heads, share.shape[2], self.key.shape[2], dtype=torch.float32, device=rows.device)
+        on_cpu = rows.device.type == "cpu"
+        # There chunks that stay in its cache are quicker, and products in float32 where it cannot multiply bfloat16.
+        chunk_elements = chunk_elements or (1 << 20 if on_cpu else 1 << 24)
+        key = self.key.float() if on_cpu else self.key
+        step = max(1, chunk_elements // (batch * heads * key.shape[2]))
+        total = torch.zeros(batch, heads, share.shape[2], key.shape[2], dtype=torch.float32, device=rows.device)
         for start in range(0, rows.shape[1], step):
-            part = slice(start, start + step)
-            total += share[:, part].transpose(1, 2).unsqueeze(1) @ self._probabilities(rows[:, part])
+            part = rows[:, start : start + step]
+            # No row looks behind itself, and asking where the last of them is costs nothing there.
+            seen = int(part.max()) + self.past + 1 if on_cpu and self.sees is None else key.shape[2]
+            looks = self._probabilities(part, key[:, :, : max(seen, 1)])
+            total[..., : max(seen, 1)] += share[:, start : start + step].transpose(1, 2).unsqueeze(1) @ looks
         return total if several else total[:, :, 0]
+
+    def received_from_all(self, count: int | None = None) -> Tensor:
+        """What every key receives from all rows of the prompt: (batch, heads, keys).
+
+        count: how many rows are read and stand for all, at an even stride and the last among them; None for all.
+        """
+        rows = self.recent(self.query.shape[2])
+        if count is None:
+            return self.received(rows)
+        rows, share = thinned(rows, count)
+        return self.received(rows, share.expand(rows.shape))
 
     def mean_attention(self, rows: Tensor) -> Tensor:
         """Attention of chosen rows on every key, mean over the rows of a sample. rows: (batch, r), -1 counts nothing.
@@ -265,8 +290,16 @@ class LayerTokens:
 
     def image_keys(self) -> Tensor:
         """(groups, kv_heads, n, d) keys of the image tokens; what stands at padding has no meaning."""
+        return self._at_slots(self.key)
+
+    def image_values(self) -> Tensor:
+        """(groups, kv_heads, n, d) values of the image tokens; what stands at padding has no meaning."""
+        assert self.value is not None
+        return self._at_slots(self.value)
+
+    def _at_slots(self, held: Tensor) -> Tensor:
         at = self.slots.clamp(min=0)[:, None, :, None]
-        return self.key[self.groups.row].gather(2, at.expand(-1, self.key.shape[1], -1, self.key.shape[3]))
+        return held[self.groups.row].gather(2, at.expand(-1, held.shape[1], -1, held.shape[3]))
 
     def image_rows(self, states: Tensor) -> Tensor:
         """Pick the image tokens of hidden states: (batch, rows, d) -> (groups, n, d)."""
@@ -276,3 +309,16 @@ class LayerTokens:
     def text_rows(self, states: Tensor) -> Tensor:
         """Pick the text tokens of hidden states: (batch, rows, d) -> (batch, t, d)."""
         return states.gather(1, self.text.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def thinned(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` of each sample's rows at an even stride, the last among them, and how many each stands for.
+
+    rows: (batch, r) ascending, -1 in front. Returns (batch, min(count, r)), ascending, -1 in front; and (batch, 1).
+    """
+    have = (rows >= 0).sum(1, keepdim=True)
+    some = have.clamp(max=count)
+    back = torch.arange(min(count, rows.shape[1]) - 1, -1, -1, device=rows.device)
+    place = rows.shape[1] - 1 - back * have // some.clamp(min=1)
+    picked = torch.where(back < some, rows.gather(1, place.clamp(min=0)), -1)
+    return picked, have / some.clamp(min=1)

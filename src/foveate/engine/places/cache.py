@@ -104,8 +104,9 @@ class CacheAction(Action):
         out = run(attention)
         scores = self._score(attention, tokens)
         if self.method.needs_all_layers:
-            # Queries and keys need not wait, too.
-            rest = dataclasses.replace(tokens, query=tokens.query[:, :, :0].clone(), key=tokens.key[:, :, :0].clone())
+            # Queries, keys and values need not wait, too.
+            query, key = (held[:, :, :0].clone() for held in (tokens.query, tokens.key))
+            rest = dataclasses.replace(tokens, query=query, key=key, value=None)
             self.waiting.append((attention.index, scores, rest))
         else:
             self._evict(attention.index, scores, tokens, self._budget(scores, tokens))

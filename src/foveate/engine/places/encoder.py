@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...families.base import Family
+from ...layout import ImageLayout
 from ...methods.attention import attention_marginals, prefix_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
@@ -67,7 +68,7 @@ class EncoderPlace(Place):
         self._current = _Current()
         self._prompts = Prompts(target)
         self._questions: Questions | None = None
-        if method is not None and "question" in self.reads:
+        if method is not None and self.reads & {"question", "words"}:
             self._questions = Questions(target, self._prompts, method.name)
 
     @classmethod
@@ -145,7 +146,7 @@ class EncoderPlace(Place):
                 features,
                 patches,
                 self._project if "states" in patches else lambda states: states,
-                images={} if self._questions is None else {"question": self._questions.states(layouts, medium)},
+                images=self._asked(layouts, medium),
                 pictures={} if reading.readers is None else {"readers": reading.readers},
                 picture=None if reading.readers is None else self._pictures(reading.shape, device),
             )
@@ -159,6 +160,15 @@ class EncoderPlace(Place):
         if forward is not None and forward.target.base is self.base:
             forward.encoded[medium] = images
         return output.to_tuple() if as_tuple else output
+
+    def _asked(self, layouts: Sequence[ImageLayout], medium: str) -> dict[str, Tensor]:
+        """What the method reads of each image's question, by name: (images, ...)."""
+        asked: dict[str, Tensor] = {}
+        if self._questions is not None and "question" in self.reads:
+            asked["question"] = self._questions.states(layouts, medium)
+        if self._questions is not None and "words" in self.reads:
+            asked["words"], asked["behind"] = self._questions.words(layouts, medium)
+        return asked
 
     def _prompt(self) -> Tensor:
         prompt = self._prompts.here()
