@@ -77,6 +77,14 @@ def test_the_others_answer_from_the_picture(size, kinds, request):
     assert right >= 0.5 + max(score(guessed, questions)["all"], score(majority(questions), questions)["all"])
 
 
+def test_the_tiny_one_is_a_quarter_of_that_and_knows_much_of_the_world(small):
+    tiny, processor = glimpse.load("tiny")
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (small[0], tiny)]
+    assert sizes[1] < sizes[0] / 2.5 and tiny.config.text_config.num_hidden_layers == 6
+    said = say(tiny, processor, from_glimpse(48, ("where", "exists", "word")))
+    assert score(said, glimpse.heldout(48, kinds=("where", "exists", "word")))["all"] >= 0.7
+
+
 def test_the_one_with_cross_attention_is_a_plain_mllama(cross):
     model, processor = cross
     assert type(model) is MllamaForConditionalGeneration and type(processor) is MllamaProcessor
@@ -91,7 +99,7 @@ def test_the_one_with_cross_attention_is_a_plain_mllama(cross):
 
 
 def test_other_sizes_are_refused_by_name():
-    with pytest.raises(ValueError, match="'large': there are glimpse, small, cross, video"):
+    with pytest.raises(ValueError, match="'large': there are glimpse, small, tiny, cross, video"):
         glimpse.load("large")
 
 

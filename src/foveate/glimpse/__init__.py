@@ -3,9 +3,9 @@
 It is a plain LLaVA (`LlavaForConditionalGeneration`: CLIP-style ViT with CLS, MLP projector, Llama with
 grouped-query attention) with 144 image tokens, small enough to answer on a CPU at once, so that every method
 can be tried offline. `load("small")` is a second model of the same family with a quarter of the parameters,
-for methods in which a small model guides a large one; `load("cross")` is a small Llama-3.2-Vision
-(`MllamaForConditionalGeneration`), for methods that trim what cross-attention reads; `load("video")` sees the frames of
-clips, each an image of 64 tokens.
+for methods in which a small model guides a large one, and `load("tiny")` a third, half as wide again, by which to see
+what a smaller model costs; `load("cross")` is a small Llama-3.2-Vision (`MllamaForConditionalGeneration`), for methods
+that trim what cross-attention reads; `load("video")` sees the frames of clips, each an image of 64 tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "ONE_PICTURE",
     "PATH",
     "SMALL_PATH",
+    "TINY_PATH",
     "VIDEO_PATH",
     "Question",
     "heldout",
@@ -39,6 +40,9 @@ PATH = Path(__file__).with_name("model")
 
 SMALL_PATH = Path(__file__).with_name("small")
 """Folder of the small model; its processor is the one in `PATH`."""
+
+TINY_PATH = Path(__file__).with_name("tiny")
+"""Folder of the tiny model; its processor is the one in `PATH`, too."""
 
 CROSS_PATH = Path(__file__).with_name("cross")
 """Folder of the model with cross-attention and its processor."""
@@ -60,15 +64,16 @@ CLIPS_VERSION = 1
 def load(size: str = "glimpse", **kwargs: Any) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its processor.
 
-    `size` is "glimpse" (4.8 million parameters), "small" (1.3 million: the same layers, half as wide), "cross" (1.4
-    million, with cross-attention), or "video" (1.3 million, for clips). The first three know the same world and words;
-    the first two also have the same processor, and image tokens in the same places of a prompt. `kwargs` go to
+    `size` is "glimpse" (4.8 million parameters), "small" (1.3 million: the same layers, half as wide), "tiny" (0.4
+    million: half as wide again), "cross" (1.4 million, with cross-attention), or "video" (1.3 million, for clips). All
+    but the last know the same world and words; the first three also have the same processor, and image tokens in the
+    same places of a prompt. `kwargs` go to
     `AutoModelForImageTextToText.from_pretrained`; without `dtype` the weights, shipped in bfloat16, compute in float32.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    folders = {"glimpse": PATH, "small": SMALL_PATH, "cross": CROSS_PATH, "video": VIDEO_PATH}
+    folders = {"glimpse": PATH, "small": SMALL_PATH, "tiny": TINY_PATH, "cross": CROSS_PATH, "video": VIDEO_PATH}
     if size not in folders:
         raise ValueError(f"no glimpse of size {size!r}: there are {', '.join(folders)}")
     kwargs.setdefault("dtype", "float32")
@@ -79,7 +84,7 @@ def load(size: str = "glimpse", **kwargs: Any) -> tuple[Any, Any]:
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.eval(), AutoProcessor.from_pretrained(PATH if size == "small" else folders[size])
+    return model.eval(), AutoProcessor.from_pretrained(PATH if size in ("small", "tiny") else folders[size])
 
 
 def heldout(n: int = 2000, *, kinds: Sequence[str] = KINDS, first: int = 0) -> list[Question]:

@@ -109,7 +109,7 @@ class QueCC(TrainedMethod, EncoderMethod):
     The picture is cut into as many even cells as tokens stay, as `pooling` cuts it, and each token stands amid its
     cell. Tiled models: every tile is cut with its share of the image's tokens.
 
-    keep: int, tokens per image, as in training. For glimpse there are weights for 16 and 4.
+    keep: int, tokens per image, as in training. For glimpse there are weights for 16, 9, 4 and 1.
     weights: a file of weights, or a folder with one; None for those that come with the library, for glimpse.
     question: "own", or "none" for a compressor that was trained without it.
 
