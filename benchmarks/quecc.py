@@ -73,16 +73,16 @@ def measure(results: Results, keeps: list[int], own: str | None, unasked: str, c
     ]
     answers = Answers(results.folder, questions, ("arm", "keep"))
 
-    def answer(arm: str, keep: int | None, pruned: AbstractContextManager[Any]) -> None:
+    def answer(arm: str, keep: int | None, run: Callable[[Any], AbstractContextManager[Any]]) -> None:
         if not results.find(arm=arm, keep=keep):
-            with pruned:
+            with run(model):
                 said = generate(model, processor, batches)
             results.add({"arm": arm, "keep": keep, **answers.means(answers.add(said, arm=arm, keep=keep))})
 
-    answer("untouched", None, nullcontext())
+    answer("untouched", None, nullcontext)
     for keep in keeps:
         for arm, run in track(arms(keep, own, unasked).items(), description=f"{keep} tokens"):
-            answer(arm, keep, run(model))
+            answer(arm, keep, run)
         for one, other in DIFFERENCES:
             first, second = (answers.right(arm=arm, keep=keep) for arm in (one, other))
             if len(first) == len(second) > 0 and not results.find(arm=f"{one} - {other}", keep=keep):
