@@ -46,6 +46,7 @@ bench: $(VENV)/.dev
 measure: $(VENV)/.dev
 	$(BIN)/python training/evaluate.py --out $(RESULTS)/glimpse
 	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/small --out $(RESULTS)/glimpse-small
+	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/tiny --out $(RESULTS)/glimpse-tiny
 	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/cross --out $(RESULTS)/glimpse-cross
 	$(BIN)/python training/evaluate.py --model src/foveate/glimpse/video --count 600 --out $(RESULTS)/glimpse-video
 	$(BIN)/foveate eval --model glimpse-cross --methods all --jobs 2 --out $(RESULTS)/eval-cross
@@ -53,6 +54,7 @@ measure: $(VENV)/.dev
 	$(BIN)/python benchmarks/guided.py --out $(RESULTS)/guided
 	$(BIN)/python benchmarks/existence.py --out $(RESULTS)/existence
 	$(BIN)/python benchmarks/cross_maps.py --out $(RESULTS)/cross_maps
+	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)/scaling
 	for method in gsearch psigmoid; do [ -e $(RESULTS)/search/$$method.json ] || \
 	    $(BIN)/foveate search --method $$method --out $(RESULTS)/search/$$method.json || exit; done
 	$(BIN)/python benchmarks/schedules.py --out $(RESULTS)/search
