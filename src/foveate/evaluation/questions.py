@@ -79,7 +79,13 @@ def as_items(questions: Sequence[Question]) -> list[Item]:
     """Questions of glimpse, as a model is asked them."""
     return [
         Item(
-            q.images, q.question, (q.answer,), q.kind, None, tuple(asked for asked, _ in q.before), q.kind in CLIP_KINDS
+            q.images,
+            q.question,
+            (q.answer,),
+            q.kind,
+            None,
+            tuple(asked for asked, _ in q.before),
+            len(q.images) > 1 and q.kind in CLIP_KINDS,  # some kinds are asked of single pictures, too
         )
         for q in questions
     ]
