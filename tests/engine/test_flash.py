@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import foveate
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(3)
 
 # mllama does not support flash attention
 flash_fits = pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] != "mllama"])
@@ -93,7 +93,7 @@ def test_the_stand_in_agrees_with_eager(family, batch, flash):
 @flash_fits
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_flash_equals_the_dense_reference(family, name, batch, decoding, flash):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     run, report = pruned_run(flash_model(family), name, batch, **oracle.DECODING[decoding])

@@ -191,7 +191,7 @@ BAD_KEEPS = [0, 0.0, -1, -0.5, 1.5, 2.0, math.nan, math.inf, "x", "0.5", None, T
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("keep", BAD_KEEPS, ids=repr)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_a_bad_keep_is_told_the_allowed_range(method, keep):
     if keep is None and foveate.method_class(method).__dataclass_fields__["keep"].default is None:
         return  # there None stands for what other options say

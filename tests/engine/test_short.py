@@ -24,7 +24,7 @@ import foveate
 from foveate.engine import gaps, rows, session, short
 from foveate.engine.upstream import SLICES_ENCODED
 
-pytestmark = pytest.mark.sampled(4)
+pytestmark = pytest.mark.sampled(8)
 
 # Plain ones, M-RoPE, DeepStack, tiles, masks and windows of its own, a prompt that sees itself both ways, hybrids.
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma", "qwen3_5", "lfm2_vl")

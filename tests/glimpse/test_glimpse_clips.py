@@ -130,7 +130,7 @@ def test_heldout_clips_are_what_they_were():
 
 @pytest.mark.parametrize("kind", CLIP_KINDS)
 @pytest.mark.parametrize("frames", LENGTHS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_every_kind_can_be_asked(kind, frames):
     item = clip_question(3, kind, frames)
     assert item.kind == kind and len(item.images) == frames and item.answer and len(ASK[kind]) >= 3

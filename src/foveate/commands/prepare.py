@@ -134,8 +134,11 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     for name in names:
         if foveate.method_class(name).place not in family.places:
             place = PLACES[foveate.method_class(name).place]
-            others = ", ".join(fits)
-            raise Mistake(f"{name} drops tokens {place}, which {config.model_type} models lack: use {others}")
+            others = {foveate.method_class(fit).place: fit for fit in reversed(fits)}.values()
+            raise Mistake(
+                f"{name} drops tokens {place}, which {config.model_type} models lack: use {', '.join(sorted(others))} or "
+                "another one that fits (`foveate methods` says where each acts)"
+            )
     return names
 
 
