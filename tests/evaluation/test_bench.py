@@ -168,6 +168,7 @@ def test_a_method_that_nobody_trained_for_random_weights_is_timed_without(tmp_pa
     assert result.exit_code != 0 and "vistog" in result.stderr and "train" in result.stderr
 
 
+@pytest.mark.slow
 def test_every_method_that_fits_is_measured(tmp_path):
     result = run(*FAST, "--methods", "all", "--repeat", "1", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

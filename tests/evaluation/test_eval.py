@@ -186,6 +186,7 @@ def test_what_steps_read_is_drawn_where_they_choose(asked, tmp_path, monkeypatch
             row.pop("read_share", None)
 
 
+@pytest.mark.slow
 def test_the_price_of_a_prefill_is_what_is_computed(asked, tmp_path):
     names = {"uniform": 0.25, "random_layer": 0.25, "random_cache": 0.25, "mint": 0.25}
     rows = score(asked, tmp_path, *(Variant(n, keep, foveate.get_method(n, keep=keep)) for n, keep in names.items()))
@@ -257,6 +258,7 @@ def test_several_processes_write_the_same_rows(tmp_path):
     assert read(tmp_path / "two")[1]["finished"]
 
 
+@pytest.mark.slow
 def test_what_fails_in_another_process_costs_the_others_nothing(tmp_path):
     question = glimpse.heldout(1)[0]
     question.image.save(tmp_path / "0.png")
@@ -283,6 +285,7 @@ def test_where_the_guide_answers_everything_no_share_is_kept(tmp_path):
     assert (tmp_path / "accuracy.png").exists() and run(*args).exit_code == 0
 
 
+@pytest.mark.slow
 def test_all_answers_of_batches_made_anew_are_the_same(asked):
     model, processor, batches = asked
     fresh = Batches(processor, batches.items, 27, memory=0)

@@ -136,8 +136,8 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
             place = PLACES[foveate.method_class(name).place]
             others = {foveate.method_class(fit).place: fit for fit in reversed(fits)}.values()
             raise Mistake(
-                f"{name} drops tokens {place}, which {config.model_type} models lack: use {', '.join(sorted(others))} or "
-                "another one that fits (`foveate methods` says where each acts)"
+                f"{name} drops tokens {place}, which {config.model_type} models lack: use "
+                f"{', '.join(sorted(others))} or another one that fits (`foveate methods` says where each acts)"
             )
     return names
 
