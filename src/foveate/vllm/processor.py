@@ -66,10 +66,10 @@ class PrunedProcessor(Processor):
                 'films are served as vLLM serves them, unpruned: leave mm_processor_kwargs["foveate"] out of requests '
                 "with films"
             )
-        if self._m_rope and inputs.prompt and inputs.prompt[-1] == self._family.image_token_id(self._config):
+        keep, last = _keep_of_dummies.get(), inputs.prompt[-1:]
+        if keep is None and self._m_rope and last == [self._family.image_token_id(self._config)]:
             raise ValueError("the prompt ends with a picture, whose last positions are not known: put text behind it")
         method = self._settings.of_request(asked)
-        keep = _keep_of_dummies.get()
         method = method if keep is None else replace(method, keep=keep)
         token = _request.set(_Request(method, len(inputs.prompt)))
         try:
