@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.asking.loading import hush, read_config
+from foveate.asking.loading import built_in, hush, read_config
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import typed
 from foveate.commands.parameters import Keep, Options
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A hub id or a model folder.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A hub id, a model folder, or glimpse (built in).", show_default=False)],
     vllm_options: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="Everything else that `vllm serve` takes.")
     ] = None,
@@ -57,6 +57,7 @@ def serve(
     """
     from foveate.vllm.settings import Settings
 
+    model, _ = built_in(model, "auto")
     options = _method(model, method, keep, option or [], saved)
     for name, value in (("lowest", lowest), ("highest", highest)):
         if value is not None:
@@ -67,14 +68,13 @@ def serve(
         settings = Settings.parse(options)
     except ValueError as error:
         raise Mistake(one_line(error)) from error
-    _say_saving(model, settings)
     command = _command(model, options, settings, vllm_options or [])
+    program = None if dry_run else _program()
+    _say_saving(model, settings)
     typer.echo(shlex.join(command))
-    if dry_run:
-        return
-    program = _program()
-    sys.stdout.flush()
-    os.execv(program, command)
+    if program is not None:
+        sys.stdout.flush()
+        os.execv(program, command)
 
 
 def _method(
@@ -102,23 +102,18 @@ def _say_saving(model: str, settings: Settings) -> None:
     from transformers import AutoProcessor
 
     from foveate.vllm.saving import SIZES, saving
-    from foveate.vllm.settings import SERVED
+    from foveate.vllm.settings import check_served
 
     hush()
     config = read_config(model)
-    own = config.architectures or []
-    if not set(own) & set(SERVED):
-        raise Mistake(
-            f"{model} is {', '.join(own) or 'of none that is named'}, and foveate serves {', '.join(SERVED)}: run it "
-            "in transformers with foveate.prune"
-        )
     m_rope = "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {})
     try:
+        check_served(config.architectures or [], model)
         family = settings.check_model(config, m_rope)
         processor = AutoProcessor.from_pretrained(model)
         rows = [saving(processor, config, family, settings.method.keep, size) for size in SIZES]
     except (ValueError, OSError, ImportError) as error:
-        raise Mistake(f"cannot serve {model}: {one_line(error)}") from error
+        raise Mistake(one_line(error)) from error
     typer.echo(f"image tokens with {settings.method.name} keep={settings.method.keep}:")
     for (width, height), before, after in rows:
         typer.echo(f"  {width:>5} x {height:<5} {before:>6} -> {after:<6} ({after / before:.0%})")

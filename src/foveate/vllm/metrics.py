@@ -37,7 +37,7 @@ def count_tokens(before: int, after: int) -> None:
 class Choosing:
     """Of a worker: the pictures that were encoded, and how long choosing took.
 
-    The host's time: on a GPU what it took to ask for the work.
+    By the host's clock: on a GPU the rest of the encoder's work, which choosing waits for, is in it.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .settings import PREFIX, SERVED
+from .settings import PREFIX, SERVED, check_served
 
 
 def _wrap(owner: Any, name: str, around: Any) -> None:
@@ -31,12 +31,8 @@ def follow_overrides() -> None:
         if "foveate" not in overrides:
             return
         own = [name.removeprefix(PREFIX) for name in config.architectures or []]
-        if not set(own) <= set(SERVED) or not own:
-            raise ValueError(
-                f"foveate serves {', '.join(SERVED)}, and this model is {', '.join(own) or 'of none that is named'}: "
-                "run it in transformers with foveate.prune, or leave foveate out of --hf-overrides"
-            )
-        config.architectures = [PREFIX + name for name in own]
+        check_served(own, "this model")
+        config.architectures = [PREFIX + name for name in own if name in SERVED]
 
     _wrap(ModelConfig, "_apply_dict_overrides", apply)
 

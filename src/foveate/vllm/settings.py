@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,18 @@ SERVED = (
     "InternVLForConditionalGeneration",
 )
 
+_ROWS = "a token stands behind each row of its pictures, and how many tokens of a row stay is not known in advance"
+# Others that foveate knows in transformers, and why not here.
+UNSERVED = {
+    "Gemma3ForConditionalGeneration": "its pictures see themselves both ways, and its windows count what is left",
+    "Mistral3ForConditionalGeneration": _ROWS,
+    "PixtralForConditionalGeneration": "its tokenizer writes the placeholders before foveate is asked",
+    "LlavaOnevisionForConditionalGeneration": "features of large pictures are interpolated between patches",
+    "Idefics3ForConditionalGeneration": "it has not been compared with transformers yet",
+    "SmolVLMForConditionalGeneration": "it has not been compared with transformers yet",
+    "InternVLChatModel": "its configuration is the checkpoint's own: take the one in transformers' format (-hf)",
+}
+
 Positions = Literal["original", "compact"]
 _READABLE = ATTENTION | {"features", "states"}
 
@@ -35,6 +47,18 @@ def supported(version: str) -> bool:
     """Whether this version of vLLM is one of `VERSIONS`; development versions count as the release they lead to."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and (0, 32) <= (int(found[1]), int(found[2])) < (0, 34)
+
+
+def check_served(architectures: Sequence[str], model: str) -> None:
+    """Raise ValueError where foveate serves none of these classes of vLLM. model: what to call it."""
+    if set(architectures) & set(SERVED):
+        return
+    named = ", ".join(architectures) or "of no named class"
+    reasons = "".join(f" ({UNSERVED[name]})" for name in architectures if name in UNSERVED)
+    raise ValueError(
+        f"{model} is {named}{reasons}, and foveate serves {', '.join(SERVED)}: run it in transformers with "
+        "foveate.prune, or serve it without foveate"
+    )
 
 
 @dataclass(frozen=True)
