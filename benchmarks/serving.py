@@ -28,6 +28,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = {"at_once": options.at_once, "tokens": options.tokens, "repeat": options.repeat}
     settings |= {"model": "llava 142M, random", "device": "cpu", "dtype": "bfloat16", "threads": 1, **FOVEATE}
+    settings["vllm"] = version("vllm")
     with Results(options.out, "serving", settings, keys=("run", "keep")) as results:
         measure(results, options)
     print(markdown([results.folder]))

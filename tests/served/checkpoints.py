@@ -67,7 +67,7 @@ def _as_published(folder: Path) -> None:
     """Name the weights of CLIP towers as the checkpoints on the hub do, which vLLM reads."""
     path = folder / "model.safetensors"
     weights = load_file(path)
-    if any(".vision_tower.embeddings." in f".{name}" for name in weights):
+    if any("vision_tower.pre_layrnorm." in name for name in weights):
         old, new = "vision_tower.", "vision_tower.vision_model."
         save_file({name.replace(old, new): value for name, value in weights.items()}, path, metadata={"format": "pt"})
 

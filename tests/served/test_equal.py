@@ -120,7 +120,8 @@ def pruned(llava: Family) -> Iterator[Any]:
 
 
 def many(count: int) -> list[Question]:
-    return [Question("USER: " + "<image>\n" * count + "ASSISTANT:", [picture(i) for i in range(count)], 0.05)]
+    prompt = "USER: " + "<image>\n" * count + "what are they? ASSISTANT:"
+    return [Question(prompt, [picture(i) for i in range(count)], 0.05)]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,9 @@ def test_refused_requests(pruned: Any, keep: Any, says: str) -> None:
 
 def test_positions_behind_the_model_s_last(pruned: Any, llava: Family) -> None:
     """The unpruned prompt may be as long as the model, and generation go beyond; a longer one leaves no trace."""
-    check_equal(served(pruned, many(31)), llava.transformers.answers(many(31), "fopru", keep=0.05))
+    expected = llava.transformers.answers(many(31), "fopru", keep=0.05)
+    assert 2048 - 10 < len(many(31)[0].prompt) + 31 * (64 - len("<image>")) <= 2048
+    check_equal(served(pruned, many(31)), expected)
     for _ in range(2):
         with pytest.raises(ValueError, match="positions"):
             served(pruned, many(40))
