@@ -23,6 +23,10 @@ PLAN = "foveate_plan"
 """The name of a picture's plan among what the processor makes of it."""
 
 
+REMEMBERED = 1 << 16
+"""Pictures of which it is known how many positions they take, while they are cached."""
+
+
 class _Request(NamedTuple):
     """What is processed: with which method, and how many tokens the prompt has before placeholders are written."""
 
@@ -142,6 +146,8 @@ class PrunedProcessor(Processor):
         new = dict(zip(missing, map(_longer, mm_missing_prompt_updates.get("image", [])), strict=False))
         self._check_length(new[mark] if mark in new else self._longer.get(mark, 0) for mark in hashes)
         self._longer |= new
+        while len(self._longer) > REMEMBERED:
+            self._longer.pop(next(iter(self._longer)), None)  # the oldest
         return super()._merge_mm_kwargs(
             cache,
             mm_hashes=mm_hashes,
