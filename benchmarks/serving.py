@@ -2,8 +2,8 @@
 
 make installed-vllm && ~/.cache/foveate/venv-vllm/bin/python benchmarks/serving.py
 
-A LLaVA of random bfloat16 weights: a language model of 142 million parameters behind a small CLIP, 576 image tokens,
-`--at-once` pictures at a time, no two alike, no caches. `keep` alternates from batch to batch in one engine; what is
+A LLaVA of random weights: a language model of 142 million parameters behind a small CLIP, 576 image tokens,
+`--at-once` pictures at a time, no two alike, no caches. float32, as processors without bfloat16 imitate it slowly. `keep` alternates from batch to batch in one engine; what is
 compared runs in turn.
 
 engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and what the
@@ -60,7 +60,7 @@ from foveate.evaluation.tables import markdown  # noqa: E402
 QUESTION = "USER: <image>\nWhat is in this picture? ASSISTANT:"
 SEEDS = iter(range(1, 10**9))
 ENGINE = dict(
-    dtype="bfloat16",
+    dtype="float32",
     enforce_eager=True,
     max_model_len=2048,
     max_num_seqs=8,
@@ -161,7 +161,9 @@ def in_turn(runs: dict[str, Callable[[], Timed]], repeat: int) -> dict[str, Time
     taken: dict[str, list[Timed]] = {name: [] for name in runs}
     for turn in range(repeat + 1):
         for name in runs if turn % 2 else reversed(runs):
-            taken[name] += [runs[name]()] if turn else [runs[name]()][:0]
+            one = runs[name]()
+            taken[name] += [one] if turn else []
+            print(f"{name}: {one[0]:.1f} s, {one[1]:.1f} s of the CPU", file=sys.stderr, flush=True)
     return {name: tuple(map(statistics.median, zip(*each, strict=True))) for name, each in taken.items()}  # type: ignore[misc]
 
 
@@ -173,7 +175,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"]
-        options += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
+        options += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
         options += ["--max-num-batched-tokens", "4096", "--limit-mm-per-prompt", '{"image": 1}']
         options += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--trust-request-mm-kwargs"]
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(path), *options]
@@ -296,7 +298,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder of results")
     options = parser.parse_args()
     settings = {"at_once": options.at_once, "tokens": options.tokens, "repeat": options.repeat}
-    settings |= {"model": "llava 142M, random", "device": "cpu", "dtype": "bfloat16", "threads": 1, **FOVEATE}
+    settings |= {"model": "llava 142M, random", "device": "cpu", "dtype": "float32", "threads": 1, **FOVEATE}
     settings["vllm"] = version("vllm")
     with Results(options.out, "serving", settings, keys=("run", "keep")) as results:
         measure(results, options)
