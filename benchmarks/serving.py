@@ -3,8 +3,8 @@
 make installed-vllm && ~/.cache/foveate/venv-vllm/bin/python benchmarks/serving.py
 
 A LLaVA of random weights: a language model of 142 million parameters behind a small CLIP, 576 image tokens,
-`--at-once` pictures at a time, no two alike, no caches. float32, as processors without bfloat16 imitate it slowly. `keep` alternates from batch to batch in one engine; what is
-compared runs in turn.
+`--at-once` pictures at a time, no two alike, no caches. float32, as processors without bfloat16 imitate it slowly.
+`keep` alternates from batch to batch in one engine; what is compared runs in turn.
 
 engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and what the
 encoder took at keep 1.0 beyond its text. server: the OpenAI server. stock: a vLLM without foveate, beside keep 1.0.

@@ -32,7 +32,7 @@ def server(folder: Path) -> Iterator[str]:
     command = [*FOVEATE, str(checkpoint), "--method", "fopru", "--keep", "0.25", "--lowest", "0.1", "--highest", "1.0"]
     vllm = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny", "--dtype", "float32"]
     vllm += ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4", "--enable-prompt-tokens-details"]
-    vllm += ["--block-size", "16"]  # prompts are shorter than a block of CPUs is by itself
+    vllm += ["--block-size", "32"]  # prompts are shorter than a block of CPUs is by itself
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = (folder / "server.log").open("w+")
     process = subprocess.Popen([*command, "--", *vllm], stdout=log, stderr=subprocess.STDOUT, env=env)
