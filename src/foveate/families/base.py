@@ -80,8 +80,15 @@ class Family:
         raise NotImplementedError  # asked only of families with a `video_token_id`
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
-        """The attention modules of the vision encoder that may be read, from the first to the penultimate layer."""
+        """The attention modules of the vision encoder that may be read: those of the `readable` layers, in order."""
         raise NotImplementedError  # asked only of families with the place "encoder"
+
+    def readable(self, config: Any, depth: int) -> list[int]:
+        """Which layers of a vision encoder show their attention: to the penultimate. Needs no model.
+
+        depth: how many layers the encoder has.
+        """
+        return list(range(depth - 1))
 
     def encoder_layers(self, base: Any) -> list[nn.Module]:
         """The vision encoder's layers up to the one whose output the features are made of."""

@@ -20,18 +20,18 @@ class Qwen2_5_VL(Grid):
     examples: ClassVar[tuple[str, ...]] = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
     def check(self, base: Any) -> str | None:
-        if self._full_blocks(base):
+        if self.readable(base.config, len(base.visual.blocks)):
             return None
         return "its vision encoder has no full-attention block"
 
-    def _full_blocks(self, base: Any) -> list[int]:
-        return sorted(i for i in base.visual.fullatt_block_indexes if i < len(base.visual.blocks))
+    def readable(self, config: Any, depth: int) -> list[int]:
+        full = sorted(i for i in config.vision_config.fullatt_block_indexes if i < depth)
+        # Full-attention blocks up to the penultimate: windows see too little to rank.
+        return [i for i in full if i <= depth - 2] or full
 
     def vision_attentions(self, base: Any) -> list[nn.Module]:
-        full = self._full_blocks(base)
-        # Full-attention blocks up to the penultimate: windows see too little to rank.
-        inner = [i for i in full if i <= len(base.visual.blocks) - 2]
-        return [base.visual.blocks[i].attn for i in inner or full]
+        blocks = base.visual.blocks
+        return [blocks[i].attn for i in self.readable(base.config, len(blocks))]
 
     def order(self, config: Any, height: int, width: int) -> torch.Tensor:
         vision, merge = config.vision_config, self.merge(config)

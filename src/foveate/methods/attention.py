@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,25 @@ def attention_marginals(
             given.append(patches.sum(-1) / seen[..., prefix:].sum(-1).clamp(min=1))
         received += patches.sum(1)
     return received / lookers, torch.cat(given, dim=1)
+
+
+def read_attention(
+    reads: Collection[str], query: Tensor, key: Tensor, scaling: float, prefix: int, sees: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What a method reads of a vision encoder layer's attention, by the names of `EncoderTokens`.
+
+    reads: those names; others among them are passed over. query, key, prefix, sees: as for `attention_marginals`.
+    Returns (pictures, n) each, but the keys, which are (pictures, n, d).
+    """
+    read: dict[str, Tensor] = {}
+    if "cls" in reads and prefix:
+        read["cls"] = prefix_attention(query, key, scaling, prefix, sees)
+    if "received" in reads or "given" in reads or ("cls" in reads and not prefix):
+        read["received"], read["given"] = attention_marginals(query, key, scaling, prefix, sees=sees)
+        read.setdefault("cls", read["received"])
+    if "keys" in reads:
+        read["keys"] = key[:, :, prefix:].mean(1)
+    return {name: value for name, value in read.items() if name in reads}
 
 
 def prefix_attention(query: Tensor, key: Tensor, scaling: float, prefix: int, sees: Tensor | None = None) -> Tensor:

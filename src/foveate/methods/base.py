@@ -33,6 +33,11 @@ class EncoderMethod(Method):
         return 1
 
     @property
+    def fills_budget(self) -> bool:
+        """Whether it keeps as many tokens of a picture as it may, so that their number is known in advance."""
+        return True
+
+    @property
     def only_drops(self) -> bool:
         return type(self).merge is EncoderMethod.merge
 

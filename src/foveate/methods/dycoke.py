@@ -52,6 +52,10 @@ class DyCoke(VideoMethod):
 
     keep: float | int = 0.475
 
+    @property
+    def fills_budget(self) -> bool:
+        return False  # some frames stay whole, and a picture is one
+
     def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
         assert tokens.features is not None
         whole = (torch.arange(tokens.frames, device=tokens.device) % WINDOW == 0).expand(tokens.clips, -1)

@@ -44,6 +44,10 @@ class EVS(VideoMethod):
 
     keep: float | int = 0.25
 
+    @property
+    def fills_budget(self) -> bool:
+        return False  # some frames stay whole, and a picture is one
+
     def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
         assert tokens.features is not None
         changed = change(tokens.features)

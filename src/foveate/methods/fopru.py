@@ -87,6 +87,10 @@ class FoPru(EncoderMethod):
     def vision_layers(self) -> int:
         return self.back + 1
 
+    @property
+    def fills_budget(self) -> bool:
+        return self.strategy == "rank"
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         # The first of the layers that are read is the farthest back.
         if self.attention == "cls":

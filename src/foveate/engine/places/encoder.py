@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from ...families.base import Family
 from ...layout import ImageLayout
-from ...methods.attention import attention_marginals, prefix_attention
+from ...methods.attention import read_attention
 from ...methods.base import EncoderMethod, Method
 from ...methods.selection import select_tokens
 from ...methods.tokens import ATTENTION
@@ -258,21 +258,9 @@ class EncoderPlace(Place):
                 )
             for q, k in zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True):
                 k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-                for name, value in self._read(q, k, scaling, prefix, sees=mask).items():
+                for name, value in read_attention(self.reads, q, k, scaling, prefix, mask).items():
                     parts.setdefault(name, []).append(value)
         return kernel(module, query, key, *args, **kwargs)
-
-    def _read(self, query: Tensor, key: Tensor, scaling: float, prefix: int, sees: Tensor | None) -> dict[str, Tensor]:
-        """The parts that the method reads, each (pictures, patches, ...). sees: what each patch attends to."""
-        read: dict[str, Tensor] = {}
-        if "cls" in self.reads and prefix:
-            read["cls"] = prefix_attention(query, key, scaling, prefix, sees)
-        if self.reads & {"received", "given"} or ("cls" in self.reads and not prefix):
-            read["received"], read["given"] = attention_marginals(query, key, scaling, prefix, sees=sees)
-            read.setdefault("cls", read["received"])
-        if "keys" in self.reads:
-            read["keys"] = key[:, :, prefix:].mean(1)
-        return read
 
 
 def _bool(mask: Any) -> Tensor | None:

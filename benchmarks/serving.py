@@ -1,0 +1,309 @@
+"""What does serving with fewer image tokens bring? Requests a second of vLLM's engine and server, on one CPU thread.
+
+make installed-vllm && ~/.cache/foveate/venv-vllm/bin/python benchmarks/serving.py
+
+A LLaVA of random weights: a language model of 142 million parameters behind a small CLIP, 576 image tokens,
+`--at-once` pictures at a time, no two alike, no caches. float32, as processors without bfloat16 imitate it slowly.
+`keep` alternates from batch to batch in one engine; what is compared runs in turn.
+
+engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and what the
+encoder took at keep 1.0 beyond its text. server: the OpenAI server. stock: a vLLM without foveate, beside keep 1.0.
+choosing: what a request spends on it, of the time that it takes in the engine.
+CPU seconds are of the process and its children: other work on the machine adds to the clock, hardly to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/served"))  # the tokenizer of the tests
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from checkpoints import _as_published, tokenizer  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from foveate.evaluation.results import Results, run_script  # noqa: E402
+from foveate.evaluation.tables import markdown  # noqa: E402
+
+QUESTION = "USER: <image>\nWhat is in this picture? ASSISTANT:"
+SEEDS = iter(range(1, 10**9))
+ENGINE = dict(
+    dtype="float32",
+    enforce_eager=True,
+    max_model_len=2048,
+    max_num_seqs=8,
+    max_num_batched_tokens=4096,
+    limit_mm_per_prompt={"image": 1},
+    enable_prefix_caching=False,
+    mm_processor_cache_gb=0,
+)
+FOVEATE = {"method": "fopru", "keep": 0.25, "highest": 1.0}
+Timed = tuple[float, float]
+"""Seconds by the clock, and of the CPU."""
+
+
+def checkpoint(folder: Path) -> Path:
+    """The model, written once."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    if (folder / "done").exists():
+        return folder
+    torch.manual_seed(0)
+    words = tokenizer("<image>\n")
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336,
+        patch_size=14, projection_dim=64,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
+        pad_token_id=3, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default", vision_feature_layer=-2,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval().to(torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    _as_published(folder)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    LlavaProcessor(
+        image_processor=pictures, tokenizer=words, patch_size=14, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1, chat_template=words.chat_template,
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "done").touch()
+    return folder
+
+
+def picture() -> Image.Image:
+    """One that was not there before."""
+    rng = np.random.default_rng(next(SEEDS))
+    return Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((336, 336), Image.Resampling.NEAREST)
+
+
+@contextlib.contextmanager
+def engine(path: Path, foveate: dict[str, Any] | None) -> Iterator[Any]:
+    """vLLM's engine in this process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(path), **ENGINE, **({} if foveate is None else {"hf_overrides": {"foveate": foveate}}))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def pictures(count: int, keep: float | None) -> list[dict[str, Any]]:
+    """Requests with a picture each."""
+    asked = {} if keep is None else {"mm_processor_kwargs": {"foveate": {"keep": keep}}}
+    return [{"prompt": QUESTION, "multi_modal_data": {"image": picture()}, **asked} for _ in range(count)]
+
+
+def texts(count: int, length: int) -> list[dict[str, Any]]:
+    """Requests of so many words."""
+    rng = np.random.default_rng(next(SEEDS))
+    return [{"prompt_token_ids": rng.integers(10, 250, length).tolist()} for _ in range(count)]
+
+
+def answered(llm: Any, requests: list[dict[str, Any]], tokens: int) -> tuple[Timed, int]:
+    """How long they took, and how long their prompts were."""
+    from vllm import SamplingParams
+
+    clock, cpu = time.perf_counter(), time.process_time()
+    out = llm.generate(requests, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    return (time.perf_counter() - clock, time.process_time() - cpu), len(out[0].prompt_token_ids)
+
+
+def in_turn(runs: dict[str, Callable[[], Timed]], repeat: int) -> dict[str, Timed]:
+    """The medians of each; the first turn warms up."""
+    taken: dict[str, list[Timed]] = {name: [] for name in runs}
+    for turn in range(repeat + 1):
+        for name in runs if turn % 2 else reversed(runs):
+            one = runs[name]()
+            taken[name] += [one] if turn else []
+            print(f"{name}: {one[0]:.1f} s, {one[1]:.1f} s of the CPU", file=sys.stderr, flush=True)
+    return {name: tuple(map(statistics.median, zip(*each, strict=True))) for name, each in taken.items()}  # type: ignore[misc]
+
+
+class Server:
+    """`vllm serve` with foveate, on this machine only."""
+
+    def __init__(self, path: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"]
+        options += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
+        options += ["--max-num-batched-tokens", "4096", "--limit-mm-per-prompt", '{"image": 1}']
+        options += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--trust-request-mm-kwargs"]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(path), *options]
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        overrides = ["--hf-overrides", json.dumps({"foveate": FOVEATE})]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([*command, *overrides], env=env, **quiet)
+
+    def __enter__(self) -> Server:
+        for _ in range(1200):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
+                return self
+            assert self.process.poll() is None, "the server ended"
+            time.sleep(0.5)
+        raise TimeoutError("the server does not answer")
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def cpu(self) -> float:
+        """Seconds of the server's processes so far."""
+        import psutil
+
+        own = psutil.Process(self.process.pid)
+        return sum(sum(each.cpu_times()[:2]) for each in [own, *own.children(recursive=True)])
+
+    def ask(self, keep: float, tokens: int, failed: list[Any]) -> None:
+        data = io.BytesIO()
+        picture().save(data, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": "What is in this picture?"},
+        ]
+        body = {"model": "model", "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+        body |= {"messages": [{"role": "user", "content": content}], "mm_processor_kwargs": {"foveate": {"keep": keep}}}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            json.load(urllib.request.urlopen(request, timeout=600))["usage"]
+        except Exception as error:
+            failed.append(error)
+
+    def batch(self, keep: float, count: int, tokens: int) -> Timed:
+        """So many requests at once."""
+        failed: list[Any] = []
+        threads = [threading.Thread(target=self.ask, args=(keep, tokens, failed)) for _ in range(count)]
+        clock, cpu = time.perf_counter(), self.cpu()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed[0]
+        return time.perf_counter() - clock, self.cpu() - cpu
+
+
+def measure(results: Results, options: argparse.Namespace) -> None:
+    """Adds the rows that are missing."""
+    path, count = checkpoint(options.checkpoint), options.at_once
+
+    def add(run: str, keep: float, tokens: int, taken: Timed, whole: Timed | None, **more: Any) -> None:
+        row = {"run": run, "keep": keep, "prompt_tokens": tokens, "seconds": taken[0], "cpu_seconds": taken[1]}
+        row |= {"requests_per_s": count / taken[0], "load": os.getloadavg()[0]}
+        if whole is not None:
+            row |= {"speedup": whole[0] / taken[0], "cpu_speedup": whole[1] / taken[1]}
+        results.add(row | more)
+
+    if not results.find(run="engine", keep=0.25):
+        with engine(path, FOVEATE) as llm:
+            lengths = {keep: answered(llm, pictures(1, keep), 1)[1] for keep in (1.0, 0.25)}
+            runs = {
+                **{f"engine {k}": lambda k=k: answered(llm, pictures(count, k), options.tokens)[0] for k in lengths},
+                **{
+                    f"text {k}": lambda n=n: answered(llm, texts(count, n), options.tokens)[0]
+                    for k, n in lengths.items()
+                },
+            }
+            (model,) = llm.apply_model(lambda model: model)
+            taken = in_turn(runs, options.repeat)
+            spent = model._choosing
+        encoder = tuple(whole - text for whole, text in zip(taken["engine 1.0"], taken["text 1.0"], strict=True))
+        ideal: Timed = tuple(text + more for text, more in zip(taken["text 0.25"], encoder, strict=True))  # type: ignore
+        taken["ideal 1.0"], taken["ideal 0.25"] = taken["engine 1.0"], ideal
+        each = spent.seconds / spent.pictures
+        for run in ("engine", "text", "ideal"):
+            for keep in (1.0, 0.25):
+                own = taken[f"{run} {keep}"]
+                whole = taken[f"{run} 1.0"]
+                share = {"choosing_share": each / (own[1] / count)} if (run, keep) == ("engine", 0.25) else {}
+                add(run, keep, lengths[keep], own, whole if keep < 1 else None, **share)
+    if not results.find(run="stock", keep=1.0):
+        with engine(path, FOVEATE) as pruned, engine(path, None) as stock:
+            runs = {
+                "pruned": lambda: answered(pruned, pictures(count, 1.0), options.tokens)[0],
+                "stock": lambda: answered(stock, pictures(count, None), options.tokens)[0],
+            }
+            taken = in_turn(runs, 2 * options.repeat)
+        add("stock", 1.0, 0, taken["stock"], None)
+        add("beside stock", 1.0, 0, taken["pruned"], taken["stock"])
+    if not results.find(run="server", keep=0.25):
+        with Server(path) as server:
+            runs = {f"{k}": lambda k=k: server.batch(k, count, 2 * options.tokens) for k in (1.0, 0.25)}
+            taken = in_turn(runs, options.repeat)
+        for keep in (1.0, 0.25):
+            add("server", keep, 0, taken[f"{keep}"], taken["1.0"] if keep < 1 else None)
+
+
+def main() -> None:
+    """Measures, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--at-once", type=int, default=4, help="requests of a batch")
+    parser.add_argument("--tokens", type=int, default=4, help="of an answer; the server's have twice as many")
+    parser.add_argument("--repeat", type=int, default=4)
+    parser.add_argument("--checkpoint", type=Path, default=Path("results/serving-model"), help="where the model is put")
+    parser.add_argument("--out", type=Path, help="the folder of results")
+    options = parser.parse_args()
+    settings = {"at_once": options.at_once, "tokens": options.tokens, "repeat": options.repeat}
+    settings |= {"model": "llava 142M, random", "device": "cpu", "dtype": "float32", "threads": 1, **FOVEATE}
+    settings["vllm"] = version("vllm")
+    with Results(options.out, "serving", settings, keys=("run", "keep")) as results:
+        measure(results, options)
+    print(markdown([results.folder]))
+
+
+if __name__ == "__main__":
+    run_script(main)
