@@ -20,7 +20,8 @@ from transformers import DynamicCache, LogitsProcessor
 
 import foveate
 import foveate.engine.places.logits
-from foveate.engine.cache import PrunedLayer, new_cache
+from foveate.engine.adoption import new_cache
+from foveate.engine.cache import PrunedLayer
 from foveate.engine.places.logits import LogitsPlace
 from foveate.methods.mint import contrast
 

@@ -159,7 +159,7 @@ def test_both_ways_are_one_on_the_same_cache(family, batch, attn, monkeypatch):
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
     expected, other = pruned_run(model, "fopru_rank", batch, max_new_tokens=8)
     went = []
-    monkeypatch.setattr(session, "unfit", lambda cache: "forced")
+    monkeypatch.setattr(short, "unfit", lambda cache: "forced")
     monkeypatch.setattr(session, "watch_decoder", lambda forward: (went.append(1), short.watch_decoder(forward)))
     run, report = pruned_run(model, "fopru_rank", batch, max_new_tokens=8)
     if not went:  # transformers made the cache in the model

@@ -84,7 +84,7 @@ class Chunks(NotPickled, threading.local):
             whole.actions = [action for place in places if (action := place.act(whole)) is not None]
             whole.begin()
             whole.leave_out()
-            whole.entered = dict.fromkeys(range(len(self.target.kinds)), whole.streams["self"].index)
+            whole.enter_all()
             self._whole, self._keep = whole, whole.streams["self"].alive(whole.valid())
         assert self._keep is not None
         start = forward.past - self._whole.past

@@ -36,7 +36,7 @@ class _Aside:
     source: Tensor
     rows: Rows | None
     groups: ImageGroups | None
-    short: Once
+    beside: Once
 
 
 class Forward:
@@ -51,9 +51,8 @@ class Forward:
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
-    home: the device of the token ids. part: bool (batch, q), what stays of a chunk of a
-    prompt, where that was chosen before. short: whether the decoder itself is handed what stays, see
-    `short`; inside: whether it runs now.
+    home: the device of the token ids. part: bool (batch, q), what stays of a chunk of a prompt, where that was chosen
+    before. short: whether the decoder itself is handed what stays, see `short`; inside: whether it runs now.
     """
 
     def __init__(
@@ -70,7 +69,9 @@ class Forward:
         self.home = ids.device
         self.brings_images = brings_images
         self.queries = ids.shape[1]
-        self.past = past if past is not None else cache.layers[target.text_layer].length if cache is not None else 0
+        if past is None:
+            past = 0 if cache is None else cache.layers[target.text_layer].length
+        self.past = past
         self._by_number = layers_of(cache) if cache is not None else {}
         self.held = list(self._by_number.values())
         self._layers = frozenset(map(id, self.held))
@@ -95,7 +96,7 @@ class Forward:
         self._pending: Tensor | None = None
         self._through: Tensor | None = None
         self._aside: _Aside | None = None
-        self._short = Once()
+        self._beside = Once()
         self.lent: dict[int, Lent] = {}
         self.sliced = False
         self.part: Tensor | None = None
@@ -114,10 +115,10 @@ class Forward:
         self.__dict__.update({name: on(device, held) for name, held in vars(self).items() if name in _FOLLOWS})
         for stream in self.streams.values():
             stream.rows = on(device, stream.rows)
-        self._short.forget()
+        self._beside.forget()
         self.gathered.forget()
         if self._aside is not None:
-            self._aside.short.forget()
+            self._aside.beside.forget()
 
     def owns(self, layer: PrunedLayer) -> bool:
         """Whether `layer` belongs to this forward's cache."""
@@ -290,9 +291,9 @@ class Forward:
             rows, stream = self.rows, self.streams["self"]
             source = stream.narrow(through, self.valid())
             if source is not None:
-                self._aside = _Aside(hidden, source, rows, self.groups, self._short)
+                self._aside = _Aside(hidden, source, rows, self.groups, self._beside)
                 self._narrow(through)
-                hidden, self._short = gather_rows(hidden, source), Once()
+                hidden, self._beside = gather_rows(hidden, source), Once()
         if self.rows is None:
             return hidden, kwargs
         # Flash attention would read the gaps in the position ids as packed sequences. The mask is of all tokens; the
@@ -316,7 +317,7 @@ class Forward:
         keep, self._pending = self._pending, None
         source = self.streams["self"].narrow(keep, self.valid())
         if source is not None:
-            self._short = Once()
+            self._beside = Once()
             self._check_states()
         return source
 
@@ -333,6 +334,10 @@ class Forward:
                 "sample at a time"
             )
 
+    def enter_all(self) -> None:
+        """Note for the report that every layer gets what is left now."""
+        self.entered = dict.fromkeys(range(len(self.target.kinds)), self.streams["self"].index)
+
     def enter_state(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """In front of a layer that carries a state, behind `enter`: its mask is of tokens, and leaves padding out."""
         self.entered[index] = self.streams["self"].index
@@ -344,7 +349,7 @@ class Forward:
         """What comes beside the hidden states, for the rows alone where it is of all tokens: position embeddings, and
         inputs that a layer gets of its own, (batch | 1, q, ...); a tuple of these, or anything else as it is."""
         if isinstance(value, tuple):
-            return self._short(lambda: tuple(self.shortened(name, part) for part in value), value)
+            return self._beside(lambda: tuple(self.shortened(name, part) for part in value), value)
         rows = self.rows
         assert rows is not None
         # Image features are no tokens of the prompt, even if there are as many.
@@ -363,7 +368,7 @@ class Forward:
         assert self.rows is not None
         if self.rows.ragged:  # a filler is a copy of a row that waited
             hidden = hidden.where(self.rows.real.unsqueeze(-1), gather_rows(aside.hidden, aside.source))
-        self.streams["self"].rows, self.groups, self._short = aside.rows, aside.groups, aside.short
+        self.streams["self"].rows, self.groups, self._beside = aside.rows, aside.groups, aside.beside
         return aside.hidden.scatter(1, aside.source.unsqueeze(-1).expand_as(hidden), hidden)
 
     def norm(self, hidden: Tensor) -> Tensor:

@@ -46,8 +46,7 @@ class Gapped(Cache):
 
     def sizes(self, queries: int, layer: int) -> tuple[int, int]:
         """How many slots a layer will attend to with so many new ones, and the number of the first."""
-        kept, first = super().get_mask_sizes(queries, layer)
-        return kept, first
+        return super().get_mask_sizes(queries, layer)
 
     def positions(self, first: int, slots: int, device: torch.device) -> Tensor:
         """(batch | 1, slots) the position of so many slots from the first on, -1 at fillers; of coming tokens, too."""

@@ -15,26 +15,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UnsupportedError
 from ..families.base import Family
 from ..methods.base import Method
+from .adoption import adopt_cache, evict_hidden, new_cache
 from .ahead import Peeked
 from .attention import Attention
-from .cache import active, adopt_cache, check_cache, check_evicts, evict_hidden, new_cache, unfit
+from .cache import active
 from .chunks import Chunks
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
-from .gaps import close_unused, is_gapped, open_gaps
+from .gaps import close_unused, is_gapped
 from .generation import PIXELS, brings_pixels, made_name, run_prompt, split_prompt
 from .images import attached
+from .passes import EnteredPass, Passes
 from .places import PLACES, Call
 from .report import GuideAnswer, Outcome, PruneReport
 from .rows import add_to_rows
 from .sayings import Sayings
-from .short import check_short, prepare_step, watch_decoder
-from .steps import UNSAID, Step, Steps
+from .short import ShorterWay, past_of, watch_decoder
+from .steps import UNSAID, Steps
 from .support import check_inputs, check_methods, find_target, pruned_models, resolve_methods, unwrapped
 from .target import Target
 from .upstream import PreTrainedModel, cache_in, release_note, untraced, without_cache
@@ -91,32 +93,6 @@ def restore(model: Any) -> None:
             session.remove()
 
 
-class _Entered(threading.local):
-    """Forwards of the base model that one thread is in, None for one that was refused."""
-
-    def __init__(self) -> None:
-        self.passes: list[_Pass | None] = []
-
-
-class _Pass:
-    """A forward, and how its output is put together.
-
-    prompt: what was made of the prompt, where what stands behind it runs in a pass of its own. unreported: whether it
-    is no prefill of the user's, such as one that checks guesses. whole: of a chunk of a prompt, the pass that all of it
-    would be.
-    """
-
-    def __init__(self, forward: Forward, prompt: Tensor | None, unreported: bool, whole: Forward | None) -> None:
-        self.forward, self.prompt = forward, prompt
-        self.unreported = unreported or prompt is not None
-        self.whole = whole or forward
-
-    @property
-    def ends(self) -> bool:
-        """Whether all of the prompt has run now."""
-        return self.forward.past + self.forward.queries == self.whole.past + self.whole.queries
-
-
 class Pruned(Sayings, NotPickled):
     """A pruned model: what `prune` returns.
 
@@ -132,10 +108,9 @@ class Pruned(Sayings, NotPickled):
         found = [place.of(target, self._acting, self._outcome) for place in PLACES]
         self._places = [place for place in found if place is not None]
         self._parameters = list(inspect.signature(target.base.forward).parameters)
-        self._steps, self._entered = Steps(self._inputs), _Entered()
-        # What these drop is known before the decoder runs.
-        late = [method.name for method in self._acting if method.place != "encoder"]
-        self._before_llm, self._chunks = not late, Chunks(target, late, bool(self._acting))
+        acts, late = bool(self._acting), [method.name for method in self._acting if method.place != "encoder"]
+        self._shorter, self._chunks = ShorterWay(target, acts=acts, late=bool(late)), Chunks(target, late, acts)
+        self._steps, self._passes = Steps(self._shorter.prepare), Passes()
         self._fixtures, self._routing = Fixtures(), threading.Lock()
         self._routed = False
         try:
@@ -187,7 +162,7 @@ class Pruned(Sayings, NotPickled):
             place.install(fixtures)
         if self.family.deepstack is not None:
             fixtures.wrap(self.decoder, self.family.deepstack, self._add)
-        if not self._before_llm:
+        if self._shorter.late:
             self._route()
 
     def _route(self) -> None:
@@ -205,7 +180,7 @@ class Pruned(Sayings, NotPickled):
         while active.forward is not None and active.forward.target is self._target:
             active.forward.unhook()
             active.forward = active.forward.outer
-        self._entered.passes.clear()
+        self._passes.entered.clear()
         self._fixtures.remove()
         pruned_models.pop(self.base, None)
 
@@ -241,9 +216,9 @@ class Pruned(Sayings, NotPickled):
             raise
         finally:
             # The hook behind the forward runs even when it was refused here.
-            self._entered.passes.append(entered)
+            self._passes.entered.append(entered)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], _Pass | None]:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], EnteredPass | None]:
         step = self._steps.take()
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         encoded = kwargs.get("mm_encoder_outputs") or {}
@@ -253,9 +228,10 @@ class Pruned(Sayings, NotPickled):
         if not all(place.admits(call) for place in self._places):
             return kwargs, None
         cache, said = cache_in(kwargs), {}
-        if step.prepared and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:  # made of what there is
+        if step.prepared and getattr(kwargs.get("attention_mask"), "ndim", None) != 2:
+            # generate() made other masks of it, or left it out.
             said["attention_mask"] = step.mask if step.mask is None else step.mask.to(self.base.device)
-        short = cache is not None and self._goes_short(cache)
+        short = cache is not None and self._shorter.opens(cache)
         check_inputs(self._target, kwargs | said, call.brings_images)
         for place in self._places:
             place.refuse(call)
@@ -263,8 +239,6 @@ class Pruned(Sayings, NotPickled):
         if not short:
             self._route()
             cache = self._adopt(cache, call, in_parts=call.brings_images and splits and step.behind > 0)
-        elif self._has_gaps(cache):
-            open_gaps(cache)
         if cache is not None:
             kwargs = {**without_cache(kwargs), self._target.cache_name: cache}
         prompt, brings_images = None, call.brings_images
@@ -289,7 +263,7 @@ class Pruned(Sayings, NotPickled):
             if embeds is None:
                 return kwargs, None  # the model has its own words for this
             ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        past = self._past(cache, step, ids) if short else None
+        past = past_of(cache, step, ids) if short else None
         forward = Forward(self._target, cache, ids, kwargs | said, brings_images=brings_images, past=past)
         whole = self._chunks.part(forward, self._places) if step.prepared else None
         if whole is None:
@@ -301,44 +275,12 @@ class Pruned(Sayings, NotPickled):
             evict_hidden(cache, forward.mask)
         forward.short = short
         if short:
-            if not step.over_slots and (brings_images or whole is not None or self._has_gaps(cache)):
+            if not step.over_slots and (brings_images or whole is not None or is_gapped(cache)):
                 watch_decoder(forward)
         elif brings_images or whole is not None:
             watch_layers(forward, routed=bool(self._acting))
         # A forward of words alone beside the steps of generate(), as guidance_scale makes, is no prefill of the user's.
-        return kwargs, _Pass(forward, prompt, step.verifies or (step.beside and not brings_images), whole)
-
-    def _goes_short(self, cache: Any) -> bool:
-        """Whether the decoder is handed the tokens that stay, because the layers of its cache cannot lose any."""
-        check_cache(cache)
-        if not is_gapped(cache) and unfit(cache) is None:
-            return False
-        if not self._before_llm:
-            check_evicts(cache)
-        if self._has_gaps(cache):
-            check_short(self._target)
-        return True
-
-    def _has_gaps(self, cache: Any) -> bool:
-        """Whether a cache that goes the shorter way lacks tokens, or is about to."""
-        return bool(self._acting) or is_gapped(cache)
-
-    def _inputs(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """What `generate()` prepares for a forward, and whether its masks are over what the cache holds."""
-        cache = cache_in(kwargs)
-        asked = cache is not None and self._before_llm and self._has_gaps(cache)
-        if not asked or not self._goes_short(cache):
-            return prepare(*args, **kwargs), False
-        open_gaps(cache)
-        return prepare_step(self._target, prepare, args, kwargs)
-
-    @staticmethod
-    def _past(cache: Any, step: Step, ids: Tensor) -> int:
-        """Tokens in front of this pass; in a step of generate() as its mask has it, since a static cache must be asked
-        for what is on its device."""
-        if step.mask is not None and ids.shape[1] == 1:
-            return step.mask.shape[1] - 1
-        return int(cache.get_seq_length())
+        return kwargs, EnteredPass(forward, prompt, step.verifies or (step.beside and not brings_images), whole)
 
     def _adopt(self, cache: Any, call: Call, *, in_parts: bool) -> Any:
         """The cache that the pass will use, its layers swapped for pruned ones; None without a cache.
@@ -356,7 +298,7 @@ class Pruned(Sayings, NotPickled):
 
     @untraced
     def _exit(self, module: Any, args: Any, output: Any) -> Any:
-        entered = self._entered.passes.pop() if self._entered.passes else None
+        entered = self._passes.entered.pop() if self._passes.entered else None
         if entered is None:
             return None
         forward = entered.forward
@@ -372,9 +314,8 @@ class Pruned(Sayings, NotPickled):
             evict_hidden(forward.cache, forward.mask)
         for layer in forward.held:
             layer.slide()
-        whole = entered.whole
-        if not entered.unreported and (whole.queries > 1 or not whole.past) and entered.ends:
-            report = self._outcome.report = PruneReport(whole, self.methods, self.record)
+        if entered.reports:
+            report = self._outcome.report = PruneReport(entered.whole, self.methods, self.record)
             for place in self._places:
                 place.tell(report)
         if entered.prompt is not None:

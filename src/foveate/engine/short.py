@@ -15,24 +15,73 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .adoption import check_cache, check_evicts, unfit
 from .cache import active
 from .forward import Forward
-from .gaps import Gapped, is_gapped
+from .gaps import Gapped, is_gapped, open_gaps
 from .generation import brings_pixels
 from .masks import causal_over, gather_mask
 from .rows import Rows
+from .steps import Step
 from .target import Target
 from .upstream import cache_in, cache_name, create_masks_for_generate, untraced
 from .watching import named
 
 
-def check_short(target: Target) -> None:
-    """Refuse attention that takes no masks of gaps."""
-    if "flash" in target.decoder.config._attn_implementation:
-        raise UnsupportedError(
-            "with a cache of this kind positions have gaps where tokens were dropped, which flash attention reads as "
-            'several samples in a row: load the model with attn_implementation="sdpa", or use the default dynamic cache'
-        )
+class ShorterWay:
+    """Which passes of a session go this way.
+
+    acts: whether any method does. late: whether one drops what is only known while the decoder runs.
+    """
+
+    def __init__(self, target: Target, *, acts: bool, late: bool) -> None:
+        self.target, self.acts, self.late = target, acts, late
+
+    def opens(self, cache: Any) -> bool:
+        """Whether a pass on this cache goes the shorter way, because its layers cannot lose entries. Where it lacks
+        tokens, or is about to, it answers for them from now on.
+
+        Raises:
+            UnsupportedError: where methods or the attention cannot do with it.
+        """
+        check_cache(cache)
+        if not is_gapped(cache) and unfit(cache) is None:
+            return False
+        if self.late:
+            check_evicts(cache)
+        if self._lacks(cache):
+            if "flash" in self.target.decoder.config._attn_implementation:
+                raise UnsupportedError(
+                    "with a cache of this kind positions have gaps where tokens were dropped, which flash attention "
+                    'reads as several samples in a row: load the model with attn_implementation="sdpa", or use the '
+                    "default dynamic cache"
+                )
+            open_gaps(cache)
+        return True
+
+    def _lacks(self, cache: Any) -> bool:
+        return self.acts or is_gapped(cache)
+
+    def prepare(self, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """What `generate()` prepares for a forward; and whether its masks are over slots already.
+
+        For a single token on a gapped cache they are, and always of one shape where the cache has one: a compiled step
+        is compiled once.
+        """
+        cache = cache_in(kwargs)
+        gapped = cache is not None and not self.late and self._lacks(cache) and self.opens(cache)
+        inputs = prepare(*args, **kwargs)
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if not gapped or not _is_ready(mask) or ids is None or ids.shape[1] > 1 or brings_pixels(inputs):
+            return inputs, False
+        return {**inputs, "attention_mask": slot_masks(self.target, cache, mask, ids)}, True
+
+
+def past_of(cache: Any, step: Step, ids: Tensor) -> int:
+    """Tokens in front of a pass; in a step of generate() as its mask has it: a static cache counts on its device."""
+    if step.mask is not None and ids.shape[1] == 1:
+        return step.mask.shape[1] - 1
+    return int(cache.get_seq_length())
 
 
 def watch_decoder(forward: Forward) -> None:
@@ -54,8 +103,8 @@ def _before(forward: Forward, module: Any, args: Any, kwargs: Any = None) -> Any
     forward.begin()
     whole = _masks_of_all(target, kwargs.get("attention_mask"), embeds, cache) if is_gapped(cache) else None
     forward.leave_out()
+    forward.enter_all()
     rows = forward.rows
-    forward.entered = dict.fromkeys(range(len(target.kinds)), forward.streams["self"].index)
     if not is_gapped(cache):
         return (), kwargs
     if forward.queries > 1:
@@ -92,10 +141,15 @@ def _added(target: Target) -> frozenset[str]:
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
+def _is_ready(mask: Any) -> bool:
+    """Whether masks of queries and keys were made already, one or one for each type of layer."""
+    return isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+
+
 def _masks_of_all(target: Target, mask: Any, embeds: Tensor, cache: Gapped) -> Any:
     """The decoder's masks over all positions, as `generate()` makes them ahead for compiled steps: a mask (None where
     it says nothing), or one for each type of layer. mask: these already, or bool (batch, tokens), or None."""
-    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4):
+    if _is_ready(mask):
         return mask
     return create_masks_for_generate(
         config=target.decoder.config,
@@ -110,9 +164,8 @@ def slot_masks(
 ) -> Any:
     """Masks over slots, made of masks over all positions.
 
-    masks: one, or by type of layer. ids: (batch, q) tokens of the pass. past: how many are before them, None for
-    all that the cache answers for. rows: those that
-    are computed, None for all; the cache expects them.
+    masks: one, or by type of layer. ids: (batch, q) tokens of the pass. past: how many are before them, None for all
+    that the cache answers for. rows: those that are computed, None for all; the cache expects them.
     """
     types = list(getattr(target.decoder.config, "layer_types", None) or ())
     queries = ids.shape[1] if rows is None else rows.source.shape[1]
@@ -138,19 +191,3 @@ def slot_masks(
         layers = {name: types.index(name) if name in types else target.text_layer for name in masks}
         return {name: over_slots(mask, layers[name]) for name, mask in masks.items()}
     return over_slots(masks, target.text_layer)
-
-
-def prepare_step(
-    target: Target, prepare: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], bool]:
-    """What `generate()` prepares for a forward on a gapped cache; and whether its masks are over slots already.
-
-    For a single token they are, and always of one shape where the cache has one: a compiled step is compiled once.
-    """
-    inputs = prepare(*args, **kwargs)
-    cache, mask = cache_in(kwargs), inputs.get("attention_mask")
-    ahead = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
-    ids = inputs.get("input_ids")
-    if not ahead or ids is None or ids.shape[1] > 1 or brings_pixels(inputs):
-        return inputs, False
-    return {**inputs, "attention_mask": slot_masks(target, cache, mask, ids)}, True

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 from ...errors import UnsupportedError
 from ...methods.base import ContrastMethod, Method
-from ..cache import check_evicts, new_cache
+from ..adoption import check_evicts, new_cache
 from ..fixtures import Fixtures
 from ..generation import GenerateCall
 from ..report import Outcome, PruneReport
