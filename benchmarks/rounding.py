@@ -3,7 +3,7 @@
     python benchmarks/rounding.py
 
 Random LLaVA models of 4 to 64 layers, three methods of three places, two sets of weights, eager and sdpa. The largest
-of each dtype is what `ROUNDING` in foveate.evaluation.reference must leave room for; `unmasked`, the smallest
+of each dtype is what `ROUNDING` in foveate.evaluation.proving must leave room for; `unmasked`, the smallest
 difference from a reference that masks nothing, must stay out.
 """
 
@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 
 import foveate
-from foveate.evaluation.reference import ROUNDING, prove
+from foveate.evaluation.proving import ROUNDING, prove
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
 

@@ -17,7 +17,7 @@ from test_merging_cache import image_spans
 from transformers.modeling_utils import AttentionInterface
 
 import foveate
-from foveate.evaluation.reference import prove
+from foveate.evaluation.proving import prove
 from foveate.methods.videollm_mod import VideoLLMMoD
 
 pytestmark = pytest.mark.sampled(3)

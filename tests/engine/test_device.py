@@ -13,7 +13,7 @@ from test_guided import guide_of
 
 import foveate
 from foveate.evaluation.attention import last_token_attention
-from foveate.evaluation.reference import prove
+from foveate.evaluation.proving import prove
 
 pytestmark = pytest.mark.sampled(3)
 

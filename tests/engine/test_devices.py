@@ -15,7 +15,7 @@ from test_guided import guide_of
 
 import foveate
 from foveate.engine.target import Target, fingerprint
-from foveate.evaluation.reference import prove
+from foveate.evaluation.proving import prove
 from foveate.families import get_family
 
 accelerate = pytest.importorskip("accelerate")

@@ -19,9 +19,9 @@ from foveate.engine.cache import PrunedLayer
 from foveate.engine.forward import Forward
 from foveate.engine.report import PruneReport
 from foveate.engine.session import Pruned
-from foveate.evaluation import reference
+from foveate.evaluation import proving
 from foveate.evaluation.attention import last_token_attention
-from foveate.evaluation.reference import cannot_prove, prove
+from foveate.evaluation.proving import cannot_prove, prove
 from foveate.methods.base import CacheMethod
 from foveate.methods.fopru import FoPru
 
@@ -122,7 +122,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_methods_that_merge_are_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(reference, "_generate", None)
+    monkeypatch.setattr(proving, "_generate", None)
     for name, options in (
         ("visionzip", {}),
         ("pooling", {}),
@@ -309,7 +309,7 @@ def test_a_method_that_secretly_changes_values_is_exposed():
 
 
 def test_numbers_that_are_none_are_no_proof(monkeypatch):
-    right = reference._generate
+    right = proving._generate
 
     def poisoned(model, inputs, steps, replay=None):
         sequences, logits, chosen = right(model, inputs, steps, replay)
@@ -317,7 +317,7 @@ def test_numbers_that_are_none_are_no_proof(monkeypatch):
             logits[0, 1, 3] = torch.nan
         return sequences, logits, chosen
 
-    monkeypatch.setattr(reference, "_generate", poisoned)
+    monkeypatch.setattr(proving, "_generate", poisoned)
     assert not proof("llava", [FoPru(keep=0.5)]).holds
 
 
@@ -471,14 +471,14 @@ def test_what_a_state_never_read_is_proven(family, methods):
 @pytest.mark.parametrize("what", ["seen", "kept"])
 def test_a_report_of_other_tokens_shows_in_decoders_with_states(family, methods, what, monkeypatch):
     """Neighbours of what was kept, in every layer."""
-    true = reference.short_logits
+    true = proving.short_logits
 
     def shifted(model, report, *args):
         named = [replace(layer, **{what: getattr(layer, what).roll(1, -1)}) for layer in report.layers]
         monkeypatch.setattr(report, "layers", named)
         return true(model, report, *args)
 
-    monkeypatch.setattr(reference, "short_logits", shifted)
+    monkeypatch.setattr(proving, "short_logits", shifted)
     assert not proof(family, build(*HYBRID[methods]), steps=4).holds
 
 

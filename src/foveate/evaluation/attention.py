@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foveate.evaluation.reference import eager
+from foveate.evaluation.dense import eager
 from foveate.families import get_family
 
 
@@ -31,15 +32,11 @@ def last_token_attention(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor
 
         return hook
 
-    handles = []
-    for index, layer in enumerate(decoder.layers):
-        attention = getattr(layer, family.cross_attention, None) or getattr(layer, family.self_attention, None)
-        if attention is not None:
-            handles.append(attention.register_forward_hook(note(index)))
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(decoder.layers):
+            attention = getattr(layer, family.cross_attention, None) or getattr(layer, family.self_attention, None)
+            if attention is not None:
+                hooks.enter_context(attention.register_forward_hook(note(index)))
         with eager(decoder):
             model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return dict(sorted(rows.items()))

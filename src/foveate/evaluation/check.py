@@ -18,7 +18,7 @@ from foveate.engine.report import human_bytes
 from foveate.engine.session import prune
 from foveate.errors import UnsupportedError
 from foveate.evaluation.plots import COLOURS, STYLE
-from foveate.evaluation.reference import Proof, cannot_prove, prove
+from foveate.evaluation.proving import Proof, cannot_prove, prove
 from foveate.evaluation.results import Results, Row
 
 if TYPE_CHECKING:
