@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-STEPS = 20
+STEPS = 12
 GREEDY = dict(max_new_tokens=STEPS, do_sample=False)
 BEAMS = dict(max_new_tokens=STEPS, num_beams=3, do_sample=False)
 SAMPLE = dict(max_new_tokens=STEPS, do_sample=True, num_return_sequences=2)
