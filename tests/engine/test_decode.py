@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -38,22 +39,22 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def method_for(folder):
-    """A method with the options of this file; the network's weights are drawn."""
+    return partial(method_with, folder)
 
-    def make(name: str, model, **options) -> Method:
-        options = {**OPTIONS[name], **options}
-        if name == "attention_predictor":
-            mark = fingerprint(model.model)
-            path = folder / f"{mark}.safetensors"
-            if not path.exists():
-                generator = torch.Generator().manual_seed(3)
-                drawn = {n: torch.randn(shape, generator=generator) / 3 for n, shape in SHAPES.items()}
-                bare = foveate.get_method(name)
-                write_plugin(path, bare, model.config.model_type, mark, drawn)
-            options["weights"] = path
-        return foveate.get_method(name, **options)
 
-    return make
+def method_with(folder: Path, name: str, model, **options) -> Method:
+    """A method with the options of this file; the network's weights, in a file there, are drawn."""
+    options = {**OPTIONS[name], **options}
+    if name == "attention_predictor":
+        mark = fingerprint(model.model)
+        path = folder / f"{mark}.safetensors"
+        if not path.exists():
+            generator = torch.Generator().manual_seed(3)
+            drawn = {n: torch.randn(shape, generator=generator) / 3 for n, shape in SHAPES.items()}
+            bare = foveate.get_method(name)
+            write_plugin(path, bare, model.config.model_type, mark, drawn)
+        options["weights"] = path
+    return foveate.get_method(name, **options)
 
 
 def read_steps(report, run: oracle.Run, prompt: int) -> list[Hide]:

@@ -87,7 +87,8 @@ def reference(family: str, method, batch: dict, images, sequences: Tensor, rows:
     return logits_of(model, embeds, positions, kept, sequences, rows), kept
 
 
-def check(family: str, method, spec: dict, attn: str, decoding: dict) -> None:
+def check(family: str, method, spec: dict, attn: str, decoding: dict) -> float:
+    """Compare a run with the one by hand, and return the largest difference."""
     batch = tiny.inputs(family, **spec)
     with foveate.prune(tiny.build(family, attn), method, record=True) as pruned:
         run = oracle.run(pruned.model, batch, **decoding)
@@ -97,9 +98,11 @@ def check(family: str, method, spec: dict, attn: str, decoding: dict) -> None:
     dense, kept = reference(family, method, batch, spec["images"], run.sequences, rows)
     for layer in report.layers:
         assert torch.equal(layer.kept[:, 0], kept.repeat_interleave(copies, 0))
-    assert (dense - run.logits).abs().max() < TOLERANCE * run.logits.abs().max()
+    worst = (dense - run.logits).abs().max()
+    assert worst < TOLERANCE * run.logits.abs().max()
     turned, _ = reference(family, method, batch, spec["images"], run.sequences, rows, turned=1)
     assert (turned - run.logits).abs().max() > FAR, "it matters which group stands where"
+    return float(worst)
 
 
 @families

@@ -1,0 +1,38 @@
+"""The scripts that measure still fit the code that they measure."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import foveate
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """As a script finds its neighbours."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+
+
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_can_be_started(name):
+    assert callable(importlib.import_module(name).main)
+
+
+def test_every_method_is_proven():
+    assert {name for _, name, _, _ in importlib.import_module("proof").rows()} == set(foveate.methods())
+
+
+@pytest.mark.parametrize("name", ["zipvl", "elastic_cache", "visionzip", "last_step", "evs", "quecc", "holitom"])
+def test_each_kind_of_reference_is_there(name):
+    case = next(case for _, method, _, case in importlib.import_module("proof").rows() if method == name)
+    largest, at_one = case("one", "sdpa", "greedy")
+    assert 0 < largest < 1e-4 and not at_one
