@@ -38,7 +38,7 @@ test-newest: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test-lowest: $(LOWEST)/.tests
-	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" $(HALF)
+	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" --rarer 2 $(HALF)
 
 # The plugin in vLLM itself, on tiny models: equality with transformers, and a real server.
 test-vllm: $(SERVED)/.tests

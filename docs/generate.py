@@ -1,8 +1,8 @@
 """Writes docs/methods.md, the stub of the package, and the tables in README.md, training/README.md and pages of docs.
 
 Facts (place, options, source) come from the code, prose from docs/methods/NAME.md. Tables stand between
-`<!-- methods -->`, `<!-- families -->`, `<!-- videos -->`, or `<!-- foveate table ... -->` with any of that command's
-options, and `<!-- end -->`.
+`<!-- family names -->`, `<!-- families -->`, `<!-- videos -->`, or `<!-- foveate table ... -->` with any of that
+command's options, and `<!-- end -->`.
 
 python docs/generate.py
 """
@@ -30,7 +30,11 @@ from foveate.methods.places import PLACES
 
 HERE = Path(__file__).parent
 STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
-PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE / "video.md", HERE.parent / "training" / "README.md")
+PAGES = (
+    HERE.parent / "README.md",
+    *(HERE / f"{name}.md" for name in ("results", "families", "measuring", "video")),
+    HERE.parent / "training" / "README.md",
+)
 
 
 def meanings(cls: type[Method]) -> dict[str, str]:
@@ -89,7 +93,7 @@ def page() -> str:
     """The whole of docs/methods.md."""
     by_place = {place: [n for n in method_names() if method_class(n).place == place] for place in PLACES}
     lists = {f"METHODS_{place.upper()}": ", ".join(f"`{n}`" for n in names) for place, names in by_place.items()}
-    parts = [(HERE / "methods" / "_overview.md").read_text().format(**lists)]
+    parts = [(HERE / "methods" / "_overview.md").read_text().format(TABLE=methods_table(), **lists)]
     for place, title in PLACES.items():
         parts += [f"## {title[0].upper() + title[1:]}\n", *map(section, by_place[place])]
     parts.append((HERE / "methods" / "_adding.md").read_text())
@@ -118,6 +122,11 @@ def families_table() -> str:
         assert family is not None
         rows.append(f"| `{model_type}` | {', '.join(family.examples)} | {fitting_in_words(family, '`')} |")
     return "\n".join(rows)
+
+
+def family_names_list() -> str:
+    """The names of all families."""
+    return ", ".join(f"`{name}`" for name in family_names())
 
 
 def videos_table() -> str:
@@ -189,11 +198,15 @@ def renewed(path: Path) -> str:
     """A page with its tables renewed, between two comments each."""
 
     def block(match: re.Match[str]) -> str:
-        tables = {"methods": methods_table, "families": families_table, "videos": videos_table}
+        tables = {
+            "family names": family_names_list,
+            "families": families_table,
+            "videos": videos_table,
+        }
         table = tables[match[1]]() + "\n" if match[1] in tables else printed(match[1])
         return f"<!-- {match[1]} -->\n{table}<!-- end -->"
 
-    blocks = r"<!-- (methods|families|videos|foveate table [^\n]*) -->\n.*?<!-- end -->"
+    blocks = r"<!-- (family names|families|videos|foveate table [^\n]*) -->\n.*?<!-- end -->"
     return re.sub(blocks, block, path.read_text(), flags=re.DOTALL)
 
 

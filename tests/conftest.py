@@ -17,6 +17,10 @@ GOLDEN = (5**0.5 - 1) / 2
 THEIRS = "ignore:`hidden_state` is deprecated .* `MllamaVisionEncoderLayer.forward`:FutureWarning"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rarer", type=float, default=1, help="sample rows of tests so many times more rarely")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for category in ("FutureWarning", "DeprecationWarning", "PendingDeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")
@@ -24,14 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow ones are left out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests whose rows are `sampled(n)` about every n-th row is a quick one, and all are under `-m slow`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests whose rows are `sampled(n)` about every n-th row is a quick one, and the others are slow."""
     rows: Counter[tuple[str, str]] = Counter()
+    rarer = config.getoption("--rarer")
     for item in items:
         marker = item.get_closest_marker("sampled")
         if marker is not None and item.get_closest_marker("slow") is None:
             test = str(item.path), getattr(item, "originalname", item.name)
             # Steps of the golden ratio: every n-th row would be of the same method in every family.
-            if rows[test] * GOLDEN % 1 * marker.args[0] >= 1:
+            if rows[test] * GOLDEN % 1 * marker.args[0] * rarer >= 1:
                 item.add_marker(pytest.mark.slow)
             rows[test] += 1

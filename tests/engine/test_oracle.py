@@ -48,6 +48,7 @@ def check(family: str, name: str, batch: dict, attn: str, **kwargs) -> None:
 
 
 @everywhere()
+@pytest.mark.sampled(1)
 def test_logits_equal_the_dense_reference(family, name, batch, decoding, attn):
     check(family, name, tiny.inputs(family, **tiny.BATCHES[batch]), attn, **oracle.DECODING[decoding])
 
@@ -84,6 +85,7 @@ def other_parts():
 
 
 @pytest.mark.parametrize(("variant", "name", "attn"), other_parts())
+@pytest.mark.sampled(1)
 def test_other_encoders_and_decoders_equal_the_dense_reference(variant, name, attn):
     """SigLIP without a [CLS] token, CLIP that hands its own on, and decoders other than Llama."""
     check(variant, name, tiny.inputs(variant, **tiny.BATCHES["ragged"]), attn, **oracle.GREEDY)
@@ -112,7 +114,7 @@ def test_more_tokens_than_there_are_is_all_of_them(family, name):
 
 
 @fits
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 def test_half_precision_runs_and_keeping_everything_stays_exact(family, name):
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family).to(torch.bfloat16)
     untouched = oracle.run(model, batch, **oracle.GREEDY)
