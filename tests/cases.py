@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dart": ("dart", dict(keep=0.5, layer=2)),
     "topv": ("topv", dict(keep=0.5, layer=2)),
     "v2drop": ("v2drop", dict(keep=0.5)),
+    "adaptinfer": ("adaptinfer", dict(keep=0.25)),
     # Thresholds of one's own let PLPHP evict layer by layer; its defaults compare all layers first.
     "plphp_last": ("plphp", dict(keep=0.5, rows=1)),
     "plphp_fixed": ("plphp", dict(keep=0.5, start_layer=0, alpha=0.6, beta=0.3)),

@@ -5,6 +5,7 @@ from .families import family_names as families
 from .families import get_family
 from .methods import get_method, method_class
 from .methods import method_names as methods
+from .methods.adaptinfer import AdaptInfer
 from .methods.aircache import AirCache
 from .methods.apet import ApET
 from .methods.attention_predictor import AttentionPredictor
@@ -57,6 +58,7 @@ __all__ = [
     "SCOPE",
     "SGL",
     "VTCCLS",
+    "AdaptInfer",
     "AirCache",
     "ApET",
     "AttentionPredictor",

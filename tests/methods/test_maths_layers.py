@@ -15,6 +15,7 @@ from slow import slow_topk
 from test_maths_cache import HEADS, LAYOUTS, Slow
 
 from foveate.methods import get_method
+from foveate.methods.adaptinfer import AdaptInfer, text_attention
 from foveate.methods.base import LayerMethod, Method, floor_budget
 from foveate.methods.clustering import cluster_means, density_peaks
 from foveate.methods.dart import DART, key_norms, least_similar, pivot_quotas
@@ -36,6 +37,7 @@ METHODS = [
     SparseVLM(keep=0.3),
     SparseVLM(keep=0.6, recycle=0.5),
     SparseVLM(keep=3, recycle=1.0),
+    AdaptInfer(keep=0.3),
     DART(keep=0.6),
     DART(keep=4, image_pivots=2, text_pivots=1),
     TopV(keep=0.5),
@@ -340,6 +342,37 @@ def test_sparsevlm_follows_its_raters(layout, seed):
     method = SparseVLM(keep=0.4, layers=(1,))
     budgets = [slow_budget(0.4, len(slots)) for _, slots in layer.images]
     assert layer.chosen(method.select(tokens), tokens) == layer.best(scores, budgets)
+
+
+def slow_adaptinfer(layer: Layer, b: int, slots: list[int]) -> list[float]:
+    text, total = layer.text(b), dict.fromkeys(slots, 0.0)
+    for h in range(HEADS):
+        maps = {t: layer.attention(b, h, t) for t in text}
+        for t in text:
+            prior = sum(maps[other][t] + maps[t][other] for other in text) - maps[t][t]
+            for k in slots:
+                total[k] += prior * maps[t][k]
+    return list(total.values())
+
+
+@layouts
+@pytest.mark.parametrize("seed", range(4))
+def test_adaptinfer_weighs_text_by_what_other_text_has_to_do_with_it(layout, seed):
+    layer = Layer(layout, seed)
+    tokens, method = layer.tokens(), AdaptInfer(keep=0.4, layers=(1,))
+    scores = [slow_adaptinfer(layer, b, slots) for b, slots in layer.images]
+    fast = method.score(tokens)
+    for values, row, present in zip(scores, fast, tokens.groups.present, strict=True):
+        torch.testing.assert_close(row[present], torch.tensor(values), rtol=1e-4, atol=1e-6)
+    budgets = [slow_budget(0.4, len(slots)) for _, slots in layer.images]
+    assert layer.chosen(method.select(tokens), tokens) == layer.best(scores, budgets)
+
+
+@layouts
+def test_text_attention_is_the_same_a_row_at_a_time(layout):
+    tokens = Layer(layout).tokens()
+    rows = torch.cat([each for _, each in text_attention(tokens, 1)], 2)
+    torch.testing.assert_close(rows, tokens.attention(tokens.text))
 
 
 def test_the_last_token_rates_where_no_rater_sees_the_image():

@@ -193,7 +193,12 @@ class LayerTokens:
 
         Returns float32 (batch, heads, r, keys).
         """
-        return self._probabilities(rows, self.key) * (rows >= 0)[:, None, :, None]
+        return self._probabilities(rows, self._readable_key) * (rows >= 0)[:, None, :, None]
+
+    @property
+    def _readable_key(self) -> Tensor:
+        """For products that are quick, and do not overflow: a CPU has few in half precision."""
+        return self.key.float() if self.key.device.type == "cpu" else self.key
 
     def _probabilities(self, rows: Tensor, key: Tensor) -> Tensor:
         """The same, on the first keys, beyond which no row looks; with no meaning at -1."""
@@ -228,9 +233,9 @@ class LayerTokens:
         if weights is not None:
             share = share * (weights if several else weights.unsqueeze(-1))
         on_cpu = rows.device.type == "cpu"
-        # There chunks that stay in its cache are quicker, and products in float32 where it cannot multiply bfloat16.
+        # There chunks that stay in its cache are quicker.
         chunk_elements = chunk_elements or (1 << 20 if on_cpu else 1 << 24)
-        key = self.key.float() if on_cpu else self.key
+        key = self._readable_key
         step = max(1, chunk_elements // (batch * heads * key.shape[2]))
         total = torch.zeros(batch, heads, share.shape[2], key.shape[2], dtype=torch.float32, device=rows.device)
         for start in range(0, rows.shape[1], step):
