@@ -151,7 +151,7 @@ def _budget(method: Method) -> dict[str, Any]:
 def read_promise(
     path: Path, names: Sequence[str] | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Method]]:
-    """What a certificate says, and the methods that it asks with. names, options: given beside it, which must be none."""
+    """What a certificate says, and the methods it asks with. names, options: given beside it, which must be none."""
     from foveate.engine.certified import rungs_of
     from foveate.methods.method import read_certificate
 

@@ -120,8 +120,8 @@ def _check_promise(
     theirs, certified = promised.get("setting") or {}, promised.get("method") or {}
     if other := [name for name in {**certified, **options} if certified.get(name) != options.get(name)]:
         raise Mistake(
-            f"the certificate in {path} is of another {', '.join(other)}: leave out --keep, -o, --lowest, --highest and "
-            "--positions, or give the method without the certificate"
+            f"the certificate in {path} is of another {', '.join(other)}: leave out --keep, -o, --lowest, --highest "
+            "and --positions, or give the method without the certificate"
         )
     config = read_config(model)
     if promised.get("config") != config_digest(config):
@@ -134,9 +134,9 @@ def _check_promise(
         )
     if theirs.get("backend") != "vllm" and not other_backend:
         raise Mistake(
-            f"the certificate in {path} is of answers by {theirs.get('backend')}, and vLLM's kernels round differently: "
-            "give --other-backend to serve the same method without the promise, and foveate calibrate --monitor shadow "
-            "requests of the server"
+            f"the certificate in {path} is of answers by {theirs.get('backend')}, and vLLM's kernels round "
+            "differently: give --other-backend to serve the same method without the promise, and foveate calibrate "
+            "--monitor shadow requests of the server"
         )
 
 

@@ -8,7 +8,6 @@ wrong, such as 0.1. Losses lie in [0, 1]. Sources: Learn then Test (arXiv 2110.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,52 +77,24 @@ class Rule:
         return least_sample(self.risk, self.error)
 
 
-def walk(losses: Callable[[int], Sequence[float]], steps: int, rule: Rule) -> int:
-    """How many budgets pass one after the other, in an order that was fixed before; the first that fails ends it.
+def evidence(losses: Any, risk: float) -> np.ndarray:
+    """How much speaks against a mean loss of at most `risk`, after each loss of a stream: 1 says nothing.
 
-    losses: of the questions at a budget, asked for as it is come to. For the conformal rule each loss counts as the
-    largest so far, which makes the risk grow along the order.
-    """
-    worst: np.ndarray | None = None
-    for step in range(steps):
-        here = np.asarray(losses(step), np.float64)
-        worst = here if worst is None else np.maximum(worst, here)
-        counted = worst if rule.kind == "conformal" else here
-        if not bool(rule.passes(counted.sum(), len(counted))):
-            return step
-    return steps
-
-
-class Watch:
-    """Watches a stream of losses for a risk above `risk`, at any time, and seldom cries wolf.
-
-    A bettor who gains where losses are more than `risk` allows: for each stake s its wealth is multiplied by
-    1 + s * (loss - risk), whose mean is at most 1 while the promise holds. One begins at every question, with a weight
-    1 / (t (t + 1)), so that a change late in the stream is seen, too. By Ville's inequality the wealth of all exceeds
-    1 / `false_alarm` with probability `false_alarm` at most, however long one looks, as long as each loss has a mean of
+    A bettor gains where losses are larger: for a stake s the wealth is multiplied by 1 + s (loss - risk), which is at
+    most 1 in the mean while the promise holds. One begins in front of every loss, the t-th with the part 1 / (t (t +
+    1)) of the money, so that a change late in the stream is seen, too; the rest waits. By Ville's inequality the
+    wealth ever exceeds 1 / e with probability e at most, however long and often one looks, if each loss has a mean of
     at most `risk` given those before it.
+
+    losses: (..., t) in [0, 1], in the order in which they came. Returns the wealth, of the same shape.
     """
-
-    def __init__(self, risk: float, false_alarm: float = 0.05) -> None:
-        self.risk, self.false_alarm = risk, false_alarm
-        self.seen, self.total = 0, 0.0
-        self._stakes = np.array([0.05, 0.1, 0.25, 0.5]) / risk  # best for risks from 2 to 10 times what is allowed
-        self._wealth = np.zeros(len(self._stakes))
-        self.alarm = False  # whether there ever was cause for it
-
-    def add(self, loss: float) -> bool:
-        """Take one more loss in [0, 1]; whether there is cause for alarm."""
-        self.seen += 1
-        self.total += loss
-        begins = 1 / (self.seen * (self.seen + 1))
-        self._wealth = (self._wealth + begins) * (1 + self._stakes * (loss - self.risk))
-        self.alarm = self.alarm or self.evidence >= 1 / self.false_alarm
-        return self.alarm
-
-    @property
-    def evidence(self) -> float:
-        """The wealth: 1 says nothing, 1 / `false_alarm` is an alarm."""
-        return float(self._wealth.mean()) + 1 / (self.seen + 1)
+    losses = np.asarray(losses, np.float64)
+    stakes = np.array([0.05, 0.1, 0.25, 0.5]) / risk  # best where the risk is about 2, 3, 6 and 10 times 0.05
+    wealth, found = np.zeros((*losses.shape[:-1], len(stakes))), np.empty(losses.shape)
+    for t in range(losses.shape[-1]):
+        wealth = (wealth + 1 / ((t + 1) * (t + 2))) * (1 + stakes * (losses[..., t, None] - risk))
+        found[..., t] = wealth.mean(-1) + 1 / (t + 2)
+    return found
 
 
 def _special() -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
 from foveate.asking.loading import GLIMPSE, built_in, check_dtype, hush, load, resolve_device
@@ -18,7 +19,7 @@ from foveate.methods.method import read_certificate
 
 from .accuracy import progress_bar
 from .calibrate_questions import Asked, Said
-from .guarantees import Rule, Watch, binomial_p
+from .guarantees import Rule, binomial_p, evidence
 from .losses import find_loss
 from .policies import climb
 from .questions import from_folder
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
     from .calibrate import Options
 
 FIRST = 800_000  # of glimpse's questions
+ALARM = 20.0  # the evidence at which to alarm: once in 20 streams that are as promised, however long
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a watch saw. at: after which request it alarmed, from 1 on. p: exact, of a risk within what is promised, were
-    this all that is ever looked at; None for losses that are no errors."""
+    """What a watch saw.
+
+    at: after which request it alarmed, from 1 on. p: exact, of a risk within what is promised, were this all that is
+    ever looked at; None for losses that are no errors.
+    """
 
     risk: float
     requests: int
@@ -60,19 +65,20 @@ class Seen:
                 "certificate does not hold for them; serve untouched, and calibrate on new questions"
             )
         else:
-            lines.append(f"no alarm: the evidence against the promise is {self.evidence:.2g}, an alarm begins at 20")
+            lines.append(
+                f"no alarm: the evidence against the promise is {self.evidence:.2g}, an alarm begins at {ALARM:g}"
+            )
         return lines
 
 
 def look(losses: Sequence[float], risk: float, *, binary: bool) -> Seen:
     """Watch losses in the order in which they came. binary: whether they are 0 and 1."""
-    watch, at = Watch(risk), None
-    for number, loss in enumerate(losses, start=1):
-        if watch.add(loss) and at is None:
-            at = number
+    wealth = evidence(losses, risk)
+    alarms = np.flatnonzero(wealth >= ALARM)
+    total = float(sum(losses))
     # P(Bin >= errors), by the other tail.
-    p = 1 - float(binomial_p(watch.total - 1, watch.seen, risk)) if binary and watch.total > 0 else None
-    return Seen(risk, watch.seen, watch.total, watch.evidence, at, p)
+    p = 1 - float(binomial_p(total - 1, len(losses), risk)) if binary and total > 0 else None
+    return Seen(risk, len(losses), total, float(wealth[-1]), int(alarms[0]) + 1 if len(alarms) else None, p)
 
 
 def watch(path: Path, options: Options, console: Console) -> Seen:

@@ -55,7 +55,7 @@ class EncoderMethod(Method):
         return None
 
     def mass(self, tokens: EncoderTokens) -> Tensor:
-        """What each token counts where an image keeps a share of the whole (`mass.by_mass`): (tiles, n), not negative."""
+        """What each token counts where an image keeps a share of the whole (`mass.by_mass`): (tiles, n)."""
         raise NotImplementedError
 
     @abstractmethod
