@@ -107,7 +107,7 @@ def calibrate(options: Options, out: Path, console: Console) -> Certificate:
         say(line)
     groups = _groups(asked.batches.items, options)
     rule = options.rule(len(chosen) * len(groups))
-    _check_sample(groups, rule, options)
+    _check_sample({name: len(group) for name, group in groups.items()}, rule, options)
     try:
         with progress_bar(console) as progress:
             columns = 1 + len(chosen) * len(options.steps)
@@ -156,6 +156,8 @@ def check(options: Options, out: Path | None) -> Loss:
         raise Mistake(f"--data is missing: a folder with a {FILE}, or {GLIMPSE} for the drawn pictures of glimpse")
     loss = find_loss(options.loss)
     options.rule(1).p(0, 1)  # without scipy, now
+    if out is not None:
+        _check_sample({"all": options.count}, options.rule(1), options)  # before the methods and groups are known
     if out is None:
         return loss
     if not out.absolute().parent.is_dir():
@@ -254,8 +256,8 @@ def _groups(items: Sequence[Item], options: Options) -> dict[str, list[int]]:
     return groups
 
 
-def _check_sample(groups: dict[str, list[int]], rule: Rule, options: Options) -> None:
-    name, least = min(((name, len(group)) for name, group in groups.items()), key=lambda pair: pair[1])
+def _check_sample(sizes: dict[str, int], rule: Rule, options: Options) -> None:
+    name, least = min(sizes.items(), key=lambda pair: pair[1])
     if least >= rule.needs:
         return
     whole = f"{least} questions" if not options.groups else f"{least} questions of type {name}"
