@@ -55,6 +55,11 @@ SUBSTITUTIONS = (
     (r'"cuda"', '"cpu"', "a device that may not be there"),
     (r"--count 90\b", "--count 1", "1.5 min"),
     (r"--tolerance 0\.01\b", "--tolerance 0.3 --grid 0.75 --count 20 --test 20", "5 min"),
+    (
+        r"--agree 0\.95 --confidence 0\.9\b",
+        "--agree 0.6 --confidence 0.6 --count 8 --grid 1.0,0.9",
+        "5 min",
+    ),
     (r"--geometry 1b\b", "--geometry tiny --device cpu", "26 min"),
     (r"--new-tokens 16 --repeat 3\b", "--new-tokens 2 --repeat 1", "26 min"),
     (r"\btorchrun --nproc-per-node 2 ", "python ", "processes of its own"),

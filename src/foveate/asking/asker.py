@@ -26,6 +26,7 @@ class Answer:
     """What one variant said and cost. `method` is None for the untouched model.
 
     guide: what the guide of a method that has one said; see `Asker.ask`. Where it answered alone there is no report.
+    tries: of a cascade, what was asked, and how sure of its answer the model was then.
     """
 
     method: str | None
@@ -36,6 +37,7 @@ class Answer:
     kv_bytes_unpruned: int | None
     report: Any = field(default=None, repr=False)
     guide: dict[str, Any] | None = None
+    tries: tuple[tuple[str, float], ...] = ()
     first_token_s: float | None = None
     ms_per_token: float | None = None
 
@@ -56,7 +58,10 @@ class Answer:
         if self.alone:
             assert self.guide is not None
             return f"{self.label}: the guide answered alone (score {self.guide['score']:.3f}), the model did not run"
-        return str(self.report)
+        lines = [f"{label}: {sure:.3f} sure" for label, sure in self.tries]
+        if self.report is None:
+            return ", ".join([*lines, f"then untouched: all {sum(n for n, _ in self.images)} image tokens"])
+        return ", ".join([*lines, str(self.report)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -68,6 +73,7 @@ class Answer:
             "kv_bytes": self.kv_bytes,
             "kv_bytes_unpruned": self.kv_bytes_unpruned,
             "guide": self.guide,
+            "tries": [{"asked": label, "sure": sure} for label, sure in self.tries],
             "first_token_s": self.first_token_s,
             "ms_per_token": self.ms_per_token,
         }
@@ -118,8 +124,10 @@ class Asker:
         ):
             yield pruned
 
-    def ask(self, method: Method, options: dict[str, Any], *, record: bool) -> Answer:
+    def ask(self, method: Method, options: dict[str, Any], *, record: bool, listeners: Sequence[Any] = ()) -> Answer:
         """The answer under `method`, what it kept, and what its guide said.
+
+        listeners: logits processors that change nothing.
 
         Of a guide: its answer, the score of that where there is a threshold, and whether it answered alone.
         """
@@ -127,7 +135,7 @@ class Asker:
 
         try:
             with self.under(method, record=record) as pruned:
-                text = self.text()
+                text = self.text(listeners)
         except (foveate.UnsupportedError, ValueError) as error:  # e.g. a layer that this model lacks
             raise Mistake(one_line(error)) from error
         report, said, guide = pruned.report, pruned.guided, None
@@ -146,6 +154,25 @@ class Asker:
             return Answer(method.name, options, text, images, 0, None, guide=guide)
         images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
         return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)
+
+    def climb(self, rungs: Sequence[tuple[Method, dict[str, Any]]], demand: float) -> Answer:
+        """The answer under the first of the methods of which the model is sure enough, or untouched.
+
+        demand: the least probability that any of the answer's tokens may have.
+        """
+        from foveate.asking.sure import Sure
+
+        tries: list[tuple[str, float]] = []
+        for method, options in rungs:
+            sure = Sure.of(self.model)
+            answer = self.ask(method, options, record=False, listeners=[sure])
+            tries.append((answer.label, sure.least[0]))
+            answer.tries = tuple(tries)
+            if sure.least[0] >= demand:
+                return answer
+        answer = self.ask_untouched(answer.images)
+        answer.tries = tuple(tries)
+        return answer
 
     def ask_untouched(self, images: Sequence[tuple[int, int]]) -> Answer:
         """The answer of the model as it is; its cache is measured, not computed."""
@@ -183,9 +210,9 @@ class Asker:
         first, last = clock.ticks[1], clock.ticks[-1]  # the first tick is the prompt
         return first - start, (last - first) / (len(clock.ticks) - 2)
 
-    def text(self) -> str:
-        """What the model says as it is now."""
-        out = self._generate(max_new_tokens=self.max_new_tokens)
+    def text(self, listeners: Sequence[Any] = ()) -> str:
+        """What the model says as it is now. listeners: logits processors that change nothing."""
+        out = self._generate(max_new_tokens=self.max_new_tokens, logits_processor=list(listeners))
         return self._decode(out[0, self.inputs["input_ids"].shape[1] :])
 
     def _decode(self, tokens: Any) -> str:

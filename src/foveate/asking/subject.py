@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from foveate.asking.asker import Asker
     from foveate.asking.clips import Clip
     from foveate.methods.base import Method
+
+
+_LOADED = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation",
+    "attn_implementation",
+}
 
 
 @dataclass(frozen=True)
@@ -76,3 +87,15 @@ def option_files(options: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, st
     files = {str(value) for own in options for value in own.values() if isinstance(value, (str, Path))}
     found = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] for name in files if Path(name).is_file()}
     return {"option_files": dict(sorted(found.items()))} if found else {}
+
+
+def config_digest(config: Any) -> str:
+    """Of a model's configuration, as it lies in its folder; what loading it adds says nothing of the model."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items() if name not in _LOADED}
+        return value
+
+    text = json.dumps(plain(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

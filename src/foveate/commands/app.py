@@ -9,6 +9,7 @@ import typer
 
 from foveate.commands.ask import ask
 from foveate.commands.bench import bench
+from foveate.commands.calibrate import calibrate
 from foveate.commands.check import check
 from foveate.commands.errors import OneLineErrors
 from foveate.commands.eval import eval_command
@@ -48,6 +49,7 @@ app.command("eval")(eval_command)
 app.command()(serve)
 app.command()(bench)
 app.command()(search)
+app.command()(calibrate)
 app.command()(table)
 app.command()(check)
 app.command()(show)

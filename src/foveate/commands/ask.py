@@ -18,6 +18,7 @@ from foveate.asking.mistake import Mistake, one_line
 from foveate.commands.display import status
 from foveate.commands.parameters import (
     Attention,
+    Certificate,
     Device,
     Dtype,
     Fps,
@@ -31,7 +32,7 @@ from foveate.commands.parameters import (
     Options,
     Words,
 )
-from foveate.commands.prepare import load_chosen, model_for, open_shown, parse_options, split
+from foveate.commands.prepare import load_chosen, model_for, open_shown, parse_options, read_promise, split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +55,7 @@ def ask(
     ] = None,
     keep: Keep = None,
     option: Options = None,
+    certificate: Certificate = None,
     compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model too, and measure.")] = False,
     show: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw which tokens stayed.", show_default=False)
@@ -80,15 +82,27 @@ def ask(
     _check_output(show, names)
     options = parse_options(keep, option or [])
     check_dtype(dtype)
+    promised, rungs = (None, None) if certificate is None else read_promise(certificate, method, options)
+    demand = None if promised is None else promised.get("sure")
+    if promised is not None and promised.get("max_new_tokens") != max_new_tokens:
+        raise Mistake(
+            f"the certificate is of answers of at most {promised.get('max_new_tokens')} tokens: give "
+            f"--max-new-tokens {promised.get('max_new_tokens')}"
+        )
+    if demand is not None and (compare or show is not None):
+        raise Mistake("the certificate is of a cascade, which asks several times: leave out --compare and --show")
     shown = open_shown(names, fps, max_frames, clip)
     model = model_for(model, shown)
     with status("loading", quiet=as_json):
         device = resolve_device(device)
-        loaded, processor, methods = load_chosen(model, method, options, guide, device, dtype, attn)
+        loaded, processor, methods = load_chosen(model, method, options, guide, device, dtype, attn, given=rungs)
         asker = Asker(loaded, processor, shown, question, max_new_tokens)
 
     with status("answering", quiet=as_json):
-        answers = [asker.ask(m, own, record=show is not None) for m, own in methods]
+        if demand is not None:
+            answers = [asker.climb(methods, demand)]
+        else:
+            answers = [asker.ask(m, own, record=show is not None) for m, own in methods]
         variants: list[Method | None] = [m for m, _ in methods]
         if compare:
             answers.insert(0, asker.ask_untouched(answers[0].images))

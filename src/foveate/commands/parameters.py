@@ -1,5 +1,6 @@
 """Arguments and options that several commands have, declared once."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,4 +51,8 @@ Data = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
 Match = Annotated[str, typer.Option(help="exact: the answer and nothing else; contains: the answer's words in a row.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Certificate = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What foveate calibrate wrote, in place of a method.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

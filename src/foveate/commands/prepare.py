@@ -142,6 +142,28 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     return names
 
 
+def _budget(method: Method) -> dict[str, Any]:
+    """What of a method says how much it keeps."""
+    written = method.to_dict()
+    return {"mass": written["mass"]} if "mass" in written else {"keep": method.keep}
+
+
+def read_promise(
+    path: Path, names: Sequence[str] | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], list[Method]]:
+    """What a certificate says, and the methods it asks with. names, options: given beside it, which must be none."""
+    from foveate.engine.certified import rungs_of
+    from foveate.methods.method import read_certificate
+
+    if names or options:
+        raise Mistake("--certificate says what runs and how much it keeps: leave out --method, --keep and -o")
+    try:
+        rungs = rungs_of(path)
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--certificate {path}: {one_line(error)}") from error
+    return read_certificate(path) or {}, rungs
+
+
 def load_chosen(
     model: str,
     names: Sequence[str] | None,
@@ -150,15 +172,24 @@ def load_chosen(
     device: str,
     dtype: str,
     attn: str | None,
+    *,
+    given: Sequence[Method] | None = None,
 ) -> tuple[Any, Any, list[tuple[Method, dict[str, Any]]]]:
-    """The model and its processor, and what `_build` makes of the methods asked for, or of the model's own."""
+    """The model and its processor, and what `_build` makes of the methods asked for, or of the model's own.
+
+    given: methods in place of those.
+    """
     hush()
     named = guide or (GLIMPSE if model == GLIMPSE else None)
     if names:
         _build(names, options, named)  # a wrong name should not wait for the model
     source, dtype = built_in(model, dtype)
     config = read_config(source)
-    methods = _build(_fitting(config, names), options, named)
+    if given is not None:
+        _fitting(config, [m.name for m in given])
+        methods = [(m, _budget(m)) for m in given]
+    else:
+        methods = _build(_fitting(config, names), options, named)
     load_guide([m for m, _ in methods], guide, source, config, device=device, dtype=dtype)
     return *load(source, config, device=device, dtype=dtype, attn=attn), methods
 

@@ -16,8 +16,10 @@ import typer
 from foveate.asking.loading import built_in, hush, read_config
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import typed
+from foveate.asking.subject import config_digest
 from foveate.commands.parameters import Keep, Options
 from foveate.commands.prepare import parse_options
+from foveate.evaluation.workplace import dtype_name
 
 if TYPE_CHECKING:
     from foveate.vllm.settings import Settings
@@ -37,7 +39,11 @@ def serve(
     saved: Annotated[
         Path | None,
         typer.Option(
-            "--config", metavar="PATH", help="A foveate_config.json.", show_default="the one in the model's folder"
+            "--config",
+            "--certificate",
+            metavar="PATH",
+            help="A foveate_config.json, or what foveate calibrate wrote.",
+            show_default="the one in the model's folder",
         ),
     ] = None,
     lowest: Annotated[
@@ -49,6 +55,9 @@ def serve(
     positions: Annotated[
         str, typer.Option(help="original: those in the unpruned prompt; compact: closed up.")
     ] = "original",
+    other_backend: Annotated[
+        bool, typer.Option("--other-backend", help="Take a certificate of transformers' answers, without its promise.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print, start nothing.")] = False,
 ) -> None:
     """Serve a model with vLLM, with fewer image tokens in every prompt.
@@ -68,6 +77,8 @@ def serve(
         settings = Settings.parse(options)
     except ValueError as error:
         raise Mistake(one_line(error)) from error
+    if saved is not None:
+        _check_promise(saved, options, model, vllm_options or [], other_backend=other_backend)
     command = _command(model, options, settings, vllm_options or [])
     program = None if dry_run else _program()
     _say_saving(model, settings)
@@ -95,6 +106,48 @@ def _method(
     if name is not None and name != config.get("method"):
         raise Mistake(f"--method {name}, and {saved} is of {config.get('method')}: leave one of them out")
     return {**config, **options}
+
+
+def _check_promise(
+    path: Path, options: dict[str, Any], model: str, more: Sequence[str], *, other_backend: bool
+) -> None:
+    """Refuse what the certificate in a file, where it is one, is not of. more: what vLLM is told."""
+    from foveate.methods.method import read_certificate
+
+    promised = read_certificate(path)
+    if promised is None:
+        return
+    theirs, certified = promised.get("setting") or {}, promised.get("method") or {}
+    if other := [name for name in {**certified, **options} if certified.get(name) != options.get(name)]:
+        raise Mistake(
+            f"the certificate in {path} is of another {', '.join(other)}: leave out --keep, -o, --lowest, --highest "
+            "and --positions, or give the method without the certificate"
+        )
+    config = read_config(model)
+    if promised.get("config") != config_digest(config):
+        raise Mistake(f"the certificate in {path} is of another model than {model}: run foveate calibrate for this one")
+    dtype = _dtype(more, config)
+    if dtype != theirs.get("dtype"):
+        raise Mistake(
+            f"the certificate in {path} is of {theirs.get('dtype')}, and vLLM would run {dtype}: add "
+            f"-- --dtype {theirs.get('dtype')}, or calibrate with --dtype {dtype}"
+        )
+    if theirs.get("backend") != "vllm" and not other_backend:
+        raise Mistake(
+            f"the certificate in {path} is of answers by {theirs.get('backend')}, and vLLM's kernels round "
+            "differently: give --other-backend to serve the same method without the promise, and foveate calibrate "
+            "--monitor shadow requests of the server"
+        )
+
+
+def _dtype(more: Sequence[str], config: Any) -> str:
+    """What vLLM would run."""
+    for at, word in enumerate(more):
+        name, equals, value = word.partition("=")
+        if name == "--dtype":
+            value = value if equals else "".join(more[at + 1 : at + 2])
+            return {"half": "float16", "float": "float32"}.get(value, value)
+    return dtype_name("auto", config)
 
 
 def _say_saving(model: str, settings: Settings) -> None:

@@ -12,6 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .adoption import adopt_cache, evict_hidden, new_cache
 from .ahead import Peeked
 from .attention import Attention
 from .cache import active
+from .certified import certified, check_certificate
 from .chunks import Chunks
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
@@ -45,8 +47,9 @@ from .watching import watch_layers
 
 def prune(
     model: PreTrainedModel,
-    method: str | Method | Sequence[Method | str],
+    method: str | Method | Sequence[Method | str] | None = None,
     *,
+    certificate: str | Path | None = None,
     record: bool = False,
     **options: Any,
 ) -> Pruned:
@@ -58,13 +61,17 @@ def prune(
         torch.compile, a pipeline.
     method: a name (with its `options`), a method object, or a list of them that act at different places; each chooses
         among the tokens that the ones before it left.
+    certificate: in place of a method, the file of one that `foveate calibrate` wrote, which must be of this model,
+        dtype and attention backend; so must a method that `Method.from_pretrained` read from such a file.
     record: also keep boolean masks of what every layer and head kept in `report.layers`.
 
     Raises:
-        ValueError: an unknown method or option, or a value outside its range.
+        ValueError: an unknown method or option, or a value outside its range; a file that is no certificate.
         UnsupportedError: a model, method or mode that cannot be pruned correctly. Modes that only show when
             the model runs (cache kinds, custom masks, videos) raise then, before anything changes.
     """
+    if certificate is not None:
+        method, options = certified(certificate, method, options), {}
     methods = resolve_methods(method, options)
     if note := release_note():
         warnings.warn(note, stacklevel=2)
@@ -72,6 +79,8 @@ def prune(
     check_methods(target, methods)
     for place in PLACES:
         place.check(target, methods)
+    for each in methods:
+        check_certificate(target, each, alone=len(methods) == 1)
     host = target.host
     return Pruned(target, tuple(method.for_host(host) for method in methods), record)
 

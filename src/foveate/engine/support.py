@@ -23,7 +23,9 @@ pruned_models: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKe
 """What prunes each base model, for as long as it does."""
 
 
-def resolve_methods(method: str | Method | Sequence[Method | str], options: dict[str, Any]) -> tuple[Method, ...]:
+def resolve_methods(
+    method: str | Method | Sequence[Method | str] | None, options: dict[str, Any]
+) -> tuple[Method, ...]:
     """The method objects that the arguments of `prune` ask for."""
     if isinstance(method, str):
         return (get_method(method, **options),)

@@ -192,8 +192,8 @@ def fingerprint(base: nn.Module) -> str:
     heads = [parameter.detach().flatten()[:64].float() for parameter in base.parameters() if parameter.ndim > 1]
     if any(head.is_meta for head in heads):
         raise UnsupportedError(
-            "a method with weights of its own recognises its model by that model's weights, and some of these are "
-            "offloaded: load the model with all weights on devices, or use a method without weights"
+            "methods with weights of their own and certificates recognise a model by its weights, and some of these "
+            "are offloaded: load the model with all weights on devices, or use a method without weights or certificate"
         )
     signs = (torch.cat(on(heads[0].device, heads)) > 1e-6).cpu().split([len(head) for head in heads])
     # Sorted: which matrix comes first differs between releases of transformers.

@@ -93,7 +93,7 @@ def measure(
     console = console or Console(stderr=True)
     rows = _Rows(results, items, groups, match, seed, more or {}, console)
     due = [variant for variant in variants if not rows.have(variant)]
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         done = len(variants) - len(due) + rows.have(None)
         bar = progress.add_task("", total=(len(variants) + 1) * len(batches), completed=done * len(batches))
 
@@ -286,7 +286,8 @@ def advice(error: Exception) -> Exception:
     return error
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """What is done and the time left, where somebody sees it."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

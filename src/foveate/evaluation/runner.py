@@ -140,16 +140,18 @@ def generate(
     *,
     one_cache: bool = True,
     around: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext(),
+    listeners: Sequence[Any] = (),
 ) -> list[str]:
     """Greedy answers to prepared questions, in the order of the questions; of talks, to the last one.
 
     after: called when a batch has answered what was asked beside its pictures. one_cache: whether a talk goes on on the
     cache of its earlier turns; else each turn is a prompt of its own that begins with the pictures. around: what is
-    entered for each batch, such as `clips_said`.
+    entered for each batch, such as `clips_said`. listeners: logits processors that change nothing, such as `Sure`.
     """
     import torch
 
-    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    options["logits_processor"] = list(listeners)
     answers: dict[int, str] = {}
     for batch in batches:
         inputs, talk = batch.inputs.to(model.device, model.dtype), batch.talk

@@ -20,7 +20,7 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 def holds(prediction: str, answer: str) -> bool:
     """Whether the words of `answer` stand together in what was said."""
-    return f" {_words(answer)} " in f" {_words(prediction)} "
+    return f" {words(answer)} " in f" {words(prediction)} "
 
 
 def score(predictions: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
@@ -61,7 +61,8 @@ def interval(hits: Sequence[int], *, resamples: int = 2000, seed: int = 0) -> tu
     return float(low), float(high)
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
+    """The words of a text in lower case, with a space between them."""
     # A minus stays with its number; a dash between two is none.
     return " ".join(re.findall(r"(?:(?<!\w)-(?=\d))?\w+", text.lower().replace("\u2212", "-")))
 

@@ -18,32 +18,43 @@ from .runner import Batches, generate
 from .scores import exact_match, interval
 
 
-class Notes:
+class Memory:
+    """What is known so far, until this process ends."""
+
+    def __init__(self) -> None:
+        self.known: Row = {}
+
+    def add(self, key: str, value: Any) -> None:
+        """Note one more."""
+        self.known[key] = value
+
+
+class Notes(Memory):
     """What is known so far, in a file beside the schedule's, so that an interrupted search goes on.
 
-    settings: all that decides the answers.
+    settings: all that decides the answers. what: they are of, in a word.
 
     Raises:
         Mistake: when the file holds answers of another model, or to other questions.
     """
 
-    def __init__(self, path: Path, settings: Row) -> None:
+    def __init__(self, path: Path, settings: Row, what: str = "search") -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
-        self.known: Row = {}
+        super().__init__()
         if not path.exists():
             return
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             theirs, self.known = dict(held["settings"]), dict(held["known"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise Mistake(f"cannot read {path}, the scores of an interrupted search: delete it") from error
+            raise Mistake(f"cannot read {path}, what an interrupted {what} asked: delete it") from error
         names = {**theirs, **self.settings}
         if other := [name for name in names if theirs.get(name) != self.settings.get(name)]:
-            raise Mistake(f"{path} holds a search with another {', '.join(other)}: delete it, or give another --out")
+            raise Mistake(f"{path} holds a {what} with another {', '.join(other)}: delete it, or give another --out")
 
     def add(self, key: str, value: Any) -> None:
         """Note one more, on disk."""
-        self.known[key] = value
+        super().add(key, value)
         write(self.path, json.dumps({"settings": self.settings, "known": self.known}) + "\n")
 
 

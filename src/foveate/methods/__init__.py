@@ -46,11 +46,14 @@ def method_class(name: str) -> type[Method]:
     return cls
 
 
-def get_method(name: str, /, **options: Any) -> Method:
+def get_method(name: str, /, mass: float | None = None, **options: Any) -> Method:
     """Build the method called `name` with its options.
+
+    mass: in place of one `keep` for all images, the share of the method's own scores that each keeps, in (0, 1].
 
     Raises:
         ValueError: for an unknown name, an option that the method lacks, or a value outside its range.
+        UnsupportedError: for `mass` of a method whose scores do not add up.
     """
     import dataclasses  # here, since it imports inspect and `import foveate` should stay quick
 
@@ -58,4 +61,8 @@ def get_method(name: str, /, **options: Any) -> Method:
     fields = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(options).difference(fields)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(fields)}")
-    return cls(**options)
+    if mass is None:
+        return cls(**options)
+    from .mass import by_mass
+
+    return by_mass(cls(**options), mass)

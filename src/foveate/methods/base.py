@@ -54,6 +54,10 @@ class EncoderMethod(Method):
         patches and read them and each other, while the patches do not see them."""
         return None
 
+    def mass(self, tokens: EncoderTokens) -> Tensor:
+        """What each token counts where an image keeps a share of the whole (`mass.by_mass`): (tiles, n)."""
+        raise NotImplementedError
+
     @abstractmethod
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         """Which tokens stay.
@@ -275,6 +279,11 @@ class CacheMethod(Method):
         By default the attention of the last prompt token, mean over the query heads that share a KV head.
         """
         return tokens.per_kv_head(tokens.last_attention())
+
+    def mass(self, scores: Tensor) -> Tensor:
+        """What each entry counts where an image keeps a share of the whole (`mass.by_mass`): (groups, n), negative at
+        padding alone. scores: what `score` returned."""
+        raise NotImplementedError
 
     def statistics(self, scores: Tensor, groups: ImageGroups) -> Tensor:
         """What the budgets need to know of one layer: (statistics, groups). scores: what `score` returned."""

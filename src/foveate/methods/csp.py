@@ -94,5 +94,8 @@ class CSP(CacheMethod):
         halves = layer.received(rows, torch.stack([is_text, ~is_text], dim=-1).float())[..., 1:]
         return tokens.per_kv_head(tokens.of_images(halves))
 
+    def mass(self, scores: Tensor) -> Tensor:
+        return scores.sum((1, 2))
+
     def select(self, scores: Tensor, budget: Tensor) -> Tensor:
         return split_budget(scores[:, :, 0], scores[:, :, 1], budget, self.cross_share)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from . import register
 from .base import EncoderMethod
@@ -43,6 +44,18 @@ def farthest_first(features: Tensor, steps: int, limit: int = LIMIT) -> Tensor:
     return one_by_one(-nearest, steps, after)
 
 
+def distances(features: Tensor, order: Tensor) -> Tensor:
+    """How far each token is, in cosine distance, from the nearest of those picked before it: (tiles, n), in [0, 2].
+
+    The first pick counts as much as the second. features: (tiles, n, hidden). order: (tiles, n), all tokens as picked.
+    """
+    picked = normalize(features.float(), dim=-1).gather(1, order.unsqueeze(-1).expand_as(features))
+    later = torch.ones(order.shape[1], order.shape[1], dtype=torch.bool, device=order.device).triu()
+    far = 1 - (picked @ picked.transpose(1, 2)).masked_fill(later, -1).amax(-1)
+    far[:, 0] = far[:, 1:2].amax(-1) if order.shape[1] > 1 else 1
+    return torch.zeros_like(far).scatter(1, order, far.clamp(min=0))
+
+
 @register("divprune")
 @dataclass
 class DivPrune(EncoderMethod):
@@ -65,6 +78,10 @@ class DivPrune(EncoderMethod):
     reads = frozenset({"features"})
 
     keep: float | int = 0.25
+
+    def mass(self, tokens: EncoderTokens) -> Tensor:
+        assert tokens.features is not None
+        return distances(tokens.features, farthest_first(tokens.features, tokens.features.shape[1]))
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         assert tokens.features is not None

@@ -71,5 +71,8 @@ class ElasticCache(CacheMethod):
         """(groups, 1, n)."""
         return tokens.of_images(tokens.received_from_all(self.rows).mean(1, keepdim=True))
 
+    def mass(self, scores: Tensor) -> Tensor:
+        return scores[:, 0]
+
     def merge(self, keep: Tensor, groups: ImageGroups) -> Tensor:
         return nearest_kept(keep, groups.positions)

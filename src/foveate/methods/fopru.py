@@ -91,12 +91,14 @@ class FoPru(EncoderMethod):
     def fills_budget(self) -> bool:
         return self.strategy == "rank"
 
-    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+    def mass(self, tokens: EncoderTokens) -> Tensor:
         # The first of the layers that are read is the farthest back.
         if self.attention == "cls":
             assert tokens.cls is not None
-            scores = tokens.cls[:, 0]
-        else:
-            assert tokens.received is not None and tokens.given is not None
-            scores = significance(tokens.received[:, 0], tokens.given[:, 0])
+            return tokens.cls[:, 0]
+        assert tokens.received is not None and tokens.given is not None
+        return significance(tokens.received[:, 0], tokens.given[:, 0])
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        scores = self.mass(tokens)
         return top_tokens(scores, budget) if self.strategy == "rank" else top_rows(scores, budget, tokens.grid)

@@ -36,6 +36,8 @@ class Method(ABC):
     place: ClassVar[Place]
     summary: ClassVar[str]
     source: ClassVar[str]
+    certificate: ClassVar[dict[str, Any] | None] = None
+    """What `foveate calibrate` promises of a method that was read from its file, which `prune` checks; else None."""
 
     keep: float | int
 
@@ -99,13 +101,28 @@ class Method(ABC):
 
     @staticmethod
     def from_pretrained(path: str | Path) -> Method:
-        """Read the method that `save_pretrained` wrote to a folder, or `foveate search` to a file."""
+        """Read the method that `save_pretrained` wrote to a folder, or `foveate search` or `calibrate` to a file.
+
+        Of the last, `prune` checks that it runs what was calibrated.
+        """
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        return Method.from_dict(read_config(path)).found_in(folder)
+        method = Method.from_dict(read_config(path)).found_in(folder)
+        promised = read_certificate(path)
+        if promised is not None:
+            method.certificate = promised  # type: ignore[misc]
+        return method
 
     def found_in(self, folder: Path) -> Method:
         """The method of a configuration that lies in this folder; itself where it names no files there."""
         return self
+
+
+def read_certificate(path: str | Path) -> dict[str, Any] | None:
+    """What `foveate calibrate` promises of the method in a file, or None where it is no certificate."""
+    found = _read(path).get("certificate")
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{path}: its certificate is no JSON object: calibrate again")
+    return found
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -114,6 +131,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         OSError: where it cannot be read. ValueError: where it holds something else.
     """
+    config = _read(path)
+    config.pop("search", None)  # how `foveate search` came to the options
+    promised = config.pop("certificate", None)
+    if isinstance(promised, dict) and promised.get("policy") == "cascade":
+        raise ValueError(
+            f"{path} certifies a cascade, which asks again where the model is unsure, and no single configuration does "
+            "that: use foveate ask --certificate, or calibrate with --policy fixed"
+        )
+    return config
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / CONFIG_NAME if path.is_dir() else path
     try:
@@ -122,5 +151,4 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no configuration of a method: it is no JSON object")
-    config.pop("search", None)  # how `foveate search` came to the options
     return config

@@ -63,3 +63,6 @@ class VisualSnapKV(CacheMethod):
         rows = tokens.recent(self.window)
         mean = tokens.received(rows) / (rows >= 0).sum(1)[:, None, None]
         return pool_neighbours(tokens.per_kv_head(tokens.of_images(mean)), self.kernel)
+
+    def mass(self, scores: Tensor) -> Tensor:
+        return scores.sum(1)

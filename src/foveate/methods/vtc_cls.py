@@ -51,6 +51,9 @@ class VTCCLS(EncoderMethod):
     def vision_layers(self) -> int:
         return self.layers
 
-    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+    def mass(self, tokens: EncoderTokens) -> Tensor:
         assert tokens.cls is not None
-        return topk_mask(ensembled_attention(tokens.cls), budget)
+        return ensembled_attention(tokens.cls)
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        return topk_mask(self.mass(tokens), budget)

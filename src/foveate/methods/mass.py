@@ -1,0 +1,70 @@
+"""Budgets of each image's own: as many tokens as hold a share of what the method's own scores sum to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from .base import CacheMethod, EncoderMethod
+from .budgets import check_range
+from .method import Method
+from .tokens import EncoderTokens, ImageGroups
+from .zipvl import tokens_for_mass
+
+
+def by_mass(method: Method, mass: float) -> Method:
+    """The method with the least budget for each image that holds `mass` of its scores; its `keep` says nothing then.
+
+    mass: in (0, 1]; at 1.0 everything stays, whatever scores nothing included.
+
+    Raises:
+        ValueError: for another mass. UnsupportedError: for a method whose scores do not add up to one.
+    """
+    check_range("mass", mass, 0, 1)
+    if mass == 0:
+        raise ValueError("mass must be a number in (0, 1], got 0")
+    for base, acts in ((EncoderMethod, _EncoderByMass), (CacheMethod, _CacheByMass)):
+        if isinstance(method, base) and type(method).mass is not base.mass:
+            plain = getattr(method, "plain", type(method))  # one that has a mass gets another
+            cls: Any = type(plain.__name__, (acts, plain), {"held": float(mass), "plain": plain})
+            options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+            return cls(**{**options, "keep": 1.0})
+    raise UnsupportedError(
+        f"{method.name} has no scores of tokens that add up to a mass: give it one keep for all pictures, or use a "
+        "method that has some (csp, visual_snapkv, elastic_cache, fopru, vtc_cls, divprune)"
+    )
+
+
+class _ByMass(Method):
+    """What both kinds share. held: the share of the scores. plain: the class without it."""
+
+    held: ClassVar[float]
+    plain: ClassVar[type[Method]]
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.held == 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "mass": self.held}
+
+
+class _EncoderByMass(_ByMass, EncoderMethod):
+    @property
+    def fills_budget(self) -> bool:
+        return False
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        return super().select(tokens, torch.minimum(budget, tokens_for_mass(self.mass(tokens), self.held)))  # type: ignore[safe-super]
+
+
+class _CacheByMass(_ByMass, CacheMethod):
+    def statistics(self, scores: Tensor, groups: ImageGroups) -> Tensor:
+        return tokens_for_mass(self.mass(scores), self.held).unsqueeze(0)
+
+    def budgets(self, statistics: Tensor, groups: ImageGroups) -> Tensor:
+        return torch.minimum(statistics[:, 0], groups.count)
