@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .base import IMAGE, LLM, PATCH, VISION, VISION_END, VISION_START, Tiny, noise
 from .llava import SIDE, Llava, squares
 
-UNREAD = ("fopru", "vtc_cls", "visionzip")
+UNREAD = ("fopru", "vtc_cls", "visionzip", "scope")
 
 
 class Convolution(nn.Module):
