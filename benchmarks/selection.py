@@ -33,7 +33,7 @@ from foveate.evaluation.tables import markdown
 from foveate.evaluation.timing import quartiles, synchronize
 from foveate.evaluation.workplace import device_name
 from foveate.methods.attention import attention_marginals, prefix_attention, received_by_features
-from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method
+from foveate.methods.base import CacheMethod, CrossMethod, EncoderMethod, LayerMethod, Method, VideoMethod
 from foveate.methods.tokens import EncoderTokens, ImageGroups, LayerTokens
 from foveate.methods.trained import TrainedMethod
 
@@ -265,6 +265,10 @@ def wanted(names: list[str], keep: float, console: Console) -> Iterator[Method]:
             continue
         if isinstance(method, TrainedMethod):
             console.print(f"left out: {name} has weights of its own: foveate bench times it")
+        elif isinstance(method, VideoMethod):
+            console.print(f"left out: {name} compares the frames of a clip: benchmarks/clip_cost.py times it")
+        elif not isinstance(method, tuple(base for base, _ in WORK)):
+            console.print(f"left out: {name} chooses while it decodes: foveate bench times it")
         else:
             yield method
 

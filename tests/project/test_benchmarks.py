@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import foveate
 
@@ -36,3 +37,11 @@ def test_each_kind_of_reference_is_there(name):
     case = next(case for _, method, _, case in importlib.import_module("proof").rows() if method == name)
     largest, at_one = case("one", "sdpa", "greedy")
     assert 0 < largest < 1e-4 and not at_one
+
+
+def test_what_choosing_costs_is_timed_of_every_method_or_said_where():
+    selection = importlib.import_module("selection")
+    console = Console(record=True, width=200)
+    timed = list(selection.wanted(foveate.methods(), 0.25, console))
+    assert all(isinstance(method, tuple(base for base, _ in selection.WORK)) for method in timed)
+    assert len(timed) + console.export_text().count("left out: ") == len(foveate.methods())
