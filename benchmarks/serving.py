@@ -51,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/served"))  # the token
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from checkpoints import _as_published, tokenizer  # noqa: E402
+from checkpoints import llava_of, write  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from foveate.evaluation.results import Results, run_script  # noqa: E402
@@ -74,45 +74,21 @@ Timed = tuple[float, float]
 """Seconds by the clock, and of the CPU."""
 
 
-def checkpoint(folder: Path) -> Path:
-    """The model, written once."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+VISION: dict[str, Any] = dict(
+    hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336, patch_size=14,
+    projection_dim=64,
+)  # fmt: skip
+LLM: dict[str, Any] = dict(
+    vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    tie_word_embeddings=False,
+)  # fmt: skip
 
-    if (folder / "done").exists():
-        return folder
-    torch.manual_seed(0)
-    words = tokenizer("<image>\n")
-    vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336,
-        patch_size=14, projection_dim=64,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
-        pad_token_id=3, tie_word_embeddings=False,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=words.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy="default", vision_feature_layer=-2,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval().to(torch.bfloat16)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    _as_published(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    LlavaProcessor(
-        image_processor=pictures, tokenizer=words, patch_size=14, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1, chat_template=words.chat_template,
-    ).save_pretrained(folder)  # fmt: skip
-    (folder / "done").touch()
-    return folder
+
+def made() -> tuple[Any, Any]:
+    """The model, half as large on the disk, and its processor."""
+    model, processor = llava_of(VISION, LLM)
+    return model.to(torch.bfloat16), processor
 
 
 def picture() -> Image.Image:
@@ -239,7 +215,7 @@ class Server:
 
 def measure(results: Results, options: argparse.Namespace) -> None:
     """Adds the rows that are missing."""
-    path, count = checkpoint(options.checkpoint), options.at_once
+    path, count = write(made, options.checkpoint), options.at_once
 
     def add(run: str, keep: float, tokens: int, taken: Timed, whole: Timed | None, **more: Any) -> None:
         row = {"run": run, "keep": keep, "prompt_tokens": tokens, "seconds": taken[0], "cpu_seconds": taken[1]}

@@ -18,10 +18,17 @@ SIZES = {
     "qwen2_5_vl": [(168, 168), (224, 112), (112, 252)],
     "qwen3_vl": [(192, 192), (256, 128), (128, 288)],
     "internvl": [(112, 112), (224, 112), (200, 210)],
+    "idefics3": [(112, 112), (224, 112), (112, 200)],
+    "smolvlm": [(112, 112), (224, 112), (112, 200)],
+    "llava_onevision": [(56, 56), (112, 56), (224, 200)],
+    "mistral3": [(112, 112), (168, 84), (56, 168)],
 }
 PICTURE = {
     "llava": "<image>",
     "internvl": "<IMG_CONTEXT>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
+    "mistral3": "[IMG]",
     "qwen": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 # One that reads attention, one that merges or compares features.
@@ -32,6 +39,10 @@ METHODS = {
     "qwen2_5_vl": ["fopru", "visionzip"],
     "qwen3_vl": ["fopru", "divprune"],
     "internvl": ["fopru", "visionzip"],
+    "idefics3": ["fopru", "visionzip"],
+    "smolvlm": ["fopru", "divprune"],
+    "llava_onevision": ["fopru", "visionzip"],
+    "mistral3": ["fopru", "visionzip"],
 }
 TOLERANCE = 1e-4
 RANGE = {"lowest": 0.05, "highest": 1.0}
