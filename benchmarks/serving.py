@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -47,10 +47,11 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/served"))  # the tokenizer of the tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/served"))  # the engine and the model of the tests
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from asking import engine, picture  # noqa: E402
 from checkpoints import llava_of, write  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -60,9 +61,7 @@ from foveate.vllm import metrics  # noqa: E402
 
 QUESTION = "USER: <image>\nWhat is in this picture? ASSISTANT:"
 SEEDS = iter(range(1, 10**9))
-ENGINE = dict(
-    dtype="float32",
-    enforce_eager=True,
+ENGINE: dict[str, Any] = dict(
     max_model_len=2048,
     max_num_seqs=8,
     max_num_batched_tokens=4096,
@@ -98,30 +97,15 @@ def made() -> tuple[Any, Any]:
     return model.to(torch.bfloat16), processor
 
 
-def picture() -> Image.Image:
+def new_picture() -> Image.Image:
     """One that was not there before."""
-    rng = np.random.default_rng(next(SEEDS))
-    return Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((336, 336), Image.Resampling.NEAREST)
-
-
-@contextlib.contextmanager
-def engine(path: Path, foveate: dict[str, Any] | None) -> Iterator[Any]:
-    """vLLM's engine in this process."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(str(path), **ENGINE, **({} if foveate is None else {"hf_overrides": {"foveate": foveate}}))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+    return picture(next(SEEDS), (336, 336))
 
 
 def pictures(count: int, keep: float | None) -> list[dict[str, Any]]:
     """Requests with a picture each."""
     asked = {} if keep is None else {"mm_processor_kwargs": {"foveate": {"keep": keep}}}
-    return [{"prompt": QUESTION, "multi_modal_data": {"image": picture()}, **asked} for _ in range(count)]
+    return [{"prompt": QUESTION, "multi_modal_data": {"image": new_picture()}, **asked} for _ in range(count)]
 
 
 def texts(count: int, length: int) -> list[dict[str, Any]]:
@@ -194,7 +178,7 @@ class Server:
     def ask(self, keep: float, tokens: int) -> int:
         """The tokens of the prompt."""
         data = io.BytesIO()
-        picture().save(data, "PNG")
+        new_picture().save(data, "PNG")
         url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
         content = [
             {"type": "image_url", "image_url": {"url": url}},
@@ -237,7 +221,7 @@ def measure(results: Results, options: argparse.Namespace) -> None:
 
     if not results.find(run="engine", keep=0.25):
         metrics.SECONDS = float("inf")  # the times of choosing are summed up over all batches
-        with engine(path, FOVEATE) as llm:
+        with engine(path, FOVEATE, **ENGINE) as llm:
             runs = {f"engine {keep}": of_pictures(llm, keep) for keep in KEEPS}
             for keep in KEEPS:
                 length = answered(llm, pictures(1, keep), 1).prompt_tokens
@@ -259,7 +243,7 @@ def measure(results: Results, options: argparse.Namespace) -> None:
         add("ideal", 0.25, ideal, whole)
         add("engine", 0.25, own, whole, **of_ideal, **share)
     if not results.find(run="beside stock", keep=1.0):
-        with engine(path, FOVEATE) as pruned, engine(path, None) as stock:
+        with engine(path, FOVEATE, **ENGINE) as pruned, engine(path, **ENGINE) as stock:
             runs = {"pruned": of_pictures(pruned, 1.0), "stock": of_pictures(stock, None)}
             taken = in_turn(runs, 2 * options.repeat)
         add("stock", 1.0, taken["stock"])

@@ -24,9 +24,8 @@ from foveate.vllm.positions import (
     mended,
     numbers_of,
     unpruned,
-    width,
 )
-from foveate.vllm.settings import PREFIX, SERVED, Settings, encoder_depth, supported
+from foveate.vllm.settings import Settings, encoder_depth, supported
 
 PICTURE, TEXT, OPEN, CLOSE = 9, 1, 7, 8
 
@@ -388,10 +387,8 @@ def test_unknown_positions_are_refused() -> None:
             check_offsets(prompt, items, wrong)
 
 
-def test_names() -> None:
+def test_names_of_models_that_are_not_served() -> None:
     from foveate.vllm import models
 
-    assert width(True) == 2 * width(False)
     with pytest.raises(AttributeError):
         models.FoveateSomethingElse  # noqa: B018
-    assert all(not name.startswith(PREFIX) for name in SERVED)

@@ -122,6 +122,23 @@ def llava(folder: Path) -> Family:
     return Family("llava", folder)
 
 
+def test_preempted_requests_come_again(llava: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fourteen blocks of the cache hold the four prompts, and not what three of them go on to."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def noted(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    options = dict(block_size=32, num_gpu_blocks_override=14, max_model_len=256)
+    with engine(llava.path, {"method": "fopru", "keep": 0.5}, **options) as llm:
+        check_equal(served(llm, questions("llava")), llava.expected("fopru", keep=0.5))
+    assert preempted
+
+
 @pytest.fixture(scope="module")
 def pruned(llava: Family) -> Iterator[Any]:
     with engine(

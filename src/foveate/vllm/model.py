@@ -92,14 +92,16 @@ class PrunedModel(Model):
                 read,
                 projector if projector is not None and "states" in read else lambda states: states,
             )
-            for i, (keep, merged) in zip(own, chosen, strict=True):
+            stays = torch.cat([keep for keep, _ in chosen]).cpu()  # waits for the device once
+            parts = stays.split([layouts[i].tokens for i in own])
+            for i, keep, (_, merged) in zip(own, parts, chosen, strict=True):
                 index = keep.nonzero()[:, 0]
                 if len(index) != plans[i].kept:
                     raise RuntimeError(
                         f"{self._settings.method.name} kept {len(index)} tokens of a picture, not {plans[i].kept}"
                     )
-                rows = torch.cat([merged[index], features[i][index, self._hidden :]], 1)
-                index = index.cpu()
+                here = index.to(merged.device)
+                rows = torch.cat([merged[here], features[i][here, self._hidden :]], 1)
                 kept[i] = self._woven(plans[i], rows, index) if plans[i].woven else rows, index
         return kept
 
