@@ -7,8 +7,8 @@ A LLaVA of random weights: a language model of 142 million parameters behind a s
 `keep` alternates from batch to batch in one engine; what is compared runs in turn.
 
 engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and what the
-encoder took at keep 1.0 beyond its text. server: the OpenAI server. stock: a vLLM without foveate, beside keep 1.0.
-choosing: what a request spends on it, of the time that it takes in the engine.
+encoder took at keep 1.0 beyond its text; of_ideal: how near the engine comes. server: the OpenAI server. stock: a vLLM
+without foveate; beside stock: keep 1.0 in the same turns. choosing: what a request spends on it, of its time there.
 CPU seconds are of the process and its children: other work on the machine adds to the clock, hardly to them.
 """
 
@@ -24,13 +24,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -47,21 +47,21 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/served"))  # the tokenizer of the tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/served"))  # the engine and the model of the tests
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from checkpoints import _as_published, tokenizer  # noqa: E402
+from asking import engine, picture  # noqa: E402
+from checkpoints import llava_of, write  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from foveate.evaluation.results import Results, run_script  # noqa: E402
 from foveate.evaluation.tables import markdown  # noqa: E402
+from foveate.vllm import metrics  # noqa: E402
 
 QUESTION = "USER: <image>\nWhat is in this picture? ASSISTANT:"
 SEEDS = iter(range(1, 10**9))
-ENGINE = dict(
-    dtype="float32",
-    enforce_eager=True,
+ENGINE: dict[str, Any] = dict(
     max_model_len=2048,
     max_num_seqs=8,
     max_num_batched_tokens=4096,
@@ -70,75 +70,42 @@ ENGINE = dict(
     mm_processor_cache_gb=0,
 )
 FOVEATE = {"method": "fopru", "keep": 0.25, "highest": 1.0}
-Timed = tuple[float, float]
-"""Seconds by the clock, and of the CPU."""
 
 
-def checkpoint(folder: Path) -> Path:
-    """The model, written once."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+class Timed(NamedTuple):
+    """Of a batch: seconds by the clock and of the CPU, and the tokens of one prompt."""
 
-    if (folder / "done").exists():
-        return folder
-    torch.manual_seed(0)
-    words = tokenizer("<image>\n")
-    vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336,
-        patch_size=14, projection_dim=64,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
-        pad_token_id=3, tie_word_embeddings=False,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=words.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy="default", vision_feature_layer=-2,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval().to(torch.bfloat16)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    _as_published(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    LlavaProcessor(
-        image_processor=pictures, tokenizer=words, patch_size=14, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1, chat_template=words.chat_template,
-    ).save_pretrained(folder)  # fmt: skip
-    (folder / "done").touch()
-    return folder
+    seconds: float
+    cpu_seconds: float
+    prompt_tokens: int
 
 
-def picture() -> Image.Image:
+VISION: dict[str, Any] = dict(
+    hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=336, patch_size=14,
+    projection_dim=64,
+)  # fmt: skip
+LLM: dict[str, Any] = dict(
+    vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def made() -> tuple[Any, Any]:
+    """The model, half as large on the disk, and its processor."""
+    model, processor = llava_of(VISION, LLM)
+    return model.to(torch.bfloat16), processor
+
+
+def new_picture() -> Image.Image:
     """One that was not there before."""
-    rng = np.random.default_rng(next(SEEDS))
-    return Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((336, 336), Image.Resampling.NEAREST)
-
-
-@contextlib.contextmanager
-def engine(path: Path, foveate: dict[str, Any] | None) -> Iterator[Any]:
-    """vLLM's engine in this process."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(str(path), **ENGINE, **({} if foveate is None else {"hf_overrides": {"foveate": foveate}}))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+    return picture(next(SEEDS), (336, 336))
 
 
 def pictures(count: int, keep: float | None) -> list[dict[str, Any]]:
     """Requests with a picture each."""
     asked = {} if keep is None else {"mm_processor_kwargs": {"foveate": {"keep": keep}}}
-    return [{"prompt": QUESTION, "multi_modal_data": {"image": picture()}, **asked} for _ in range(count)]
+    return [{"prompt": QUESTION, "multi_modal_data": {"image": new_picture()}, **asked} for _ in range(count)]
 
 
 def texts(count: int, length: int) -> list[dict[str, Any]]:
@@ -147,13 +114,13 @@ def texts(count: int, length: int) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": rng.integers(10, 250, length).tolist()} for _ in range(count)]
 
 
-def answered(llm: Any, requests: list[dict[str, Any]], tokens: int) -> tuple[Timed, int]:
+def answered(llm: Any, requests: list[dict[str, Any]], tokens: int) -> Timed:
     """How long they took, and how long their prompts were."""
     from vllm import SamplingParams
 
     clock, cpu = time.perf_counter(), time.process_time()
     out = llm.generate(requests, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
-    return (time.perf_counter() - clock, time.process_time() - cpu), len(out[0].prompt_token_ids)
+    return Timed(time.perf_counter() - clock, time.process_time() - cpu, len(out[0].prompt_token_ids))
 
 
 def in_turn(runs: dict[str, Callable[[], Timed]], repeat: int) -> dict[str, Timed]:
@@ -164,7 +131,11 @@ def in_turn(runs: dict[str, Callable[[], Timed]], repeat: int) -> dict[str, Time
             one = runs[name]()
             taken[name] += [one] if turn else []
             print(f"{name}: {one[0]:.1f} s, {one[1]:.1f} s of the CPU", file=sys.stderr, flush=True)
-    return {name: tuple(map(statistics.median, zip(*each, strict=True))) for name, each in taken.items()}  # type: ignore[misc]
+    median = statistics.median
+    return {
+        name: Timed(median(t.seconds for t in each), median(t.cpu_seconds for t in each), each[0].prompt_tokens)
+        for name, each in taken.items()
+    }
 
 
 class Server:
@@ -204,9 +175,10 @@ class Server:
         own = psutil.Process(self.process.pid)
         return sum(sum(each.cpu_times()[:2]) for each in [own, *own.children(recursive=True)])
 
-    def ask(self, keep: float, tokens: int, failed: list[Any]) -> None:
+    def ask(self, keep: float, tokens: int) -> int:
+        """The tokens of the prompt."""
         data = io.BytesIO()
-        picture().save(data, "PNG")
+        new_picture().save(data, "PNG")
         url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
         content = [
             {"type": "image_url", "image_url": {"url": url}},
@@ -219,73 +191,69 @@ class Server:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        try:
-            json.load(urllib.request.urlopen(request, timeout=600))["usage"]
-        except Exception as error:
-            failed.append(error)
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return int(json.load(answer)["usage"]["prompt_tokens"])
 
     def batch(self, keep: float, count: int, tokens: int) -> Timed:
         """So many requests at once."""
-        failed: list[Any] = []
-        threads = [threading.Thread(target=self.ask, args=(keep, tokens, failed)) for _ in range(count)]
         clock, cpu = time.perf_counter(), self.cpu()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failed, failed[0]
-        return time.perf_counter() - clock, self.cpu() - cpu
+        with ThreadPoolExecutor(count) as pool:
+            prompts = list(pool.map(lambda _: self.ask(keep, tokens), range(count)))
+        return Timed(time.perf_counter() - clock, self.cpu() - cpu, prompts[0])
+
+
+KEEPS = (1.0, 0.25)
 
 
 def measure(results: Results, options: argparse.Namespace) -> None:
     """Adds the rows that are missing."""
-    path, count = checkpoint(options.checkpoint), options.at_once
+    path, count = write(made, options.checkpoint), options.at_once
 
-    def add(run: str, keep: float, tokens: int, taken: Timed, whole: Timed | None, **more: Any) -> None:
-        row = {"run": run, "keep": keep, "prompt_tokens": tokens, "seconds": taken[0], "cpu_seconds": taken[1]}
-        row |= {"requests_per_s": count / taken[0], "load": os.getloadavg()[0]}
+    def add(run: str, keep: float, taken: Timed, whole: Timed | None = None, **more: float) -> None:
+        """whole: what the run is compared with."""
+        row = {"run": run, "keep": keep, **taken._asdict(), "requests_per_s": count / taken.seconds}
         if whole is not None:
-            row |= {"speedup": whole[0] / taken[0], "cpu_speedup": whole[1] / taken[1]}
-        results.add(row | more)
+            row |= {"speedup": whole.seconds / taken.seconds, "cpu_speedup": whole.cpu_seconds / taken.cpu_seconds}
+        results.add({**row, **more, "load": os.getloadavg()[0]})
+
+    def of_pictures(llm: Any, keep: float | None) -> Callable[[], Timed]:
+        return lambda: answered(llm, pictures(count, keep), options.tokens)
 
     if not results.find(run="engine", keep=0.25):
-        with engine(path, FOVEATE) as llm:
-            lengths = {keep: answered(llm, pictures(1, keep), 1)[1] for keep in (1.0, 0.25)}
-            runs = {
-                **{f"engine {k}": lambda k=k: answered(llm, pictures(count, k), options.tokens)[0] for k in lengths},
-                **{
-                    f"text {k}": lambda n=n: answered(llm, texts(count, n), options.tokens)[0]
-                    for k, n in lengths.items()
-                },
-            }
+        metrics.SECONDS = float("inf")  # the times of choosing are summed up over all batches
+        with engine(path, FOVEATE, **ENGINE) as llm:
+            runs = {f"engine {keep}": of_pictures(llm, keep) for keep in KEEPS}
+            for keep in KEEPS:
+                length = answered(llm, pictures(1, keep), 1).prompt_tokens
+                runs[f"text {keep}"] = lambda n=length: answered(llm, texts(count, n), options.tokens)  # type: ignore[misc]
             (model,) = llm.apply_model(lambda model: model)
             taken = in_turn(runs, options.repeat)
-            spent = model._choosing
-        encoder = tuple(whole - text for whole, text in zip(taken["engine 1.0"], taken["text 1.0"], strict=True))
-        ideal: Timed = tuple(text + more for text, more in zip(taken["text 0.25"], encoder, strict=True))  # type: ignore
-        taken["ideal 1.0"], taken["ideal 0.25"] = taken["engine 1.0"], ideal
-        each = spent.seconds / spent.pictures
-        for run in ("engine", "text", "ideal"):
-            for keep in (1.0, 0.25):
-                own = taken[f"{run} {keep}"]
-                whole = taken[f"{run} 1.0"]
-                share = {"choosing_share": each / (own[1] / count)} if (run, keep) == ("engine", 0.25) else {}
-                add(run, keep, lengths[keep], own, whole if keep < 1 else None, **share)
-    if not results.find(run="stock", keep=1.0):
-        with engine(path, FOVEATE) as pruned, engine(path, None) as stock:
-            runs = {
-                "pruned": lambda: answered(pruned, pictures(count, 1.0), options.tokens)[0],
-                "stock": lambda: answered(stock, pictures(count, None), options.tokens)[0],
-            }
+            choosing = model._choosing.seconds / model._choosing.pictures
+        (whole, own), (text, less) = ([taken[f"{run} {keep}"] for keep in KEEPS] for run in ("engine", "text"))
+        ideal = Timed(
+            less.seconds + whole.seconds - text.seconds,
+            less.cpu_seconds + whole.cpu_seconds - text.cpu_seconds,
+            own.prompt_tokens,
+        )
+        add("engine", 1.0, whole)
+        share = {"choosing_share": choosing / (own.cpu_seconds / count)}
+        of_ideal = {"of_ideal": ideal.seconds / own.seconds, "cpu_of_ideal": ideal.cpu_seconds / own.cpu_seconds}
+        add("text", 1.0, text)
+        add("text", 0.25, less, text)
+        add("ideal", 0.25, ideal, whole)
+        add("engine", 0.25, own, whole, **of_ideal, **share)
+    if not results.find(run="beside stock", keep=1.0):
+        with engine(path, FOVEATE, **ENGINE) as pruned, engine(path, **ENGINE) as stock:
+            runs = {"pruned": of_pictures(pruned, 1.0), "stock": of_pictures(stock, None)}
             taken = in_turn(runs, 2 * options.repeat)
-        add("stock", 1.0, 0, taken["stock"], None)
-        add("beside stock", 1.0, 0, taken["pruned"], taken["stock"])
+        add("stock", 1.0, taken["stock"])
+        add("beside stock", 1.0, taken["pruned"], taken["stock"])
     if not results.find(run="server", keep=0.25):
         with Server(path) as server:
-            runs = {f"{k}": lambda k=k: server.batch(k, count, 2 * options.tokens) for k in (1.0, 0.25)}
+            runs = {f"{keep}": lambda keep=keep: server.batch(keep, count, 2 * options.tokens) for keep in KEEPS}  # type: ignore[misc]
             taken = in_turn(runs, options.repeat)
-        for keep in (1.0, 0.25):
-            add("server", keep, 0, taken[f"{keep}"], taken["1.0"] if keep < 1 else None)
+        add("server", 1.0, taken["1.0"])
+        add("server", 0.25, taken["0.25"], taken["1.0"])
 
 
 def main() -> None:

@@ -24,9 +24,8 @@ from foveate.vllm.positions import (
     mended,
     numbers_of,
     unpruned,
-    width,
 )
-from foveate.vllm.settings import PREFIX, SERVED, Settings, encoder_depth, supported
+from foveate.vllm.settings import Settings, encoder_depth, supported
 
 PICTURE, TEXT, OPEN, CLOSE = 9, 1, 7, 8
 
@@ -152,7 +151,11 @@ def test_what_does_not_go_with_a_model() -> None:
         Settings.parse({"method": "fopru", "keep": 0.25}).check_model(SimpleNamespace(model_type="bert"), False)
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+FAMILIES = ["llava", "llava_next", "llava_onevision", "internvl", "idefics3", "mistral3"]
+FAMILIES += ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_readable_layers_are_those_of_the_model(family: str) -> None:
     model = tiny.build(family)
     known = foveate.get_family(model.config)
@@ -255,17 +258,30 @@ def test_structure_between_tiles_stays_between_them() -> None:
     tiles = tuple(Tile(torch.arange(4) + 4 * i, (2, 2), torch.arange(4) + 4 * i) for i in range(2))
     full = torch.tensor([*[PICTURE] * 4, OPEN, *[PICTURE] * 4])
     plan = Plan(ImageLayout(8, tiles), 8, 4, full, full == PICTURE)
-    plan.check("idefics3")
+    plan.check("idefics3", False)
+    assert not plan.woven
     assert full[plan.remaining].tolist() == [PICTURE, PICTURE, OPEN, PICTURE, PICTURE]
 
 
 def test_placeholders_that_do_not_fit_are_refused() -> None:
     inside = torch.tensor([PICTURE, PICTURE, OPEN, PICTURE, PICTURE])
     plan = Plan(plan_of((2, 2), 2).layout, 4, 2, inside, inside == PICTURE)
+    plan.check("pixtral", False)
     with pytest.raises(ValueError, match="amid"):
-        plan.check("pixtral")
+        plan.check("pixtral", True)
     with pytest.raises(ValueError, match="finds 4"):
-        Plan(plan.layout, 4, 2, inside[:3], inside[:3] == PICTURE).check("llava")
+        Plan(plan.layout, 4, 2, inside[:3], inside[:3] == PICTURE).check("llava", False)
+
+
+def test_breaks_between_rows_are_embedded_with_the_picture() -> None:
+    full = torch.tensor([*[PICTURE] * 3, OPEN, *[PICTURE] * 3, CLOSE])
+    plan = Plan(plan_of((2, 3), 3).layout, 6, 3, full, full == PICTURE)
+    assert plan.woven and plan.placeholders.tolist() == [PICTURE] * 5
+    index = torch.tensor([1, 3, 5])
+    assert plan.places(index).tolist() == [1, 3, 4, 6, 7] and plan.offsets(index, False).tolist() == [[1, 3, 4, 6, 7]]
+    whole = Plan(plan.layout, 6, 6, full, full == PICTURE)
+    assert not whole.woven and whole.placeholders.equal(full)
+    assert whole.places(torch.arange(6)).tolist() == [0, 1, 2, 4, 5, 6]
 
 
 def test_patches_are_counted_through_padding() -> None:
@@ -317,7 +333,7 @@ def test_positions_are_those_of_the_unpruned_prompt(
         columns += (len(full_tokens) + index).tolist()
         tokens, full_tokens = tokens + [PICTURE] * kept, full_tokens + [PICTURE] * n
         rows = torch.randn(kept, hidden, generator=rng).to(dtype)
-        embeddings.append(torch.cat([rows, columns_of(plan.offsets(m_rope)[:, index].T, dtype)], 1))
+        embeddings.append(torch.cat([rows, columns_of(plan.offsets(index, m_rope).T, dtype)], 1))
         if m_rope or number:  # without M-RoPE the first two pictures touch
             tokens, full_tokens, columns = [*tokens, TEXT], [*full_tokens, TEXT], [*columns, len(full_tokens)]
     columns += [len(full_tokens) + i for i in range(4)]
@@ -371,10 +387,8 @@ def test_unknown_positions_are_refused() -> None:
             check_offsets(prompt, items, wrong)
 
 
-def test_names() -> None:
+def test_names_of_models_that_are_not_served() -> None:
     from foveate.vllm import models
 
-    assert width(True) == 2 * width(False)
     with pytest.raises(AttributeError):
         models.FoveateSomethingElse  # noqa: B018
-    assert all(not name.startswith(PREFIX) for name in SERVED)

@@ -52,7 +52,14 @@ WATCHED = {
     "model_executor/models/qwen3_vl.py": ["Qwen3VLForConditionalGeneration.embed_multimodal", "mrope_positions_factor"],
     "model_executor/models/llava.py": ["LlavaForConditionalGeneration.embed_multimodal"],
     "model_executor/models/llava_next.py": ["LlavaNextForConditionalGeneration.embed_multimodal"],
+    "model_executor/models/llava_onevision.py": ["LlavaOnevisionForConditionalGeneration.embed_multimodal"],
     "model_executor/models/interns1.py": ["InternS1ForConditionalGeneration.embed_multimodal"],
+    "model_executor/models/idefics3.py": ["Idefics3ForConditionalGeneration.embed_multimodal"],
+    "model_executor/models/idefics2_vision_model.py": ["Idefics2VisionAttention.forward"],
+    "model_executor/models/mistral3.py": [
+        "Mistral3MultiModalProcessor._get_prompt_updates",
+        "Mistral3ForConditionalGeneration.embed_multimodal",
+    ],
     "v1/worker/cpu_model_runner.py": ["CPUModelRunner.load_model"],
     "v1/worker/gpu_model_runner.py": [
         "GPUModelRunner._init_mrope_positions",

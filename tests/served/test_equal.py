@@ -18,10 +18,17 @@ SIZES = {
     "qwen2_5_vl": [(168, 168), (224, 112), (112, 252)],
     "qwen3_vl": [(192, 192), (256, 128), (128, 288)],
     "internvl": [(112, 112), (224, 112), (200, 210)],
+    "idefics3": [(112, 112), (224, 112), (112, 200)],
+    "smolvlm": [(112, 112), (224, 112), (112, 200)],
+    "llava_onevision": [(56, 56), (112, 56), (224, 200)],
+    "mistral3": [(112, 112), (168, 84), (56, 168)],
 }
 PICTURE = {
     "llava": "<image>",
     "internvl": "<IMG_CONTEXT>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
+    "mistral3": "[IMG]",
     "qwen": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 # One that reads attention, one that merges or compares features.
@@ -32,6 +39,10 @@ METHODS = {
     "qwen2_5_vl": ["fopru", "visionzip"],
     "qwen3_vl": ["fopru", "divprune"],
     "internvl": ["fopru", "visionzip"],
+    "idefics3": ["fopru", "visionzip"],
+    "smolvlm": ["fopru", "divprune"],
+    "llava_onevision": ["fopru", "visionzip"],
+    "mistral3": ["fopru", "visionzip"],
 }
 TOLERANCE = 1e-4
 RANGE = {"lowest": 0.05, "highest": 1.0}
@@ -109,6 +120,23 @@ def test_chunks_that_cut_pictures(family: Family) -> None:
 @pytest.fixture(scope="module")
 def llava(folder: Path) -> Family:
     return Family("llava", folder)
+
+
+def test_preempted_requests_come_again(llava: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fourteen blocks of the cache hold the four prompts, and not what three of them go on to."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def noted(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    options = dict(block_size=32, num_gpu_blocks_override=14, max_model_len=256)
+    with engine(llava.path, {"method": "fopru", "keep": 0.5}, **options) as llm:
+        check_equal(served(llm, questions("llava")), llava.expected("fopru", keep=0.5))
+    assert preempted
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_three_requests_in_steps(m_rope: bool, dtype: torch.dtype, window: int) 
             place = PlaceholderRange(offset=len(full), length=n)
             whole.append(SimpleNamespace(modality="image", data=data, mm_position=place))
             rows = torch.randn(kept, HIDDEN, generator=rng).to(dtype)
-            embeddings[name] = torch.cat([rows, columns_of(plan.offsets(m_rope)[:, index].T, dtype)], 1)
+            embeddings[name] = torch.cat([rows, columns_of(plan.offsets(index, m_rope).T, dtype)], 1)
             columns += [*(len(full) + index).tolist(), len(full) + n]
             tokens, full = [*tokens, *[PICTURE] * kept, TEXT], [*full, *[PICTURE] * n, TEXT]
         truth = torch.arange(len(full)).expand(3, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import re
@@ -38,21 +39,25 @@ def server(folder: Path) -> Iterator[str]:
     process = subprocess.Popen([*command, "--", *vllm], stdout=log, stderr=subprocess.STDOUT, env=env)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(1200):
-            try:
+        for _ in range(2400):
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{address}/health", timeout=2)
                 break
-            except OSError:
-                if process.poll() is not None:
-                    log.seek(0)
-                    pytest.fail(f"the server ended:\n{log.read()[-4000:]}")
-                time.sleep(0.5)
+            if process.poll() is not None:
+                log.seek(0)
+                pytest.fail(f"the server ended:\n{log.read()[-4000:]}")
+            time.sleep(0.5)
+        else:
+            pytest.fail("the server did not answer in 20 minutes")
         log.seek(0)
         assert "64 -> 16" in log.read()  # said before the start
         yield address
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # it does not listen while it starts
+            process.kill()
         log.close()
 
 

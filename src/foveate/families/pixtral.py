@@ -32,7 +32,9 @@ class Pixtral(Family):
 
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         merge, patch, layouts, first = self.merge(config), config.vision_config.patch_size, [], 0
-        for height, width in torch.as_tensor(inputs["image_sizes"]).tolist():
+        # Pictures that come without their sizes are padded to no other's.
+        sizes = inputs["image_sizes"] if "image_sizes" in inputs else [p.shape[-2:] for p in inputs["pixel_values"]]
+        for height, width in torch.as_tensor(sizes).tolist():
             height, width = height // patch, width // patch
             patches = first + joined(height, width, merge)
             grid = (height // merge, width // merge)

@@ -41,6 +41,9 @@ class Choosing:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.pictures = self.before = self.after = 0
         self.seconds = 0.0
         self.said = time.monotonic()
@@ -51,7 +54,7 @@ class Choosing:
         self.seconds += seconds
         if time.monotonic() - self.said >= SECONDS:
             logger.info("%s", self)
-            self.__init__()  # type: ignore[misc]
+            self._begin()
 
     def __str__(self) -> str:
         each = 1000 * self.seconds / max(1, self.pictures)

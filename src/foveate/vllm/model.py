@@ -65,7 +65,7 @@ class PrunedModel(Model):
             kept = [(feature, torch.arange(len(feature))) for feature in super().embed_multimodal(**kwargs)]
         if not self._tracks:
             return [rows for rows, _ in kept]
-        offsets = [plan.offsets(self._m_rope)[:, index] for plan, (_, index) in zip(plans, kept, strict=True)]
+        offsets = [plan.offsets(index, self._m_rope) for plan, (_, index) in zip(plans, kept, strict=True)]
         return [
             torch.cat([rows, columns_of(offset.T.to(rows.device), rows.dtype)], 1)
             for (rows, _), offset in zip(kept, offsets, strict=True)
@@ -74,28 +74,45 @@ class PrunedModel(Model):
     def _choose(
         self, plans: Sequence[Plan], layouts: Sequence[Any], features: Sequence[Tensor], patches: dict[str, Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Of each picture the embeddings that stay, and which these are. Those of equal budgets are chosen together."""
+        """Of each picture the embeddings that stay, and which tokens these are. Equal ones are chosen together."""
         projector = self._family.projector(self)
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, plan in enumerate(plans):
+            # Where several patches join into a token nothing leads from states to features.
+            joins = any(tile.patches.ndim > 1 for tile in plan.layout.tiles)
+            alike.setdefault((plan.budget, joins), []).append(i)
         kept: list[Any] = [None] * len(plans)
-        for budget in {plan.budget for plan in plans}:
-            own = [i for i, plan in enumerate(plans) if plan.budget == budget]
+        for (budget, joins), own in alike.items():
+            read = {name: values for name, values in patches.items() if not (joins and name == "states")}
             chosen = select_tokens(
                 replace(self._settings.method, keep=budget),
                 [layouts[i] for i in own],
                 # Behind the hidden states may stand what later layers add to them.
                 [features[i][:, : self._hidden] for i in own],
-                patches,
-                projector if projector is not None and "states" in patches else lambda states: states,
+                read,
+                projector if projector is not None and "states" in read else lambda states: states,
             )
-            for i, (keep, merged) in zip(own, chosen, strict=True):
+            stays = torch.cat([keep for keep, _ in chosen]).cpu()  # waits for the device once
+            parts = stays.split([layouts[i].tokens for i in own])
+            for i, keep, (_, merged) in zip(own, parts, chosen, strict=True):
                 index = keep.nonzero()[:, 0]
                 if len(index) != plans[i].kept:
                     raise RuntimeError(
                         f"{self._settings.method.name} kept {len(index)} tokens of a picture, not {plans[i].kept}"
                     )
-                rows = torch.cat([merged[index], features[i][index, self._hidden :]], 1)
-                kept[i] = rows, index.cpu()
+                here = index.to(merged.device)
+                rows = torch.cat([merged[here], features[i][here, self._hidden :]], 1)
+                kept[i] = self._woven(plans[i], rows, index) if plans[i].woven else rows, index
         return kept
+
+    def _woven(self, plan: Plan, rows: Tensor, index: Tensor) -> Tensor:
+        """A picture's embeddings with those of the structure between them. index: which tokens they are of."""
+        places = plan.places(index)
+        image = plan.embeds[places]
+        token, between = (which.nonzero()[:, 0].to(rows.device) for which in (image, ~image))
+        words = plan.full[places][~image].to(rows.device)
+        whole = rows.new_empty(len(places), rows.shape[1]).index_copy_(0, token, rows)
+        return whole.index_copy_(0, between, self.get_language_model().embed_input_ids(words).to(rows.dtype))
 
     # -- positions
 

@@ -38,6 +38,29 @@ class Plan:
         return self.kept < self.layout.tokens
 
     @cached_property
+    def woven(self) -> bool:
+        """Whether tokens go from between structure, such as breaks behind the rows of a picture.
+
+        How many stay between two breaks is known only once the picture is encoded. All that is left of `full` stands in
+        the prompt as image tokens then, and the worker embeds the structure, too.
+        """
+        # The run of tokens without structure between them that each token is in.
+        run = (~self.embeds).cumsum(0)[self.embeds]
+        return self.prunes and any(len(run[tile.index].unique()) > 1 for tile in self.layout.tiles)
+
+    @property
+    def placeholders(self) -> Tensor:
+        """(s,) the ids that stand for the picture in the pruned prompt."""
+        left = self.full[self.remaining]
+        return self.full[self.embeds][:1].expand_as(left) if self.woven else left
+
+    def places(self, index: Tensor) -> Tensor:
+        """(e,) which of `full` the worker embeds. index: of the tokens that stay."""
+        there = ~self.embeds if self.woven else torch.zeros_like(self.embeds)
+        there[self.embeds.nonzero()[index, 0]] = True
+        return there.nonzero()[:, 0]
+
+    @cached_property
     def remaining(self) -> Tensor:
         """(s,) which of `full` stand in the pruned prompt: as many of each tile's as may stay, the first for all.
 
@@ -50,32 +73,26 @@ class Plan:
         there[self.embeds] = stays
         return there.nonzero()[:, 0]
 
-    def check(self, model_type: str) -> None:
-        """Raise ValueError where the placeholders and the layout do not fit together.
-
-        How many tokens of a tile stay is known, but not how many of a part of it: no structure may stand inside one.
-        """
+    def check(self, model_type: str, m_rope: bool) -> None:
+        """Raise ValueError where the placeholders and the layout do not fit together."""
         if int(self.embeds.sum()) != self.layout.tokens:
             raise ValueError(
                 f"vLLM writes {int(self.embeds.sum())} tokens for a picture of a {model_type} model, and foveate finds "
                 f"{self.layout.tokens} in it: leave out further mm_processor_kwargs, or foveate"
             )
-        # The run of tokens without structure between them that each token is in.
-        run = torch.cat([torch.zeros(1, dtype=torch.long), (~self.embeds).cumsum(0)[:-1]])[self.embeds]
-        if any(len(run[tile.index].unique()) > 1 for tile in self.layout.tiles):
+        if m_rope and self.woven:
             raise ValueError(
-                f"{model_type} models have structure amid the tokens of a picture, and how many stay between two such "
-                "is not known in advance: run this model in transformers with foveate.prune"
+                f"{model_type} models have structure amid the tokens of a picture, which has no row and column: run "
+                "this model in transformers with foveate.prune"
             )
 
-    def offsets(self, m_rope: bool) -> Tensor:
-        """(coordinates, tokens) the position of each token, counted from that where the picture begins.
+    def offsets(self, index: Tensor, m_rope: bool) -> Tensor:
+        """(coordinates, e) the position of what the worker embeds, counted from that where the picture begins.
 
         Along one coordinate the place among `full`; under M-RoPE the row and column, the picture's time being 0.
+        index: of the tokens that stay.
         """
-        if m_rope:
-            return self.layout.cells[:, 1:].T
-        return self.embeds.nonzero().T
+        return self.layout.cells[index, 1:].T if m_rope else self.places(index)[None]
 
     def tensor(self) -> Tensor:
         """All of it as int64 numbers in a row."""

@@ -103,7 +103,8 @@ def check_offsets(prompt: Unpruned, items: Sequence[Placed], full: Tensor) -> No
         if item.plan is not None:
             own = full[:, start + item.plan.embeds.nonzero()[:, 0]]
             begins = own[0, 0]
-            if (own[0] != begins).any() or (own[1:] - begins != item.plan.offsets(True)).any():
+            cells = item.plan.offsets(torch.arange(item.plan.layout.tokens), True)
+            if (own[0] != begins).any() or (own[1:] - begins != cells).any():
                 raise ValueError(
                     "the positions of this model's image tokens are not known to foveate: use transformers"
                 )

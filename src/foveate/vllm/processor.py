@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing.processor import PromptUpdateDetails, UpdateMode
 
+from ..layout import ImageLayout
 from ..methods.base import EncoderMethod, token_budget
 from .metrics import count_tokens
 from .plan import Plan
@@ -103,7 +104,8 @@ class PrunedProcessor(Processor):
         for update in updates:
             plan = self._plan(update.content, data)
             item[PLAN] = MultiModalFieldElem(data=plan.tensor(), field=MultiModalBatchedField(keep_on_cpu=True))
-            details = PrunedDetails(full=plan.full[plan.remaining].tolist(), is_embed=update.content.is_embed)
+            embeds = None if plan.woven else update.content.is_embed
+            details = PrunedDetails(full=plan.placeholders.tolist(), is_embed=embeds)
             replaced = (
                 len(update.target) if update.mode == UpdateMode.REPLACE and isinstance(update.target, list) else 0
             )
@@ -120,19 +122,21 @@ class PrunedProcessor(Processor):
         keep = _request.get().method.keep
         self._settings.check_range(layout, keep)
         pixels = next(value for name, value in data.items() if name.startswith("pixel_values"))
-        plan = Plan(layout, self._patches(pixels), token_budget(keep, layout.tokens), full, embeds.bool())
-        plan.check(self._config.model_type)
+        plan = Plan(layout, self._patches(layout, pixels), token_budget(keep, layout.tokens), full, embeds.bool())
+        plan.check(self._config.model_type, self._m_rope)
         return plan
 
-    def _patches(self, pixels: Tensor) -> int:
-        """How many patches the encoder makes of one picture: (patches, values), (3, h, w) or (tiles, 3, h, w)."""
+    def _patches(self, layout: ImageLayout, pixels: Tensor) -> int:
+        """How many patches the encoder makes of one picture. pixels: of squares (3, h, w) or (tiles, 3, h, w)."""
         side = self._family.side(self._config)
-        return len(pixels) if side is None else side**2 * (1 if pixels.ndim == 3 else len(pixels))
+        if side is None:
+            return sum(tile.patches.numel() for tile in layout.tiles)
+        return side**2 * (1 if pixels.ndim == 3 else len(pixels))
 
     def _positions(self, plan: Plan) -> int:
         """How many positions an unpruned picture takes."""
         if self._m_rope:
-            return len(plan.full) - plan.layout.tokens + int(plan.offsets(True).max()) + 1
+            return len(plan.full) - plan.layout.tokens + int(plan.layout.cells[:, 1:].max()) + 1
         return len(plan.full)
 
     # -- prompts that would be too long

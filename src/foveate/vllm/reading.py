@@ -32,7 +32,7 @@ class EncoderReading:
         self._prefix = family.prefix_tokens(config)
         self._listens = False
         self._layers: dict[int, tuple[Tensor, Tensor, Any]] = {}
-        self._states: Tensor | None = None
+        self._states: list[Tensor] = []
         if self._reads:
             modules = [module for module in model.modules() if isinstance(module, MMEncoderAttention)]
             numbers = family.readable(config, encoder_depth(config))[-method.vision_layers :]
@@ -48,7 +48,7 @@ class EncoderReading:
 
     def __exit__(self, *error: object) -> None:
         self._listens = False
-        self._layers, self._states = {}, None
+        self._layers, self._states = {}, []
 
     def _listener(self, place: int) -> Any:
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class EncoderReading:
 
     def _note_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._listens:
-            self._states = args[0]
+            self._states.append(args[0])  # some models project picture by picture
 
     def patches(self, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
         """What was read, by name: (all patches, ...), as `select_tokens` takes it. layouts: of what was encoded."""
@@ -68,9 +68,8 @@ class EncoderReading:
         read = {name: torch.stack([layer[name] for layer in layers], -1) for name in _BY_LAYER if name in self._reads}
         if "keys" in self._reads:
             read["keys"] = layers[-1]["keys"]
-        joins = any(tile.patches.ndim > 1 for layout in layouts for tile in layout.tiles)
-        if self._states is not None and not joins:
-            read["states"] = self._family.encoder_states(self._model, self._states)
+        if self._states:
+            read["states"] = torch.cat([self._family.encoder_states(self._model, states) for states in self._states])
         return read
 
     def _attention(self, query: Tensor, key: Tensor, module: Any, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:

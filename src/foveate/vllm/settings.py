@@ -25,17 +25,16 @@ SERVED = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
 )
 
-_ROWS = "a token stands behind each row of its pictures, and how many tokens of a row stay is not known in advance"
 # Others that foveate knows in transformers, and why not here.
 UNSERVED = {
     "Gemma3ForConditionalGeneration": "its pictures see themselves both ways, and its windows count what is left",
-    "Mistral3ForConditionalGeneration": _ROWS,
     "PixtralForConditionalGeneration": "its tokenizer writes the placeholders before foveate is asked",
-    "LlavaOnevisionForConditionalGeneration": "features of large pictures are interpolated between patches",
-    "Idefics3ForConditionalGeneration": "it has not been compared with transformers yet",
-    "SmolVLMForConditionalGeneration": "it has not been compared with transformers yet",
     "InternVLChatModel": "its configuration is the checkpoint's own: take the one in transformers' format (-hf)",
 }
 
