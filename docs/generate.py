@@ -30,7 +30,13 @@ from foveate.methods.places import PLACES
 
 HERE = Path(__file__).parent
 STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
-PAGES = (HERE.parent / "README.md", HERE / "measuring.md", HERE / "video.md", HERE.parent / "training" / "README.md")
+PAGES = (
+    HERE.parent / "README.md",
+    HERE / "measuring.md",
+    HERE / "calibrate.md",
+    HERE / "video.md",
+    HERE.parent / "training" / "README.md",
+)
 
 
 def meanings(cls: type[Method]) -> dict[str, str]:

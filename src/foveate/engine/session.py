@@ -80,7 +80,8 @@ def prune(
     for each in methods:
         check_certificate(target, each, alone=len(methods) == 1)
     host = target.host
-    return Pruned(target, tuple(method.for_host(host) for method in methods), record)
+    greedy = any(method.certificate is not None for method in methods)
+    return Pruned(target, tuple(method.for_host(host) for method in methods), record, greedy=greedy)
 
 
 def restore(model: Any) -> None:
@@ -133,7 +134,7 @@ class Pruned(Sayings, NotPickled):
     guided: what the guide said last, for methods that have one.
     """
 
-    def __init__(self, target: Target, methods: tuple[Method, ...], record: bool) -> None:
+    def __init__(self, target: Target, methods: tuple[Method, ...], record: bool, *, greedy: bool = False) -> None:
         self._target, self.methods, self.record = target, methods, record
         self._outcome = Outcome()
         # With keep = 1.0 a method has nothing to say, and the model runs as it is.
@@ -141,7 +142,7 @@ class Pruned(Sayings, NotPickled):
         found = [place.of(target, self._acting, self._outcome) for place in PLACES]
         self._places = [place for place in found if place is not None]
         self._parameters = list(inspect.signature(target.base.forward).parameters)
-        self._steps, self._entered = Steps(self._inputs), _Entered()
+        self._steps, self._entered = Steps(self._inputs, greedy=greedy), _Entered()
         # What these drop is known before the decoder runs.
         late = [method.name for method in self._acting if method.place != "encoder"]
         self._before_llm, self._chunks = not late, Chunks(target, late, bool(self._acting))

@@ -49,6 +49,8 @@ def method_class(name: str) -> type[Method]:
 def get_method(name: str, /, **options: Any) -> Method:
     """Build the method called `name` with its options.
 
+    mass: beside them, of each image the share of the method's scores that stays, in place of `keep` (`mass.by_mass`).
+
     Raises:
         ValueError: for an unknown name, an option that the method lacks, or a value outside its range.
     """
@@ -56,6 +58,11 @@ def get_method(name: str, /, **options: Any) -> Method:
 
     cls = method_class(name)
     fields = [field.name for field in dataclasses.fields(cls)]
+    mass = None if "mass" in fields else options.pop("mass", None)
     if unknown := sorted(set(options).difference(fields)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(fields)}")
-    return cls(**options)
+    if mass is None:
+        return cls(**options)
+    from .mass import by_mass
+
+    return by_mass(cls(**options), mass)

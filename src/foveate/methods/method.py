@@ -85,16 +85,13 @@ class Method(ABC):
     def from_dict(config: dict[str, Any]) -> Method:
         """Build the method that `to_dict` described."""
         from . import get_method
-        from .mass import by_mass
 
         options = dict(config)
-        mass = options.pop("mass", None)
         try:
             name = options.pop("method")
         except KeyError:
             raise ValueError("the configuration names no 'method'") from None
-        method = get_method(name, **options)
-        return method if mass is None else by_mass(method, mass)
+        return get_method(name, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the options to `foveate_config.json` in `folder`, beside the model's own files."""
