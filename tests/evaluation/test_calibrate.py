@@ -126,8 +126,10 @@ def test_a_certificate_of_something_else_is_refused(certificate, model):
     assert "another attention backend (sdpa, and this is eager)" in refused(model, method())
     model.set_attn_implementation("sdpa")
     model.generation_config.do_sample = True
-    assert "this model's generation_config samples" in refused(model, method())
+    assert "is of greedy answers, and this samples" in refused(model, method())
     model.generation_config.do_sample = False
+    with foveate.prune(model, method()), pytest.raises(foveate.UnsupportedError, match="greedy answers"):
+        model.generate(input_ids=torch.tensor([[1, 2]]), do_sample=True, max_new_tokens=1)
     with torch.no_grad():
         next(p for p in model.model.parameters() if p.ndim > 1).neg_()
     assert "another model, by its weights" in refused(model, method())

@@ -58,7 +58,7 @@ SUBSTITUTIONS = (
     (
         r"--agree 0\.95 --confidence 0\.9\b",
         "--agree 0.6 --confidence 0.6 --count 8 --grid 1.0,0.9",
-        "5 min",
+        "1 min",
     ),
     (r"--geometry 1b\b", "--geometry tiny --device cpu", "26 min"),
     (r"--new-tokens 16 --repeat 3\b", "--new-tokens 2 --repeat 1", "26 min"),

@@ -95,9 +95,14 @@ def check_certificate(target: Target, method: Method, *, alone: bool = True) -> 
                 f"the certificate is of another {what} ({theirs.get(name)}, and this is {here[name]}): load what was "
                 f"calibrated, or {AGAIN}"
             )
-    if target.model.generation_config is not None and target.model.generation_config.do_sample:
+    check_greedy(target.model.generation_config)
+
+
+def check_greedy(config: Any, asked: bool | None = None) -> None:
+    """Refuse sampling under a certificate. config: of the generation, or None. asked: for sampling, over that."""
+    if asked or (asked is None and getattr(config, "do_sample", False)):
         raise UnsupportedError(
-            "the certificate is of greedy answers, and this model's generation_config samples: set "
+            "the certificate is of greedy answers, and this samples: give do_sample=False to generate(), and set "
             "model.generation_config.do_sample = False"
         )
 

@@ -82,7 +82,8 @@ def prune(
     for each in methods:
         check_certificate(target, each, alone=len(methods) == 1)
     host = target.host
-    return Pruned(target, tuple(method.for_host(host) for method in methods), record)
+    greedy = any(method.certificate is not None for method in methods)
+    return Pruned(target, tuple(method.for_host(host) for method in methods), record, greedy=greedy)
 
 
 def restore(model: Any) -> None:
@@ -109,7 +110,7 @@ class Pruned(Sayings, NotPickled):
     guided: what the guide said last, for methods that have one.
     """
 
-    def __init__(self, target: Target, methods: tuple[Method, ...], record: bool) -> None:
+    def __init__(self, target: Target, methods: tuple[Method, ...], record: bool, *, greedy: bool = False) -> None:
         self._target, self.methods, self.record = target, methods, record
         self._outcome = Outcome()
         # With keep = 1.0 a method has nothing to say, and the model runs as it is.
@@ -119,7 +120,7 @@ class Pruned(Sayings, NotPickled):
         self._parameters = list(inspect.signature(target.base.forward).parameters)
         acts, late = bool(self._acting), [method.name for method in self._acting if method.place != "encoder"]
         self._shorter, self._chunks = ShorterWay(target, acts=acts, late=bool(late)), Chunks(target, late, acts)
-        self._steps, self._passes = Steps(self._shorter.prepare), Passes()
+        self._steps, self._passes = Steps(self._shorter.prepare, greedy=greedy), Passes()
         self._fixtures, self._routing = Fixtures(), threading.Lock()
         self._routed = False
         try:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .certified import check_greedy
 from .fixtures import Fixtures, NotPickled
 from .generation import brings_pixels
 from .upstream import untraced
@@ -63,6 +64,7 @@ class Steps(NotPickled, threading.local):
 
     inputs: how it prepares a forward.
     prompt: how many tokens of a plain forward are the prompt, where the user said so.
+    greedy: whether `generate()` may not sample, as a certificate is of greedy answers.
     """
 
     generates = False
@@ -71,8 +73,8 @@ class Steps(NotPickled, threading.local):
     _inputs: Prepare
     _coming = Step()
 
-    def __init__(self, inputs: Prepare) -> None:
-        self._inputs = inputs
+    def __init__(self, inputs: Prepare, *, greedy: bool = False) -> None:
+        self._inputs, self._greedy = inputs, greedy
 
     def install(self, fixtures: Fixtures, model: Any) -> None:
         """Wrap what `generate()` calls before a step."""
@@ -86,6 +88,8 @@ class Steps(NotPickled, threading.local):
         return coming
 
     def _generate(self, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._greedy:
+            check_greedy(kwargs.get("generation_config"), kwargs.get("do_sample"))
         outer, self.generates = self.generates, True
         try:
             return generate(*args, **kwargs)

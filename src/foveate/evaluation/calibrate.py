@@ -42,6 +42,7 @@ from .search_questions import Notes
 from .workplace import device_name, dtype_name, fitting, known_family, own_questions, some, usable
 
 FIRST = 700_000  # of glimpse's questions: tables are made of the first ones, `foveate search` takes those from 500,000
+ALL = "all"  # the group of all questions, where no type has a promise of its own
 FREE = ("methods", "policy", "grid", "agree", "confidence", "guarantee", "loss", "groups")
 """Options that decide what is asked or how it is judged, and not what is said."""
 
@@ -114,7 +115,7 @@ def check(options: Options, out: Path | None) -> Loss:
     loss = find_loss(options.loss)
     options.rule(1).p(0, 1)  # without scipy, now
     if out is not None:
-        _check_sample({"all": options.count}, options.rule(1), options)  # before the methods and groups are known
+        _check_sample({ALL: options.count}, options.rule(1), options)  # before the methods and groups are known
     if out is None:
         return loss
     if not out.absolute().parent.is_dir():
@@ -204,7 +205,7 @@ def _questions(options: Options) -> tuple[list[Item], list[tuple[int, str]], Row
 def _groups(items: Sequence[Item], options: Options) -> dict[str, list[int]]:
     """Which questions a promise of its own is about."""
     if not options.groups:
-        return {"all": list(range(len(items)))}
+        return {ALL: list(range(len(items)))}
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         if item.type is None:
@@ -217,7 +218,7 @@ def _check_sample(sizes: dict[str, int], rule: Rule, options: Options) -> None:
     name, least = min(sizes.items(), key=lambda pair: pair[1])
     if least >= rule.needs:
         return
-    whole = f"{least} questions" if not options.groups else f"{least} questions of type {name}"
+    whole = f"{least} questions" if name == ALL else f"{least} questions of type {name}"
     sure = "on average" if rule.error is None else f"with {100 * (1 - rule.error):.4g} % confidence each"
     raise Mistake(
         f"{whole} are too few: even if all answers agreed, {rule.needs} are needed for {100 * options.agree:g} % "

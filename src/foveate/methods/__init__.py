@@ -46,10 +46,11 @@ def method_class(name: str) -> type[Method]:
     return cls
 
 
-def get_method(name: str, /, mass: float | None = None, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """Build the method called `name` with its options.
 
-    mass: in place of one `keep` for all images, the share of the method's own scores that each keeps, in (0, 1].
+    options: those of its dataclass; and `mass`, in place of one `keep` for all images, the share of the method's own scores that each
+        keeps, in (0, 1], where the method has no such option itself.
 
     Raises:
         ValueError: for an unknown name, an option that the method lacks, or a value outside its range.
@@ -59,6 +60,7 @@ def get_method(name: str, /, mass: float | None = None, **options: Any) -> Metho
 
     cls = method_class(name)
     fields = [field.name for field in dataclasses.fields(cls)]
+    mass = None if "mass" in fields else options.pop("mass", None)
     if unknown := sorted(set(options).difference(fields)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(fields)}")
     if mass is None:
