@@ -49,8 +49,8 @@ def method_class(name: str) -> type[Method]:
 def get_method(name: str, /, **options: Any) -> Method:
     """Build the method called `name` with its options.
 
-    options: those of its dataclass; and `mass`, in place of one `keep` for all images, the share of the method's own scores that each
-        keeps, in (0, 1], where the method has no such option itself.
+    options: those of its dataclass; and `mass`, in place of one `keep` for all images, the share of the method's own
+        scores that each keeps, in (0, 1], where the method has no such option itself.
 
     Raises:
         ValueError: for an unknown name, an option that the method lacks, or a value outside its range.
