@@ -27,6 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 import foveate
+from foveate.asking.options import label, parse_methods
 from foveate.evaluation import geometries
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
@@ -256,10 +257,11 @@ def prefill(model: Any, length: int, layers: int) -> Work:
     return work
 
 
-def wanted(names: list[str], keep: float, console: Console) -> Iterator[Method]:
-    for name in names:
+def wanted(methods: str, keep: float, console: Console) -> Iterator[tuple[str, Method]]:
+    """Each method, and how it is called. methods: as `foveate eval` takes them."""
+    for name, options in parse_methods(methods):
         try:
-            method = foveate.get_method(name, keep=keep)
+            method = foveate.get_method(name, **{"keep": keep, **options})
         except ValueError as error:
             console.print(f"left out: {error}")
             continue
@@ -270,23 +272,23 @@ def wanted(names: list[str], keep: float, console: Console) -> Iterator[Method]:
         elif not isinstance(method, tuple(base for base, _ in WORK)):
             console.print(f"left out: {name} chooses while it decodes: foveate bench times it")
         else:
-            yield method
+            yield label(name, options), method
 
 
 @torch.inference_mode()
 def measure(
-    model: Any, methods: list[Method], sizes: list[int], repeat: int, results: Results, console: Console
+    model: Any, methods: list[tuple[str, Method]], sizes: list[int], repeat: int, results: Results, console: Console
 ) -> None:
     depth = model.config.text_config.num_hidden_layers
     for n in sizes:
-        missing = [method for method in methods if not results.find(method=method.name, image_tokens=n)]
+        missing = [one for one in methods if not results.find(method=one[0], image_tokens=n)]
         if not missing:
             continue
         layers = timed_layers(n, depth)
         times = clock(prefill(model, BEFORE + n + AFTER, layers), 3 if n <= 3000 else 1, model.device)
         whole = median(times) * depth / layers
         console.print(f"{n:,} tokens: prefill {whole:,.0f} ms")
-        for method in missing:
+        for name, method in missing:
             make = next(make for base, make in WORK if isinstance(method, base))
             select, read = make(method, Sizes(model, n))
             scale = 1.0
@@ -295,11 +297,11 @@ def measure(
                 scale = own / timed_layers(n, own)
             low, middle, high = (scale * each for each in quartiles(clock(select, repeat, model.device)))
             reading = None if read is None else median(clock(read, repeat, model.device))
-            row = {"method": method.name, "image_tokens": n, "selection_ms": middle}
+            row = {"method": name, "image_tokens": n, "selection_ms": middle}
             row |= {"selection_q1_ms": low, "selection_q3_ms": high, "reading_ms": reading, "prefill_ms": whole}
             row |= {"prefill_runs": len(times), "layers_timed": layers}
             results.add(row | {"of_prefill_share": (middle + (reading or 0)) / whole})
-            console.print(f"  {method.name}: {middle:,.2f} ms, {100 * middle / whole:.2f} %; reading {reading}")
+            console.print(f"  {name}: {middle:,.2f} ms, {100 * middle / whole:.2f} %; reading {reading}")
 
 
 def main() -> None:
@@ -314,7 +316,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder of results")
     args = parser.parse_args()
     console = Console(stderr=True)
-    methods = list(wanted(args.methods.split(","), args.keep, console))
+    methods = list(wanted(args.methods, args.keep, console))
     sizes = [int(size) for size in args.sizes.split(",")]
     settings = {name: getattr(args, name) for name in ("geometry", "dtype", "keep", "repeat")}
     settings |= {"device": device_name(args.device), "threads": torch.get_num_threads()}
