@@ -147,6 +147,8 @@ def test_what_does_not_go_with_a_model() -> None:
         check("fopru", "llava", False, vision_feature_layer=1)
     with pytest.raises(ValueError, match="shows none"):
         check("fopru", "fast_vlm", False)
+    with pytest.raises(ValueError, match="pixtral encoder"):
+        check("divprune", "pixtral", False)
     with pytest.raises(ValueError, match="families"):
         Settings.parse({"method": "fopru", "keep": 0.25}).check_model(SimpleNamespace(model_type="bert"), False)
 

@@ -38,6 +38,9 @@ UNSERVED = {
     "InternVLChatModel": "its configuration is the checkpoint's own: take the one in transformers' format (-hf)",
 }
 
+# The same of a model type with another encoder than its architecture was compared with.
+UNCOMPARED = {("llava", "pixtral"): "it was not compared with transformers yet"}
+
 Positions = Literal["original", "compact"]
 _READABLE = ATTENTION | {"features", "states"}
 
@@ -143,6 +146,12 @@ class Settings:
         family = get_family(config)
         if family is None:
             raise ValueError(f"foveate knows no {config.model_type} models: `foveate families` lists those it knows")
+        parts = config.model_type, getattr(config.vision_config, "model_type", None)
+        if parts in UNCOMPARED:
+            raise ValueError(
+                f"foveate serves no {parts[0]} models with a {parts[1]} encoder ({UNCOMPARED[parts]}): run it in "
+                "transformers with foveate.prune, or serve it without foveate"
+            )
         if family.deepstack is not None and not self.method.only_drops:
             raise ValueError(
                 f"{self.method.name} merges tokens, and {config.model_type} models add features of each token to later "
