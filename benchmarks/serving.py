@@ -6,9 +6,9 @@ A LLaVA of random weights: a language model of 142 million parameters behind a s
 `--at-once` pictures at a time, no two alike, no caches. float32, as processors without bfloat16 imitate it slowly.
 `keep` alternates from batch to batch in one engine; what is compared runs in turn.
 
-engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and what the
-encoder took at keep 1.0 beyond its text; of_ideal: how near the engine comes. server: the OpenAI server. stock: a vLLM
-without foveate; beside stock: keep 1.0 in the same turns. choosing: what a request spends on it, of its time there.
+engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and the
+encoder's time in the engine without choosing; of_ideal: how near the engine comes. server: the OpenAI server. stock: a
+vLLM without foveate; beside stock: keep 1.0 in the same turns. choosing: what a request spends on it, of its time there.
 CPU seconds are of the process and its children: other work on the machine adds to the clock, hardly to them.
 """
 
@@ -202,6 +202,20 @@ class Server:
         return Timed(time.perf_counter() - clock, self.cpu() - cpu, prompts[0])
 
 
+class Encoder:
+    """How long a model's encoder takes, choosing included, from now on."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds, self.pictures, self._encode = 0.0, 0, model.embed_multimodal
+        model.embed_multimodal = self
+
+    def __call__(self, **inputs: Any) -> Any:
+        began = time.process_time()
+        found = self._encode(**inputs)
+        self.seconds, self.pictures = self.seconds + time.process_time() - began, self.pictures + len(found)
+        return found
+
+
 KEEPS = (1.0, 0.25)
 
 
@@ -227,14 +241,13 @@ def measure(results: Results, options: argparse.Namespace) -> None:
                 length = answered(llm, pictures(1, keep), 1).prompt_tokens
                 runs[f"text {keep}"] = lambda n=length: answered(llm, texts(count, n), options.tokens)  # type: ignore[misc]
             (model,) = llm.apply_model(lambda model: model)
+            encoder = Encoder(model)
             taken = in_turn(runs, options.repeat)
             choosing = model._choosing.seconds / model._choosing.pictures
+            encoding = encoder.seconds / encoder.pictures - choosing
         (whole, own), (text, less) = ([taken[f"{run} {keep}"] for keep in KEEPS] for run in ("engine", "text"))
-        ideal = Timed(
-            less.seconds + whole.seconds - text.seconds,
-            less.cpu_seconds + whole.cpu_seconds - text.cpu_seconds,
-            own.prompt_tokens,
-        )
+        seconds = count * encoding
+        ideal = Timed(less.seconds + seconds, less.cpu_seconds + seconds, own.prompt_tokens)
         add("engine", 1.0, whole)
         share = {"choosing_share": choosing / (own.cpu_seconds / count)}
         of_ideal = {"of_ideal": ideal.seconds / own.seconds, "cpu_of_ideal": ideal.cpu_seconds / own.cpu_seconds}
