@@ -8,7 +8,7 @@ A LLaVA of random weights: a language model of 142 million parameters behind a s
 
 engine: `LLM.generate`. text: the same engine given prompts of as many words, no picture. ideal: that, and the
 encoder's time in the engine without choosing; of_ideal: how near the engine comes. server: the OpenAI server. stock: a
-vLLM without foveate; beside stock: keep 1.0 in the same turns. choosing: what a request spends on it, of its time there.
+vLLM without foveate; beside stock: keep 1.0 in the same turns. choosing: what a request spends on it, of its time.
 CPU seconds are of the process and its children: other work on the machine adds to the clock, hardly to them.
 """
 
