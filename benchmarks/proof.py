@@ -141,13 +141,13 @@ def contrasted(family: str, batch: str, attn: str, decoding: str) -> Pair:
 
 
 def grouped(family: str, batch: str, attn: str, decoding: str) -> Pair:
-    """VisToG, which makes groups at any keep."""
+    """VisToG, whose keep is a number of groups."""
     method = test_vistog.trained(family)
     return test_vistog.check(family, method, tiny.BATCHES[batch], attn, oracle.DECODING[decoding]), None
 
 
 def compressed(family: str, batch: str, attn: str, decoding: str) -> Pair:
-    """QueCC, which makes tokens of its own at any keep."""
+    """QueCC, whose keep is a number of tokens of its own."""
     method, inputs = test_quecc.written(Path(FOLDER.name), family, 4), tiny.inputs(family, **tiny.BATCHES[batch])
     return test_quecc.check(method, family, inputs, attn, oracle.DECODING[decoding])[1], None
 
@@ -159,7 +159,7 @@ def routed(family: str, batch: str, attn: str, decoding: str) -> Pair:
 
 
 def merged_over_frames(name: str, batch: str, attn: str, decoding: str) -> Pair:
-    """FastVID and HoliTom, which merge at any keep."""
+    """FastVID and HoliTom, which merge."""
     spec = {"videos": (1,), **VIDEOS[batch]}
     return test_merging_video.check_videos(name, spec, attn, oracle.DECODING[decoding]), None
 
