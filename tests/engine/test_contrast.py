@@ -106,7 +106,7 @@ def check(family: str, batch: dict, attn: str, amplify: str = "reduced", model=N
 @batches
 @backends
 @pytest.mark.parametrize("decoding", DECODING)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_every_step_is_the_contrast_of_two_dense_runs(family, batch, decoding, attn):
     check(family, tiny.inputs(family, **tiny.BATCHES[batch]), attn, **DECODING[decoding])
 

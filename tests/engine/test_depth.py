@@ -167,7 +167,7 @@ def check(family: str, method: VideoLLMMoD, batch: dict, spec: dict, attn: str =
 @families
 @batches
 @pytest.mark.parametrize(("options", "attn", "decoding"), runs(*OPTIONS))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_logits_equal_a_plain_model_routed_by_hand(family, batch, options, attn, decoding):
     spec, method = tiny.BATCHES[batch], trained(family, *OPTIONS[options])
     check(family, method, tiny.inputs(family, **spec), spec, attn, **oracle.DECODING[decoding])

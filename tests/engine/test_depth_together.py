@@ -20,7 +20,7 @@ import foveate
 from foveate.evaluation.proving import prove
 from foveate.methods.videollm_mod import VideoLLMMoD
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 # Methods beside the routed layers, the routed layers, and for each of them a layer whose rows tell what was left there.
 TOGETHER = {

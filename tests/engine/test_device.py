@@ -15,7 +15,7 @@ import foveate
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.proving import prove
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 # Beside the rows of the matrix: methods that are proven in files of their own.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def check(family: str, name: str, batch: dict, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), ROWS)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_every_method_works_on_a_device(family, name):
     check(family, name, tiny.inputs(family, **tiny.BATCHES["ragged"]))
 

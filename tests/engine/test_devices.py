@@ -20,7 +20,7 @@ from foveate.families import get_family
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = [
-    pytest.mark.sampled(5),
+    pytest.mark.sampled(8),
     pytest.mark.filterwarnings("ignore:The following device_map keys"),  # single weights, which it asks for
 ]
 

@@ -48,7 +48,7 @@ def unless_upstream_fails(family, batch, **kwargs):
 
 
 @pytest.mark.parametrize(("family", "name", "batch", "decoding", "attn"), rows())
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_logits_equal_the_dense_reference(family, name, batch, decoding, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     with unless_upstream_fails(family, batch, **oracle.DECODING[decoding]):

@@ -323,7 +323,7 @@ def test_a_guide_may_be_asked_about_a_prompt_that_ends_in_a_picture(family, thre
 
 
 @pytest.mark.parametrize(("family", "name"), [f for f in in_decoder if f[0] != "qwen2_5_vl"])  # refuses such masks
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_image_tokens_that_the_mask_hides_are_no_candidates(family, name):
     """Budgets count what can be seen, and logits equal the dense reference's."""
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family)
@@ -348,7 +348,7 @@ def other_default():
 @pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] in ("llava", "mllama")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_what_is_kept_does_not_follow_the_default_dtype(family, name, dtype, other_default):
     batch, model = tiny.inputs(family, **tiny.BATCHES["ragged"]), tiny.build(family)
     with prune(model, name) as pruned:
@@ -395,7 +395,7 @@ def with_answers(batch, seed=0):
 @pytest.mark.parametrize("size", tiny.BATCHES)
 @pytest.mark.parametrize(("family", "name"), SCORED)
 @torch.no_grad()
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_an_answer_in_one_forward_is_scored_as_generate_would(family, name, size):
     batch, model = tiny.inputs(family, **tiny.BATCHES[size]), tiny.build(family)
     prompt = batch["input_ids"].shape[1]

@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import foveate
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 # mllama does not support flash attention
 flash_fits = pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] != "mllama"])

@@ -63,7 +63,7 @@ LAYOUTS += [(name, "video") for name in tiny.VIDEO_FAMILIES]
 
 
 @pytest.mark.parametrize(("family", "medium"), LAYOUTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_a_token_is_made_of_exactly_the_patches_that_its_layout_names(family, medium):
     layouts, made, seen, prefix = encoded(family, medium)
     first = 0
@@ -82,7 +82,7 @@ def test_a_token_is_made_of_exactly_the_patches_that_its_layout_names(family, me
 
 @families
 @pytest.mark.parametrize("name", ["fopru_rank", "divprune", "plphp", pytest.param("fastv", marks=pytest.mark.slow)])
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_an_image_keeps_the_same_tokens_beside_an_image_of_another_kind(family, name):
     known, method = tiny.found[family], METHODS[name][0]
     if method in known.refused:

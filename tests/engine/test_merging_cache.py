@@ -153,7 +153,7 @@ class Dense:
 @families
 @batches
 @pytest.mark.parametrize(("distance", "attn", "decoding"), runs(5, None, 12))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_elastic_cache_equals_a_plain_cache_merged_by_hand(family, batch, distance, attn, decoding):
     """With 12 the last evicted entries are generated tokens."""
     spec, decoding = tiny.BATCHES[batch], oracle.DECODING[decoding]
@@ -223,7 +223,7 @@ ZIPVL = {
 @families
 @batches
 @pytest.mark.parametrize(("options", "attn", "decoding"), runs(*ZIPVL))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_zipvl_equals_a_plain_model_with_silent_rows(family, batch, options, attn, decoding):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     run, report = pruned(family, batch, ZIPVL[options], oracle.DECODING[decoding], attn)

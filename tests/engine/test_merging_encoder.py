@@ -210,7 +210,7 @@ def check(name: str, family: str, spec: dict, attn: str, decoding: dict) -> None
 @batches
 @backends
 @decodings
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_logits_equal_a_plain_model_with_merged_embeddings(name, family, batch, attn, decoding):
     check(name, family, tiny.BATCHES[batch], attn, decoding)
 

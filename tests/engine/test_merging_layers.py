@@ -138,7 +138,7 @@ OPTIONS = {"most": (0.25, 1.0), "published": (0.5, 0.3), "number": (9, 0.5)}
 @families
 @batches
 @pytest.mark.parametrize(("options", "attn", "decoding"), runs(*OPTIONS))
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_recycling_equals_a_plain_model_merged_by_hand(family, batch, options, attn, decoding):
     spec, decoding = tiny.BATCHES[batch], oracle.DECODING[decoding]
     batch, (keep, recycle) = tiny.inputs(family, **spec), OPTIONS[options]

@@ -61,7 +61,7 @@ def test_streaming_brings_the_same_tokens(family, name):
 @backends
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @torch.no_grad()
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_plain_forward_equals_the_dense_reference(family, name, batch, attn):
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
     with prune(model, name) as pruned:
@@ -97,7 +97,7 @@ def test_forward_by_hand_goes_on_like_generate(family, name):
 @pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("name", BEFORE_LLM)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_without_a_cache_the_logits_are_the_same(family, name, batch):
     """What is dropped before the LLM needs no cache; every step is then a prefill with the same choice."""
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family)
@@ -264,7 +264,7 @@ class EverySecondLayer(CacheMethod):
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @backends
 @pytest.mark.parametrize("decoding", oracle.DECODING)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_pruned_and_full_layers_live_side_by_side(family, batch, decoding, attn):
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
     with foveate.prune(model, EverySecondLayer(keep=0.5), record=True) as pruned:
@@ -279,7 +279,7 @@ def test_pruned_and_full_layers_live_side_by_side(family, batch, decoding, attn)
 @pytest.mark.parametrize("together", TOGETHER)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @backends
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_methods_together_equal_the_dense_reference(family, together, batch, attn):
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
     with foveate.prune(model, TOGETHER[together], record=True) as pruned:
@@ -312,7 +312,7 @@ def test_two_methods_together(family, second, batch):
 @places
 @backends
 @pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_a_second_turn_of_text(family, name, batch, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     check_second_turn(tiny.build(family, attn), name, batch, image=False)
@@ -321,7 +321,7 @@ def test_a_second_turn_of_text(family, name, batch, attn):
 @places
 @backends
 @pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_a_second_turn_with_a_new_image(family, name, batch, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     hides, later = check_second_turn(tiny.build(family, attn), name, batch, image=True)

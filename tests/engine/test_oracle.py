@@ -48,7 +48,7 @@ def check(family: str, name: str, batch: dict, attn: str, **kwargs) -> None:
 
 
 @everywhere()
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 def test_logits_equal_the_dense_reference(family, name, batch, decoding, attn):
     check(family, name, tiny.inputs(family, **tiny.BATCHES[batch]), attn, **oracle.DECODING[decoding])
 
@@ -68,7 +68,7 @@ def test_images_side_by_side_stay_two_images(family, name, attn):
 
 @fits
 @backends
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_rows_without_an_image_are_left_alone(family, name, attn):
     batch = tiny.inputs(family, images=(1, 0, 2), text=(3, 6, 4))
     check(family, name, batch, attn, **oracle.GREEDY)
@@ -85,7 +85,7 @@ def other_parts():
 
 
 @pytest.mark.parametrize(("variant", "name", "attn"), other_parts())
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 def test_other_encoders_and_decoders_equal_the_dense_reference(variant, name, attn):
     """SigLIP without a [CLS] token, CLIP that hands its own on, and decoders other than Llama."""
     check(variant, name, tiny.inputs(variant, **tiny.BATCHES["ragged"]), attn, **oracle.GREEDY)
@@ -94,7 +94,7 @@ def test_other_encoders_and_decoders_equal_the_dense_reference(variant, name, at
 @places
 @batches
 @pytest.mark.parametrize("keep", [1, 0.01, 0.99])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_extremes_equal_the_dense_reference(family, name, batch, keep):
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family)
     with prune(model, name, keep=keep) as pruned:
@@ -127,7 +127,7 @@ def test_half_precision_runs_and_keeping_everything_stays_exact(family, name):
 
 
 @everywhere(lambda batch, decoding, attn: (batch, decoding, attn) == ("ragged", "beams", "sdpa"))
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_keeping_everything_changes_nothing_at_all(family, name, batch, decoding, attn):
     batch, model = tiny.inputs(family, **tiny.BATCHES[batch]), tiny.build(family, attn)
     untouched = oracle.run(model, batch, **oracle.DECODING[decoding])
@@ -143,7 +143,7 @@ def test_keeping_everything_changes_nothing_at_all(family, name, batch, decoding
 
 @fits
 @batches
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_the_report_describes_the_cache(family, name, batch):
     spec = tiny.BATCHES[batch]
     batch, model = tiny.inputs(family, **spec), tiny.build(family)
@@ -212,7 +212,7 @@ LAYERS_DIFFER = (
 
 @pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[0] != "mllama" and f[1] not in LAYERS_DIFFER])
 @batches
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_each_image_keeps_its_share(family, name, batch):
     spec = tiny.BATCHES[batch]
     batch = tiny.inputs(family, **spec)
@@ -301,7 +301,7 @@ def test_trimmed_llama_keeps_a_union_of_heads_and_no_padded_tile(batch):
 
 
 @pytest.mark.parametrize(("family", "name"), [f for f in FITS if f[1] != "random"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_choices_do_not_depend_on_the_batch(family, name):
     """An image keeps the same tokens alone, beside another row, behind padding, and in every beam."""
     alone, model = tiny.inputs(family), tiny.build(family)
@@ -365,7 +365,7 @@ MISTAKES = {
 
 @places
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_the_oracle_sees_a_wrong_mask(family, name, mistake):
     batch = tiny.inputs(family, **tiny.BATCHES["one"])
     run, report = pruned_run(tiny.build(family), name, batch, **oracle.GREEDY)

@@ -13,7 +13,7 @@ import foveate
 from foveate.engine.attention import Attention
 from foveate.engine.masks import gather_mask, says_more
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 OWN = [name for name in (*tiny.FAMILIES, *tiny.VARIANTS) if tiny.found[name].both_ways or tiny.found[name].window]
 BOTH_WAYS = [name for name in OWN if tiny.found[name].both_ways]

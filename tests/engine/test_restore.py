@@ -12,7 +12,7 @@ from cases import FITS, PLACES, prune, pruned_run
 from torch import nn
 from traces import changes, snapshot
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 places = pytest.mark.parametrize(("family", "name"), PLACES)
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -46,7 +46,7 @@ at_places = pytest.mark.parametrize(
 
 
 @everywhere
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 def test_leaving_the_block_restores_everything(world, name):
     model, batch, untouched = world
     with prune(model, name):

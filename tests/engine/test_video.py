@@ -13,7 +13,7 @@ from oracle import Hide, hidden
 
 import foveate
 
-pytestmark = pytest.mark.sampled(5)
+pytestmark = pytest.mark.sampled(8)
 
 FAR = 1e-2  # what a mistake costs at least
 # Methods that compare frames; those of the matrix see each frame as a tile.

@@ -12,7 +12,7 @@ from oracle import hidden
 import foveate
 from foveate.engine.attention import Attention
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 # Where all layers see a window, only what is dropped before the LLM counts.
 FITS = [("llava_sliding", name) for name in BEFORE_LLM]

@@ -212,7 +212,7 @@ def watch_lengths(bench, run):
         (foveate.get_method("visual_snapkv", keep=9), [100, 100, 100, 100], [73, 73, 73, 73]),
     ],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_the_ideal_has_as_many_tokens_in_every_layer_as_the_method(method, computed, held, padded, attn):
     it = bench(attn, batch=2, padded=padded)
 

@@ -52,7 +52,7 @@ def proof(family, methods, *, attn="sdpa", batch="one", steps=5):
 @pytest.mark.parametrize("family", tiny.CORE_DECODERS)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_a_method_that_drops_is_proven(family, name, attn):
     found = proof(family, build((name, METHODS[name])), attn=attn)
     assert found.holds and found.same_tokens and not found.blind and not found.faults
@@ -139,7 +139,7 @@ def test_methods_that_merge_are_refused_before_anything_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", foveate.methods())
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_every_method_is_proven_or_refused(name):
     """Also those that come later."""
     cls = foveate.method_class(name)

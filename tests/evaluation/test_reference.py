@@ -20,7 +20,7 @@ def random_keep(shape: tuple[int, ...], count: int, prunable: torch.Tensor, seed
 @pytest.mark.parametrize("decoding", DECODING)
 @pytest.mark.parametrize("batch", tiny.BATCHES)
 @pytest.mark.parametrize("family", tiny.CORE)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_hiding_nothing_gives_the_untouched_logits(family, batch, decoding, attn):
     batch = tiny.inputs(family, **tiny.BATCHES[batch])
     untouched = oracle.run(tiny.build(family, attn), batch, **DECODING[decoding])
