@@ -389,7 +389,8 @@ def test_a_prompt_in_chunks_equals_the_dense_reference_in_chunks(family, batch, 
         try:
             run = oracle.run(model, batch, **asked, **own)
         except foveate.UnsupportedError as refused:
-            assert family in ("qwen3_5", "lfm2_vl") and "one sample at a time" in str(refused)
+            hybrid = family in ("qwen3_5", "lfm2_vl") and "one sample at a time" in str(refused)
+            assert hybrid or (family == "gemma3" and cache == "static" and "windows" in str(refused))
             return
         report = pruned.report
     assert error(family, batch, run, report, prefill_chunk_size=size) < TOLERANCE

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .fixtures import Fixtures, NotPickled
 from .forward import Forward
+from .gaps import is_gapped
 from .generation import GenerateCall
 from .images import EncodedImage, attached
 from .target import Target
@@ -75,6 +76,7 @@ class Chunks(NotPickled, threading.local):
         if self._prompt is None:
             return None
         if self._whole is None:
+            _check_windows(forward.cache)
             ids, mask, images = self._prompt
             ids = ids if mask is None else ids[:, forward.past - mask.shape[1] :]
             whole = Forward(
@@ -90,3 +92,12 @@ class Chunks(NotPickled, threading.local):
         start = forward.past - self._whole.past
         forward.part = self._keep[:, start : start + forward.queries]
         return self._whole
+
+
+def _check_windows(cache: Any) -> None:
+    """Raise UnsupportedError where layers with a window have a fixed size: a chunk may push out what it needs."""
+    if is_gapped(cache) and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise UnsupportedError(
+            "with prefill_chunk_size and a static cache, the windows of this model's layers are not followed where "
+            "tokens are dropped: generate without prefill_chunk_size, or use the default dynamic cache"
+        )
