@@ -16,9 +16,12 @@ import foveate
 from foveate import glimpse
 from foveate.asking.sure import Sure
 from foveate.commands.app import app
+from foveate.engine.certified import rungs_of
 from foveate.evaluation import calibrate as calibrating
 from foveate.evaluation import calibrate_questions
+from foveate.evaluation.calibrate_options import Options
 from foveate.evaluation.calibrate_questions import Said
+from foveate.evaluation.calibrate_report import Certificate, Found, Point
 from foveate.evaluation.guarantees import Rule
 from foveate.evaluation.losses import LOSSES, find_loss
 from foveate.evaluation.monitor import look
@@ -91,16 +94,41 @@ def test_a_cascade_is_certified_and_asked(tmp_path, tiny):
     assert result.exit_code == 0, result.output
     held = json.loads(out.read_text())
     promised = held["certificate"]
-    if promised["policy"] == "cascade":
-        with pytest.raises(ValueError, match="certifies a cascade"):
-            foveate.Method.from_pretrained(out)
+    assert promised["grid"] == [1.0, 0.5] and promised["tried"]["csp"]["points"][0]["sure"] > 0
     promised |= {"policy": "cascade", "rungs": [0.5], "method": {**held["certificate"]["method"], "keep": 0.5}}
     words = ("examples/demo.png", "Where is the owl?", "--certificate", out, "--model", tiny, "--max-new-tokens", 8)
     for sure, last in ((1.5, "then untouched: all 144 image tokens"), (0.0, "72 of 144 image tokens")):
         out.write_text(json.dumps({**held, "certificate": {**promised, "sure": sure}}))
+        with pytest.raises(ValueError, match="certifies a cascade"):
+            foveate.Method.from_pretrained(out)
         result = run(*words, command="ask")
         assert result.exit_code == 0 and last in " ".join(result.stdout.split()), result.output
         assert "csp keep 0.5: 0." in result.stdout or "csp keep 0.5: 1." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("certified", "policy", "rungs", "sure", "keeps"),
+    [(True, "cascade", [0.25], 0.9, [0.25]), (False, "fixed", [], None, [1.0])],
+)
+def test_a_cascade_of_which_nothing_is_certified_asks_once_with_everything(
+    certified, policy, rungs, sure, keeps, tmp_path
+):
+    point = Point(0.9, 100, 0.4, 1.0, certified, {"all": (100, 9.0, 0.2)})
+    found = Found("csp", "cascade", foveate.CSP(), [point], (0.25,), 2.0)
+    options = Options(
+        model="glimpse", data="glimpse", methods="csp", policy="cascade", agree=0.95, confidence=0.9,
+        guarantee="high", loss="exact", grid=None, groups=False, count=100, batch_size=8, max_new_tokens=8,
+        seed=0, device="auto", dtype="auto", attn=None, guide=None,
+    )  # fmt: skip
+    held = Certificate(options, Rule("binomial", 0.05, 0.1), 100, {"all": 100}, 3.0, [found], {}).to_dict()
+    promised = held["certificate"]
+    assert (promised["policy"], promised["rungs"], promised["sure"]) == (policy, rungs, sure)
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(held))
+    assert [method.keep for method in rungs_of(path)] == keeps
+    if not certified:
+        assert foveate.Method.from_pretrained(path).keep == 1.0
+        assert "keep=1.0 (nothing less can be promised)" in promised["statement"]
 
 
 # -- what it is checked against ---------------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def test_mistakes_are_told_before_anything_begins(words, says, tmp_path):
 def test_places_that_cannot_be_written_are_told(tmp_path, monkeypatch):
     assert "no folder" in told(run("--out", tmp_path / "none" / "schedule.json"))
     assert "is a folder" in told(run("--out", tmp_path))
-    monkeypatch.setattr(searching.os, "access", lambda *_: False)
+    monkeypatch.setattr(workplace.os, "access", lambda *_: False)
     assert "cannot be written to" in told(run("--out", tmp_path / "schedule.json"))
 
 

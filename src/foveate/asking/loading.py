@@ -60,6 +60,12 @@ def check_dtype(dtype: str) -> None:
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
 
 
+def dtype_name(dtype: str, config: Any) -> str:
+    """What `auto` will become, as far as the configuration says."""
+    own = getattr(config, "dtype", None)
+    return str(own).removeprefix("torch.") if dtype == "auto" and own is not None else dtype
+
+
 def built_in(model: str, dtype: str) -> tuple[str, str]:
     """The folder of a model that foveate brings, and the dtype that suits it; others as they are."""
     if model not in BUILT_IN:

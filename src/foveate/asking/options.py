@@ -61,6 +61,14 @@ def parse_keeps(text: str) -> list[float | int]:
     return list({repr(keep): keep for keep in keeps}.values())  # 1 (token) and 1.0 (all tokens) are equal otherwise
 
 
+def parse_grid(text: str, example: str) -> tuple[float, ...]:
+    """`0.5,0.25` as numbers; example: what to write where it is none."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise Mistake(f"--grid {text}: write fractions with commas between them, such as {example}") from None
+
+
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """`fopru,plphp:delta=0.2,layers=1:3` as names with options; the word `all` stands for itself."""
     parsed: list[tuple[str, dict[str, Any]]] = []

@@ -30,8 +30,9 @@ class Sure(LogitsProcessor):
         if input_ids.shape[1] != self._next:
             self._least = torch.zeros(len(input_ids), device=scores.device)
             self._ended = torch.zeros_like(self._least, dtype=torch.bool)
+            self._ends = self._ends.to(input_ids.device)
         else:
-            self._ended |= torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
+            self._ended |= torch.isin(input_ids[:, -1], self._ends)
         likeliest = scores.float().log_softmax(-1).amax(-1)
         self._least = torch.where(self._ended, self._least, self._least.minimum(likeliest))
         self._next = input_ids.shape[1] + 1

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
 from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.options import parse_grid
 from foveate.commands.parameters import (
     SEEDS,
     Attention,
@@ -100,7 +101,7 @@ def calibrate(
         confidence=confidence,
         guarantee=guarantee,
         loss=loss,
-        grid=None if grid is None else _fractions(grid),
+        grid=None if grid is None else parse_grid(grid, "1.0,0.5,0.25"),
         groups=groups,
         count=count,
         batch_size=batch_size,
@@ -132,10 +133,3 @@ def calibrate(
             draw(certificate.to_dict(), plot)
         except OSError as error:
             raise Mistake(f"cannot write {plot}: {one_line(error)}") from error
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise Mistake(f"--grid {text}: write fractions with commas between them, such as 1.0,0.5,0.25") from None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
-from foveate.asking.mistake import Mistake
+from foveate.asking.options import parse_grid
 from foveate.commands.parameters import (
     SEEDS,
     Attention,
@@ -71,7 +71,7 @@ def search(
         tolerance=tolerance,
         score=score,
         options=parse_options(None, option or []),
-        grid=None if grid is None else _fractions(grid),
+        grid=None if grid is None else parse_grid(grid, "0.25,0.5,0.75"),
         count=count,
         test=test,
         batch_size=batch_size,
@@ -87,13 +87,6 @@ def search(
     shown.print(found.scores().rich(), "", found.layers().rich(), "", sep="\n", crop=False)
     for line in (*found.sentences(), *_ways(found, out)):
         shown.print(Text(line), soft_wrap=True)
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise Mistake(f"--grid {text}: write fractions with commas between them, such as 0.25,0.5,0.75") from None
 
 
 def _ways(found: Found, out: Path) -> list[str]:

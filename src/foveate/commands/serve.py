@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.asking.loading import built_in, hush, read_config
+from foveate.asking.loading import built_in, dtype_name, hush, read_config
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import typed
 from foveate.asking.subject import config_digest
 from foveate.commands.parameters import Keep, Options
 from foveate.commands.prepare import parse_options
-from foveate.evaluation.workplace import dtype_name
 
 if TYPE_CHECKING:
     from foveate.vllm.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from foveate.asking.loading import built_in, check_dtype, hush, load, read_config, resolve_device
+from foveate.asking.loading import built_in, check_dtype, dtype_name, hush, load, read_config, resolve_device
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.options import parse_keeps, parse_methods, variants
 from foveate.asking.subject import option_files
@@ -24,7 +24,7 @@ from .results import Results, Row
 from .speed import KEYS, Bench, run
 from .synthetic import synthetic
 from .tables import Table, table
-from .workplace import device_name, dtype_name, fitting
+from .workplace import device_name, fitting
 
 HEADS = {
     "method": "method",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from foveate.asking.loading import (
-    BUILT_IN,
     GLIMPSE,
     built_in,
     check_dtype,
+    dtype_name,
     hush,
     load,
     load_guide,
@@ -39,7 +38,7 @@ from .policies import Judge, cascade, descend
 from .questions import FILE, Item, draw, from_folder
 from .results import Row, write
 from .search_questions import Notes
-from .workplace import device_name, dtype_name, fitting, known_family, own_questions, some, usable
+from .workplace import check_data, check_out, device_name, fitting, known_family, own_questions, some, usable
 
 FIRST = 700_000  # of glimpse's questions: tables are made of the first ones, `foveate search` takes those from 500,000
 ALL = "all"  # the group of all questions, where no type has a promise of its own
@@ -75,8 +74,10 @@ def calibrate(options: Options, out: Path, console: Console) -> Certificate:
             found = []
             for number, variant in enumerate(chosen):
                 progress.update(bar, description=variant.label)
-                policy = cascade if options.policy == "cascade" else descend
-                found.append(policy(asked, variant, options.steps, judge, mass=options.policy == "mass"))
+                if options.policy == "cascade":
+                    found.append(cascade(asked, variant, options.steps, judge))
+                else:
+                    found.append(descend(asked, variant, options.steps, judge, mass=options.policy == "mass"))
                 progress.update(bar, completed=(1 + (number + 1) * len(options.steps)) * len(asked.batches))
                 if not console.is_terminal:
                     say(f"{variant.label}: {found[-1]}")
@@ -110,21 +111,12 @@ def check(options: Options, out: Path | None) -> Loss:
         if len(set(grid)) == 1:
             raise Mistake(f"{written} leaves nothing to choose: add smaller budgets, such as 1.0,0.75,0.5,0.25")
     check_dtype(options.dtype)
-    if options.data is None and options.model not in BUILT_IN:
-        raise Mistake(f"--data is missing: a folder with a {FILE}, or {GLIMPSE} for the drawn pictures of glimpse")
+    check_data(options.model, options.data)
     loss = find_loss(options.loss)
     options.rule(1).p(0, 1)  # without scipy, now
     if out is not None:
         _check_sample({ALL: options.count}, options.rule(1), options)  # before the methods and groups are known
-    if out is None:
-        return loss
-    if not out.absolute().parent.is_dir():
-        raise Mistake(f"--out {out}: no folder {out.parent}; make it first")
-    if out.exists():
-        what = "is a folder: name a file in it" if out.is_dir() else "is there already: delete it or name another file"
-        raise Mistake(f"--out {out} {what}")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise Mistake(f"--out {out}: the folder {out.absolute().parent} cannot be written to; name another")
+        check_out(out)
     return loss
 
 

@@ -70,25 +70,16 @@ class Found:
     rungs: tuple[float, ...]
     seconds: float
 
-    @classmethod
-    def of(
-        cls,
-        label: str,
-        policy: str,
-        method: Method,
-        points: Sequence[Point],
-        rungs: tuple[float, ...] = (),
-        seconds: float | None = None,
-    ) -> Found:
-        """seconds: where the answers of several points are the same; else what the points took together."""
-        own = sum(point.seconds for point in points) if seconds is None else seconds
-        return cls(label, policy, method, points, rungs, own)
-
     @property
     def best(self) -> Point | None:
         """The certified point that keeps least; None where nothing less than everything may be promised."""
         certified = [point for point in self.points if point.certified and point.kept < 1]
         return min(certified, key=lambda point: point.kept, default=None)
+
+    @property
+    def climbs(self) -> bool:
+        """Whether what is promised asks again; a cascade of which nothing may be promised asks once, with all."""
+        return bool(self.rungs) and self.best is not None
 
     @property
     def kept(self) -> float:
@@ -159,7 +150,7 @@ class Certificate:
         promised: Row = {
             "statement": self.statement,
             "method": config,
-            "policy": "cascade" if best.rungs and best.best is not None else best.policy,
+            "policy": "fixed" if best.rungs and not best.climbs else best.policy,
             "agree": options.agree,
             "confidence": options.confidence if self.rule.error is not None else None,
             "guarantee": options.guarantee,
@@ -171,8 +162,8 @@ class Certificate:
             "groups": self.groups if options.groups else None,
             "grid": [1.0, *options.steps],
             "kept": round(best.kept, 4),
-            "rungs": list(best.rungs),
-            "sure": best.best.at if best.rungs and best.best is not None else None,
+            "rungs": list(best.rungs) if best.climbs else [],
+            "sure": best.best.at if best.climbs and best.best is not None else None,
             "tried": {
                 each.label: {
                     "promised": str(each),

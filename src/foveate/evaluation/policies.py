@@ -70,10 +70,11 @@ def descend(asked: Asked, variant: Variant, steps: Sequence[float], judge: Judge
         points.append(judge.point(step, column, worst, _mean([said.kept for said in column if said])))
         if not points[-1].certified:
             break
-    return Found.of(variant.label, "mass" if mass else "fixed", variant.method, points)
+    seconds = sum(point.seconds for point in points)
+    return Found(variant.label, "mass" if mass else "fixed", variant.method, points, (), seconds)
 
 
-def cascade(asked: Asked, variant: Variant, steps: Sequence[float], judge: Judge, *, mass: bool = False) -> Found:
+def cascade(asked: Asked, variant: Variant, steps: Sequence[float], judge: Judge) -> Found:
     """Ask with the fewest tokens first, and again with more where the model is not sure enough, untouched at last.
 
     Every demand on how sure it must be is judged on the same answers.
@@ -89,7 +90,7 @@ def cascade(asked: Asked, variant: Variant, steps: Sequence[float], judge: Judge
         if not points[-1].certified:
             break
     seconds = sum(said.seconds for column in columns for said in column)
-    return Found.of(variant.label, "cascade", variant.method, points, tuple(rungs), seconds)
+    return Found(variant.label, "cascade", variant.method, points, tuple(rungs), seconds)
 
 
 def climb(columns: Sequence[Sequence[Said]], whole: Column, demand: float) -> tuple[list[Said], np.ndarray]:

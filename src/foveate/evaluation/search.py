@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from foveate.asking.loading import (
-    BUILT_IN,
     GLIMPSE,
     built_in,
     check_dtype,
+    dtype_name,
     hush,
     load,
     resolve_device,
@@ -39,7 +38,7 @@ from .runner import Batches
 from .schedules import BUDGETS, Rates, Trial, Trials, greedy, least_curve, settle
 from .search_questions import Notes, Part, Questions, mean
 from .search_report import Found, percent
-from .workplace import device_name, dtype_name, fitting, known_family, own_questions, some, usable
+from .workplace import check_data, check_out, device_name, fitting, known_family, own_questions, some, usable
 
 FIRST = 500_000  # of glimpse's questions: tables are made of the first ones
 FEWEST = 20  # questions of either part
@@ -118,15 +117,8 @@ def _check(options: Options, out: Path) -> None:
     if min(options.count, options.test) < FEWEST:
         raise Mistake(f"--count and --test must be at least {FEWEST}: fewer questions say nothing of 0.01")
     check_dtype(options.dtype)
-    if options.data is None and options.model not in BUILT_IN:
-        raise Mistake(f"--data is missing: a folder with a data.jsonl, or {GLIMPSE} for the drawn pictures of glimpse")
-    if not out.absolute().parent.is_dir():
-        raise Mistake(f"--out {out}: no folder {out.parent}; make it first")
-    if out.exists():
-        what = "is a folder: name a file in it" if out.is_dir() else "is there already: delete it or name another file"
-        raise Mistake(f"--out {out} {what}")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise Mistake(f"--out {out}: the folder {out.absolute().parent} cannot be written to; name another")
+    check_data(options.model, options.data)
+    check_out(out)
 
 
 def _prepare(options: Options, out: Path) -> tuple[Any, Notes, tuple[Questions, Questions], list[tuple[int, str]]]:

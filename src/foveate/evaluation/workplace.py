@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from foveate.asking.loading import (
     GLIMPSE_VIDEO,
     built_in,
     check_dtype,
+    dtype_name,
     hush,
     load,
     load_guide,
@@ -82,8 +84,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
         raise Mistake(f"--match {options.match} is unknown: use {' or '.join(MATCHES)}")
     check_dtype(options.dtype)
     model, data, seed, count = options.model, options.data, options.seed, options.count
-    if data is None and model not in BUILT_IN:
-        raise Mistake(f"--data is missing: a folder with a data.jsonl, or {GLIMPSE} for the drawn pictures of glimpse")
+    check_data(model, data)
     keeps = parse_keeps(options.keep)
     hush()
     named = options.guide or (GLIMPSE if model == GLIMPSE else None)
@@ -126,6 +127,23 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     batches = usable(processor, items, options.batch_size, bad)
     lost = [f"{FILE}, line {line}: {why}" for line, why in sorted(bad)]
     return Workplace(loaded, processor, batches, chosen, options.max_new_tokens, left_out, lost, groups)
+
+
+def check_data(model: str, data: str | None) -> None:
+    """Refuse a model of one's own without questions."""
+    if data is None and model not in BUILT_IN:
+        raise Mistake(f"--data is missing: a folder with a {FILE}, or {GLIMPSE} for the drawn pictures of glimpse")
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file that cannot be made, before anything is asked."""
+    if not out.absolute().parent.is_dir():
+        raise Mistake(f"--out {out}: no folder {out.parent}; make it first")
+    if out.exists():
+        what = "is a folder: name a file in it" if out.is_dir() else "is there already: delete it or name another file"
+        raise Mistake(f"--out {out} {what}")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise Mistake(f"--out {out}: the folder {out.absolute().parent} cannot be written to; name another")
 
 
 def own_questions(
@@ -191,12 +209,6 @@ def some(lines: Iterable[str], where: str = "", most: int = 10) -> list[str]:
     """Lines about what is left out, the first of many. where: the rest can be read."""
     lines = [f"left out: {line}" for line in lines]
     return lines if len(lines) <= most else [*lines[:most], f"left out: {len(lines) - most} more rows{where}"]
-
-
-def dtype_name(dtype: str, config: Any) -> str:
-    """What `auto` will become, as far as the configuration says."""
-    own = getattr(config, "dtype", None)
-    return str(own).removeprefix("torch.") if dtype == "auto" and own is not None else dtype
 
 
 def device_name(device: str) -> str:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from . import register
 from .base import EncoderMethod
-from .budgets import check_range, topk_mask
+from .budgets import check_choice, check_range, topk_mask
 from .greedy import first_of, one_by_one
 from .tokens import EncoderTokens
 
@@ -108,8 +108,7 @@ class ApET(EncoderMethod):
         check_range("basis", self.basis, 1, integer=True)
         if self.seed is not None:
             check_range("seed", self.seed, 0, integer=True)
-        if self.slots not in ("own", "weakest"):
-            raise ValueError(f'slots must be "own" or "weakest", got {self.slots!r}')
+        check_choice("slots", self.slots, ("own", "weakest"))
 
     @property
     def only_drops(self) -> bool:

@@ -56,7 +56,7 @@ class EncoderMethod(Method):
 
     def mass(self, tokens: EncoderTokens) -> Tensor:
         """What each token counts where an image keeps a share of the whole (`mass.by_mass`): (tiles, n)."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of methods whose scores add up, which say it
 
     @abstractmethod
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class CacheMethod(Method):
     def mass(self, scores: Tensor) -> Tensor:
         """What each entry counts where an image keeps a share of the whole (`mass.by_mass`): (groups, n), negative at
         padding alone. scores: what `score` returned."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of methods whose scores add up, which say it
 
     def statistics(self, scores: Tensor, groups: ImageGroups) -> Tensor:
         """What the budgets need to know of one layer: (statistics, groups). scores: what `score` returned."""

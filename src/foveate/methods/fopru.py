@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import register
 from .base import EncoderMethod
-from .budgets import check_range, topk_mask
+from .budgets import check_choice, check_range, topk_mask
 from .tokens import EncoderTokens
 
 
@@ -74,10 +74,8 @@ class FoPru(EncoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("back", self.back, 0, integer=True)
-        if self.attention not in ("patches", "cls"):
-            raise ValueError(f'attention must be "patches" or "cls", got {self.attention!r}')
-        if self.strategy not in ("rank", "row"):
-            raise ValueError(f'strategy must be "rank" or "row", got {self.strategy!r}')
+        check_choice("attention", self.attention, ("patches", "cls"))
+        check_choice("strategy", self.strategy, ("rank", "row"))
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]

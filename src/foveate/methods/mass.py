@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from . import method_class, method_names
 from .base import CacheMethod, EncoderMethod
 from .budgets import check_range
 from .method import Method
@@ -27,16 +28,25 @@ def by_mass(method: Method, mass: float) -> Method:
     check_range("mass", mass, 0, 1)
     if mass == 0:
         raise ValueError("mass must be a number in (0, 1], got 0")
+    plain = getattr(method, "plain", type(method))  # one that has a mass gets another
+    acts = _acting(plain)
+    if acts is None:
+        some = ", ".join(name for name in method_names() if _acting(method_class(name)) is not None)
+        raise UnsupportedError(
+            f"{method.name} has no scores of tokens that add up to a mass: give it one keep for all pictures, or use a "
+            f"method that has some ({some})"
+        )
+    cls: Any = type(plain.__name__, (acts, plain), {"held": float(mass), "plain": plain})
+    options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return cls(**{**options, "keep": 1.0})
+
+
+def _acting(plain: type[Method]) -> type[Method] | None:
+    """What gives methods of a class a mass; None where their scores add up to none."""
     for base, acts in ((EncoderMethod, _EncoderByMass), (CacheMethod, _CacheByMass)):
-        if isinstance(method, base) and type(method).mass is not base.mass:
-            plain = getattr(method, "plain", type(method))  # one that has a mass gets another
-            cls: Any = type(plain.__name__, (acts, plain), {"held": float(mass), "plain": plain})
-            options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-            return cls(**{**options, "keep": 1.0})
-    raise UnsupportedError(
-        f"{method.name} has no scores of tokens that add up to a mass: give it one keep for all pictures, or use a "
-        "method that has some (csp, visual_snapkv, elastic_cache, fopru, vtc_cls, divprune)"
-    )
+        if issubclass(plain, base) and plain.mass is not base.mass:
+            return acts
+    return None
 
 
 class _ByMass(Method):

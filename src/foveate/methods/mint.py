@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import register
 from .base import ContrastMethod
-from .budgets import check_range, floor_budget, topk_mask
+from .budgets import check_choice, check_range, floor_budget, topk_mask
 from .fastv import received_attention
 from .tokens import LayerTokens
 
@@ -74,8 +74,7 @@ class MINT(ContrastMethod):
         check_range("layer", self.layer, 1, integer=True)
         check_range("strength", self.strength, 0)
         check_range("plausibility", self.plausibility, 0, 1)
-        if self.amplify not in ("reduced", "full"):
-            raise ValueError(f'amplify must be "reduced" or "full", got {self.amplify!r}')
+        check_choice("amplify", self.amplify, ("reduced", "full"))
 
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import register
+from .budgets import check_choice
 from .tokens import LayerTokens
 from .visual_snapkv import VisualSnapKV
 
@@ -72,8 +73,7 @@ class MixKV(VisualSnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mix not in ("headwise", "equal"):
-            raise ValueError(f'mix must be "headwise" or "equal", got {self.mix!r}')
+        check_choice("mix", self.mix, ("headwise", "equal"))
 
     def score(self, tokens: LayerTokens) -> Tensor:
         attention, present = super().score(tokens), tokens.groups.present.unsqueeze(1)

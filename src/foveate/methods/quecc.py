@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import register
 from .base import EncoderMethod
+from .budgets import check_choice
 from .host import Host
 from .pooling import bands, cells
 from .tokens import EncoderTokens
@@ -132,8 +133,7 @@ class QueCC(TrainedMethod, EncoderMethod):
             raise ValueError(
                 f"keep must be the tokens per image that the weights were trained for, an int, got {self.keep!r}"
             )
-        if self.question not in ("own", "none"):
-            raise ValueError(f'question must be "own" or "none", got {self.question!r}')
+        check_choice("question", self.question, ("own", "none"))
 
     def initial(self, host: Host) -> dict[str, Tensor]:
         assert host.encoder is not None  # the engine took the model

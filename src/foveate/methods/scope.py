@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import register
 from .base import EncoderMethod
-from .budgets import check_range
+from .budgets import check_choice, check_range
 from .greedy import LIMIT, Cosines, covering_first, first_of
 from .tokens import EncoderTokens
 
@@ -65,8 +65,7 @@ class SCOPE(EncoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("alpha", self.alpha, 0)
-        if self.compare not in ("states", "features"):
-            raise ValueError(f'compare must be "states" or "features", got {self.compare!r}')
+        check_choice("compare", self.compare, ("states", "features"))
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         assert tokens.cls is not None and tokens.states is not None and tokens.features is not None

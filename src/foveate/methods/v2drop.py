@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from . import register
-from .budgets import topk_mask
+from .budgets import check_choice, topk_mask
 from .staged import StagedMethod
 from .tokens import LayerTokens
 
@@ -53,8 +53,7 @@ class V2Drop(StagedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.measure not in ("l2", "cosine"):
-            raise ValueError(f'measure must be "l2" or "cosine", got {self.measure!r}')
+        check_choice("measure", self.measure, ("l2", "cosine"))
 
     def select(self, tokens: LayerTokens) -> Tensor:
         assert tokens.entered is not None and tokens.left is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import register
 from .base import DepthMethod
 from .baselines import drawn, evenly, seeded
-from .budgets import check_range, floor_budget, topk_mask
+from .budgets import check_choice, check_range, floor_budget, topk_mask
 from .host import Host
 from .tokens import ImageGroups
 from .trained import TrainedMethod
@@ -72,8 +72,7 @@ class VideoLLMMoD(TrainedMethod, DepthMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("seed", self.seed, 0, 2**63 - 1, integer=True)
-        if self.router not in ("learned", "random", "uniform"):
-            raise ValueError(f'router must be "learned", "random" or "uniform", got {self.router!r}')
+        check_choice("router", self.router, ("learned", "random", "uniform"))
         if self.router != "learned" and self.weights is not None:
             raise ValueError(f'weights are of the learned router: use router="learned", not {self.router!r}')
         if isinstance(self.layers, (tuple, list)):  # JSON knows no tuples

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .budgets import check_choice
 from .tokens import EncoderTokens
 
 Text = Literal["behind", "all"]
@@ -13,8 +14,7 @@ Text = Literal["behind", "all"]
 
 def check_text(text: object) -> None:
     """Raise ValueError unless `text` is one of the choices."""
-    if text not in ("behind", "all"):
-        raise ValueError(f'text must be "behind" or "all", got {text!r}')
+    check_choice("text", text, ("behind", "all"))
 
 
 def words_that_count(tokens: EncoderTokens, text: Text) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class PrunedModel(Model):
                     )
                 here = index.to(merged.device)
                 rows = torch.cat([merged[here], features[i][here, self._hidden :]], 1)
-                kept[i] = self._woven(plans[i], rows, index) if plans[i].woven else rows, index
+                kept[i] = (self._woven(plans[i], rows, index) if plans[i].woven else rows), index
         return kept
 
     def _woven(self, plan: Plan, rows: Tensor, index: Tensor) -> Tensor:
