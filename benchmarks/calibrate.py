@@ -151,14 +151,14 @@ def main() -> None:
                 if results.find(method=name, policy=policy):
                     continue
                 method = foveate.get_method(name, keep=KEEPS[0])
-                variant = Variant(name, KEEPS[0], method)
+                variant = Variant(name, KEEPS[0], (method,))
                 if policy == "oracle":
                     results.add(oracle(method, name, fresh, whole))
                     continue
                 if policy == "cascade":
                     found = cascade(asked, variant, RUNGS, judge)
                 elif policy == "mass":
-                    massed = dataclasses.replace(variant, method=by_mass(method, MASSES[0]))
+                    massed = dataclasses.replace(variant, methods=(by_mass(method, MASSES[0]),))
                     found = descend(asked, massed, MASSES, judge, mass=True)
                 else:
                     found = descend(asked, variant, KEEPS, judge, mass=False)

@@ -3,9 +3,10 @@
 python benchmarks/defaults.py
 
 Which rows of the prompt rank what stays in the cache (`plphp`, `aircache`), how far PLPHP's layers move from `keep`
-(`delta`), and which layer and attention of the vision encoder FoPru reads. The questions are those of glimpse from
-number 500,000 on, with answers of more than one word, since evictions behind the prefill hardly change others. Runs
-offline, on two CPU cores in about fifteen minutes.
+(`delta`), which layer and attention of the vision encoder FoPru reads, and which method before the LLM `foveate ask`
+takes where none is named: one that needs no trained weights. The questions are those of glimpse from number 500,000
+on, with answers of more than one word, since evictions behind the prefill hardly change others. Runs offline, on two
+CPU cores in about twenty minutes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from foveate.evaluation.questions import from_glimpse
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.runner import Batches
 from foveate.evaluation.tables import markdown
+from foveate.methods.grammar import Part
 
 FIRST = 500_000
 KEEPS = (0.5, 0.25, 0.1)
@@ -32,14 +34,10 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("plphp", {"rows": None, "delta": 0.1}),
     *(("aircache", {"alpha": alpha}) for alpha in (0.9, 0.5, 0.0)),
     ("random", {}),
+    *((name, {}) for name in ("uniform", "divprune", "cdpruner", "mmtok", "scope", "apet")),
     *(("fopru", {"back": back}) for back in (0, 1, 2)),
     *(("fopru", {"back": back, "attention": "cls"}) for back in (0, 1)),
 )
-
-
-def label(name: str, options: dict[str, Any]) -> str:
-    """As a command line writes it."""
-    return f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def main() -> None:
     settings = {"data": f"glimpse {glimpse.HELDOUT_VERSION}", "first": FIRST, "count": options.count}
     settings |= {"device": "cpu", "dtype": "float32", "batch_size": options.batch_size}
     variants = [
-        Variant(label(name, more), keep, foveate.get_method(name, keep=keep, **more))
+        Variant(str(Part(name, more)), keep, (foveate.get_method(name, keep=keep, **more),))
         for name, more in CANDIDATES
         for keep in KEEPS
     ]

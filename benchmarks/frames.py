@@ -73,7 +73,7 @@ def measure(results: Results, options: argparse.Namespace) -> None:
             f"accuracy:{group}": mean(kinds[kind] for kind in of if kind in kinds) for group, of in CLIP_GROUPS.items()
         }
         report = None if method is None else pruned.report
-        row["token_layers"] = 1.0 if report is None else token_layers(report, method.place)
+        row["token_layers"] = 1.0 if report is None else token_layers(report, [method.place])
         row["kv_share"] = 1.0 if report is None else report.kv_bytes / report.kv_bytes_unpruned
         results.add(row | {f"accuracy:{kind}": share for kind, share in kinds.items()})
 

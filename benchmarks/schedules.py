@@ -92,7 +92,7 @@ def main() -> None:
     with Results(options.out, "schedules", settings, keys=("method", "keep")) as results:
         for share in (1.0, *SHARES):
             drawn = {name: at_cost(method, share) for name, method in chosen.items() if share < 1}
-            variants = [Variant(name, method.keep, method) for name, method in drawn.items()]
+            variants = [Variant(name, method.keep, (method,)) for name, method in drawn.items()]
             more = {"token_layers": share}
             measure(model, processor, batches, variants, results, groups=GROUPS, more=more, console=console)
     print(markdown([results.folder], "method,accuracy", across="token_layers"))

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 import foveate
-from foveate.asking.options import label, parse_methods
+from foveate.asking.options import check_alone, parse_methods
 from foveate.evaluation import geometries
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
@@ -259,9 +259,11 @@ def prefill(model: Any, length: int, layers: int) -> Work:
 
 def wanted(methods: str, keep: float, console: Console) -> Iterator[tuple[str, Method]]:
     """Each method, and how it is called. methods: as `foveate eval` takes them."""
-    for name, options in parse_methods(methods):
+    check_alone(methods)
+    for (part,) in parse_methods(methods):
+        name = part.name
         try:
-            method = foveate.get_method(name, **{"keep": keep, **options})
+            method = foveate.get_method(name, keep=keep, **part.options)
         except ValueError as error:
             console.print(f"left out: {error}")
             continue
@@ -272,7 +274,7 @@ def wanted(methods: str, keep: float, console: Console) -> Iterator[tuple[str, M
         elif not isinstance(method, tuple(base for base, _ in WORK)):
             console.print(f"left out: {name} chooses while it decodes: foveate bench times it")
         else:
-            yield label(name, options), method
+            yield str(part), method
 
 
 @torch.inference_mode()

@@ -1,5 +1,15 @@
-"""`python -m foveate` is the command `foveate`."""
+"""`foveate` and `python -m foveate`."""
 
-from foveate.commands.app import app
 
-app(prog_name="foveate")
+def run() -> None:
+    """The command line; Ctrl-C ends it without a traceback from the first moment on."""
+    try:
+        from foveate.commands.app import app
+
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""The error of everything that cannot be pruned correctly."""
+"""The error of everything that cannot be pruned correctly, and a warning about what is seldom meant."""
 
 
 class UnsupportedError(RuntimeError):
@@ -6,3 +6,7 @@ class UnsupportedError(RuntimeError):
 
     Raised before anything changes.
     """
+
+
+class KeepsOneToken(UserWarning):
+    """`keep=1` was given, which is one token of each image, where other notations write 1 for all of them."""

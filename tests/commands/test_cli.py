@@ -37,10 +37,10 @@ def files(tmp_path_factory):
     """A folder of pictures and model folders, good and bad."""
     folder = tmp_path_factory.mktemp("cli")
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    picture = Image.fromarray(rng.integers(0, 255, (112, 112, 3), dtype=np.uint8))
     picture.save(folder / "good.png")
     picture.save(folder / "good.jpg", quality=90)
-    Image.new("RGB", (160, 160), "white").save(folder / "white.png")
+    Image.new("RGB", (168, 168), "white").save(folder / "white.png")
     for name in ("good.png", "good.jpg"):
         data = (folder / name).read_bytes()
         (folder / f"cut-{name}").write_bytes(data[: len(data) // 2])
@@ -117,8 +117,11 @@ MISTAKES = {
     "keep is nan": (["ask", "good.png", QUESTION, "--keep", "nan"], "not a finite number"),
     "option without =": (["ask", "good.png", QUESTION, "-o", "strategy"], "write name=value"),
     "option without name": (["ask", "good.png", QUESTION, "-o", "=row"], "write name=value"),
-    "unknown option": (["ask", "good.png", QUESTION, "-o", "colour=red"], "fopru has keep, strategy"),
-    "bad option value": (["ask", "good.png", QUESTION, "-o", "strategy=spiral"], 'must be "rank" or "row"'),
+    "unknown option": (["ask", "good.png", QUESTION, "-m", "fopru", "-o", "colour=red"], "fopru has keep, strategy"),
+    "bad option value": (
+        ["ask", "good.png", QUESTION, "-m", "fopru", "-o", "strategy=spiral"],
+        'must be "rank" or "row"',
+    ),
     "option of a wrong type": (
         ["ask", "good.png", QUESTION, "-m", "plphp", "-o", "delta=big"],
         "delta must be",
@@ -262,7 +265,7 @@ def test_compare_sets_every_method_beside_the_untouched_model(files):
 def test_compare_prints_a_table_that_says_how_it_measured(files):
     result = run("ask", files / "good.png", QUESTION, "--compare")
     assert result.exit_code == 0, result.output
-    for part in ("untouched", "fopru keep 0.25", "144 of 144", "36 of 144", "kB", "medians"):
+    for part in ("untouched", "divprune keep 0.25", "144 of 144", "36 of 144", "kB", "medians"):
         assert part in result.stdout
 
 
@@ -354,14 +357,14 @@ def test_nothing_but_json_reaches_a_real_stdout(files):
     command = [sys.executable, "-m", "foveate", "ask", "good.png", QUESTION, "--json"]
     result = subprocess.run(command, cwd=files, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["answers"][0]["method"] == "fopru"
+    assert json.loads(result.stdout)["answers"][0]["method"] == "divprune"
     assert result.stderr == ""
 
 
 def test_methods_and_families_are_listed():
     methods = json.loads(run("methods", "--json").stdout)
     assert [m["name"] for m in methods] == foveate.methods()
-    assert {"name", "place", "summary", "source", "options"} == set(methods[0])
+    assert {"name", "place", "summary", "source", "options", "types", "choices", "families"} == set(methods[0])
     families = json.loads(run("families", "--json").stdout)
     assert [f["model_type"] for f in families] == foveate.families()
     fitting = {f["model_type"]: f["methods"] for f in families}

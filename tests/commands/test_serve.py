@@ -45,7 +45,7 @@ def test_it_says_the_saving_and_the_command() -> None:
 
 
 def test_a_range_is_open_to_requests() -> None:
-    command = started("--lowest", "0.1", "--highest", "1.0", "--positions", "compact", "-o", "back=1")
+    command = started("--lowest", "0.1", "--highest", "1.0", "--positions", "compact", "-m", "FoPru:back=1")
     assert overrides(command)["foveate"] == {
         "method": "fopru",
         "keep": 0.25,
@@ -59,7 +59,7 @@ def test_a_range_is_open_to_requests() -> None:
 
 def test_other_overrides_go_along() -> None:
     command = started("--", "--hf-overrides", '{"a": 1}', "--hf-overrides={}")
-    assert overrides(command)["foveate"]["method"] == "fopru"
+    assert overrides(command)["foveate"]["method"] == "divprune"
     command = started("--", "--hf-overrides", '{"a": {"b": 1}}', "--port", "1")
     assert overrides(command)["a"] == {"b": 1} and command.count("--hf-overrides") == 1
 

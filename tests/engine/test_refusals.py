@@ -229,11 +229,17 @@ def test_options_that_do_not_exist_are_named(method):
         foveate.get_method(method, keep=0.5, ratio=0.3)
 
 
-@pytest.mark.parametrize("name", ["nope", "", "FoPru!", None, 3])
+@pytest.mark.parametrize("name", ["zzz", None, 3])
 def test_an_unknown_method_is_told_the_known_ones(name):
     with pytest.raises((ValueError, TypeError)) as error:
         foveate.prune(tiny.build("llava"), name, keep=0.5)
     assert all(method in str(error.value) for method in METHOD_NAMES)
+
+
+@pytest.mark.parametrize(("name", "says"), [("scop", "did you mean scope"), ("", "write names"), ("FoPru!", "write")])
+def test_a_method_that_is_nearly_one_is_told_what_is_meant(name, says):
+    with pytest.raises(ValueError, match=says):
+        foveate.prune(tiny.build("llava"), name, keep=0.5)
 
 
 def test_options_beside_a_method_object_are_refused():

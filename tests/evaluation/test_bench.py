@@ -222,7 +222,7 @@ def test_the_ideal_has_as_many_tokens_in_every_layer_as_the_method(method, compu
 
     with foveate.prune(it.model, method, record=True) as pruned:
         _, held_by_method, _ = watch_lengths(it, generate)
-    plan = Plan.of(pruned.report, method.place, it.start)
+    plan = Plan.of(pruned.report, [method.place], it.start)
     assert held_by_method == held == list(plan.held)
     with ideal(it.family, it.base, plan):
         # Fewer hooks run in front of ours than behind: each sees what the layer itself sees.
@@ -251,7 +251,7 @@ def test_budgets_of_their_own_in_each_layer_reach_the_ideal():
     it = bench(batch=2, padded=True)
     with foveate.prune(it.model, "plphp", keep=0.4, start_layer=1, record=True) as pruned, torch.inference_mode():
         it.model.generate(**it.inputs, max_new_tokens=2)
-    plan = Plan.of(pruned.report, "cache", it.start)
+    plan = Plan.of(pruned.report, ["cache"], it.start)
     assert plan.held[0] == 100 and len(set(plan.held)) > 1 and not plan.shortens_prefill
     with ideal(it.family, it.base, plan), torch.inference_mode():
         out = it.model.generate(**it.inputs, max_new_tokens=4, return_dict_in_generate=True)
@@ -367,7 +367,7 @@ def test_spans_inside_others_count_once(monkeypatch):
 
 def test_a_watched_model_and_method_are_as_before():
     it, method = bench(), foveate.FoPru(keep=0.25)
-    with timing.watched(it.watch, it.family, it.base, method):
+    with timing.watched(it.watch, it.family, it.base, [method]):
         assert "select" in vars(method) and "get_image_features" in vars(it.base)
     assert "select" not in vars(method) and "get_image_features" not in vars(it.base)
     assert method == foveate.FoPru(keep=0.25)

@@ -53,7 +53,7 @@ BLIND = [name for name in BASELINES if name != "random_cross"]  # those that fit
 
 
 def uniform(keep=0.5):
-    return Variant("uniform", keep, foveate.get_method("uniform", keep=keep))
+    return Variant("uniform", keep, (foveate.get_method("uniform", keep=keep),))
 
 
 # -- methods that are broken on purpose ---------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class IgnoredInCache(CacheMethod):
 
 @pytest.mark.parametrize("broken", [LeastAttended, OtherPicture, Ignored])
 def test_a_method_that_keeps_the_wrong_tokens_is_exposed(broken, asked, tmp_path):
-    rows = score(asked, tmp_path, uniform(), Variant("broken", 0.5, broken(keep=0.5)))
+    rows = score(asked, tmp_path, uniform(), Variant("broken", 0.5, (broken(keep=0.5),)))
     assert rows[UNTOUCHED]["accuracy"] > 0.9 and rows["uniform"]["accuracy"] > 0.7
     assert rows["broken"]["kept_share"] == pytest.approx(0.5)
     assert rows["broken"]["accuracy"] < rows["uniform"]["accuracy"] - 0.3
@@ -121,8 +121,8 @@ def test_a_method_that_keeps_the_wrong_tokens_is_exposed(broken, asked, tmp_path
 def test_a_broken_eviction_shows_in_long_answers(asked, tmp_path):
     model, processor, _ = asked
     batches = Batches(processor, from_glimpse(24, ("describe",)), 24)
-    blind = Variant("random_cache", 0.5, foveate.get_method("random_cache", keep=0.5))
-    rows = score((model, processor, batches), tmp_path, blind, Variant("broken", 0.5, IgnoredInCache(0.5)))
+    blind = Variant("random_cache", 0.5, (foveate.get_method("random_cache", keep=0.5),))
+    rows = score((model, processor, batches), tmp_path, blind, Variant("broken", 0.5, (IgnoredInCache(0.5),)))
     assert rows["broken"]["accuracy_high"] < rows["random_cache"]["accuracy_low"]
 
 
@@ -130,7 +130,7 @@ def test_a_broken_eviction_shows_in_long_answers(asked, tmp_path):
 
 
 def test_keeping_everything_is_the_untouched_model(asked, tmp_path):
-    rows = score(asked, tmp_path, Variant("all", 1.0, foveate.get_method("plphp", keep=1.0)))
+    rows = score(asked, tmp_path, Variant("all", 1.0, (foveate.get_method("plphp", keep=1.0),)))
     untouched, everything = rows[UNTOUCHED], rows["all"]
     assert everything["accuracy"] == untouched["accuracy"] and everything["agreement"] == 1.0
     for share in ("kept_share", "kv_share", "read_share", "prefill_share"):
@@ -156,7 +156,7 @@ def test_rows_hold_shares_intervals_and_groups(asked, tmp_path):
 
 
 def test_what_is_evicted_behind_the_prefill_changes_no_first_word(asked, tmp_path):
-    lost = [Variant(name, 0.1, foveate.get_method(name, keep=0.1)) for name in ("random_cache", "plphp")]
+    lost = [Variant(name, 0.1, (foveate.get_method(name, keep=0.1),)) for name in ("random_cache", "plphp")]
     rows = score(asked, tmp_path, *lost)
     for name in ("random_cache", "plphp"):
         assert rows[name]["agreement:one_word"] > 0.85 and rows[name]["agreement:more_words"] < 0.8
@@ -171,7 +171,7 @@ def test_what_is_evicted_behind_the_prefill_changes_no_first_word(asked, tmp_pat
 def test_what_steps_read_is_drawn_where_they_choose(asked, tmp_path, monkeypatch):
     model, processor, _ = asked
     batches = Batches(processor, from_glimpse(12, ("describe",)), 12)
-    chosen = [Variant(name, 0.25, foveate.get_method(name, keep=0.25)) for name in ("last_step", "random_cache")]
+    chosen = [Variant(name, 0.25, (foveate.get_method(name, keep=0.25),)) for name in ("last_step", "random_cache")]
     rows = score((model, processor, batches), tmp_path, *chosen)
     assert rows["last_step"]["kv_share"] == 1.0 and 0.25 < rows["last_step"]["read_share"] < 0.8
     assert rows["random_cache"]["read_share"] == rows["random_cache"]["kv_share"] < 1
@@ -189,7 +189,7 @@ def test_what_steps_read_is_drawn_where_they_choose(asked, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_the_price_of_a_prefill_is_what_is_computed(asked, tmp_path):
     names = {"uniform": 0.25, "random_layer": 0.25, "random_cache": 0.25, "mint": 0.25}
-    rows = score(asked, tmp_path, *(Variant(n, keep, foveate.get_method(n, keep=keep)) for n, keep in names.items()))
+    rows = score(asked, tmp_path, *(Variant(n, keep, (foveate.get_method(n, keep=keep),)) for n, keep in names.items()))
     shares = {name: row["prefill_share"] for name, row in rows.items()}
     assert shares["random_cache"] == 1.0 and rows["random_cache"]["kv_share"] < 0.5, "it is cheaper only later"
     assert shares["uniform"] < shares["random_layer"] < 1 < shares["mint"]
@@ -342,6 +342,28 @@ def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monk
     whole = run(*args[:-1], tmp_path / "whole")
     assert "2 rows kept, measured on " in resumed.stderr and "; 5 measured now" in resumed.stderr
     assert resumed.stdout == whole.stdout and len(calls) == 3 + len(read(tmp_path / "out")[0]) - 2 + 7
+
+
+def test_what_was_answered_of_a_row_survives_ctrl_c(tmp_path, monkeypatch):
+    args = ("--methods", "csp", "--keep", "0.5", "--count", 9, "--batch-size", 3, "--out", tmp_path / "out")
+    calls = []
+
+    def interrupted(model, processor, batches, *args, **kwargs):
+        calls.append(batches)
+        if len(calls) == 6:  # the last batch of the second row
+            raise KeyboardInterrupt
+        return generate(model, processor, batches, *args, **kwargs)
+
+    monkeypatch.setattr("foveate.evaluation.accuracy.generate", interrupted)
+    assert run(*args).exit_code == 130
+    assert json.loads((tmp_path / "out/partial.json").read_text())["column"] == "random keep=0.5"
+    assert run(*args).exit_code == 0
+    rows, _ = read(tmp_path / "out")
+    assert len(calls) == 3 * len(rows) + 1, "only the batch that was interrupted is asked again"
+    assert not (tmp_path / "out/partial.json").exists()
+    run(*args[:-1], tmp_path / "whole")
+    plain = [{name: value for name, value in row.items() if name != "seconds"} for row in read(tmp_path / "whole")[0]]
+    assert [{name: value for name, value in row.items() if name != "seconds"} for row in rows] == plain
 
 
 def test_a_folder_of_another_command_is_refused(tmp_path):

@@ -289,8 +289,12 @@ def test_mistakes_are_told_before_anything_begins(words, says, tmp_path):
 def test_places_that_cannot_be_written_are_told(tmp_path, monkeypatch):
     assert "no folder" in told(run("--out", tmp_path / "none" / "schedule.json"))
     assert "is a folder" in told(run("--out", tmp_path))
-    monkeypatch.setattr(workplace.os, "access", lambda *_: False)
-    assert "cannot be written to" in told(run("--out", tmp_path / "schedule.json"))
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert "cannot be written to (Permission denied)" in told(run("--out", tmp_path / "schedule.json"))
 
 
 def test_data_that_does_not_do_is_told(tmp_path):

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate.asking.pictures import DIM
-from foveate.asking.subject import Subject, Variant
+from foveate.asking.subject import Subject
+from foveate.asking.variant import Variant
 from foveate.commands.app import app
 from foveate.engine.support import find_target
 from foveate.evaluation.attention import last_token_attention

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from foveate.asking.clips import Clip
+    from foveate.asking.variant import Variant
     from foveate.methods.base import Method
 
 RUNS = 5  # timed runs of each variant; their median is shown
@@ -23,14 +24,13 @@ TIMED_TOKENS = 16  # decoded in every timed run, whatever the length of the answ
 
 @dataclass
 class Answer:
-    """What one variant said and cost. `method` is None for the untouched model.
+    """What one variant said and cost. `variant` is None for the untouched model.
 
     guide: what the guide of a method that has one said; see `Asker.ask`. Where it answered alone there is no report.
     tries: of a cascade, what was asked, and how sure of its answer the model was then.
     """
 
-    method: str | None
-    options: dict[str, Any]
+    variant: Variant | None
     text: str
     images: list[tuple[int, int]]
     kv_bytes: int
@@ -44,9 +44,7 @@ class Answer:
     @property
     def label(self) -> str:
         """The variant in a few words."""
-        if self.method is None:
-            return "untouched"
-        return " ".join([self.method, *(f"{name} {value}" for name, value in self.options.items())])
+        return "untouched" if self.variant is None else self.variant.label
 
     @property
     def alone(self) -> bool:
@@ -65,9 +63,13 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
+        methods = () if self.variant is None else self.variant.methods
+        options = () if self.variant is None else self.variant.options
+        each = [{"method": m.name, "options": own} for m, own in zip(methods, options, strict=True)]
         return {
-            "method": self.method,
-            "options": self.options,
+            "method": "+".join(m.name for m in methods) or None,
+            "options": each[0]["options"] if len(each) == 1 else {},
+            **({"methods": each} if len(each) > 1 else {}),
             "answer": self.text,
             "images": [{"tokens": tokens, "kept": kept} for tokens, kept in self.images],
             "kv_bytes": self.kv_bytes,
@@ -124,8 +126,8 @@ class Asker:
         ):
             yield pruned
 
-    def ask(self, method: Method, options: dict[str, Any], *, record: bool, listeners: Sequence[Any] = ()) -> Answer:
-        """The answer under `method`, what it kept, and what its guide said.
+    def ask(self, variant: Variant, *, record: bool, listeners: Sequence[Any] = ()) -> Answer:
+        """The answer under these methods, what they kept, and what a guide said.
 
         listeners: logits processors that change nothing.
 
@@ -134,7 +136,7 @@ class Asker:
         import foveate
 
         try:
-            with self.under(method, record=record) as pruned:
+            with self.under(variant.methods, record=record) as pruned:
                 text = self.text(listeners)
         except (foveate.UnsupportedError, ValueError) as error:  # e.g. a layer that this model lacks
             raise Mistake(one_line(error)) from error
@@ -151,21 +153,21 @@ class Asker:
             lays = {"pixel_values": family.layouts, "pixel_values_videos": family.video_layouts}
             shown = [lay_out(config, self.inputs) for name, lay_out in lays.items() if name in self.inputs]
             images = [(layout.tokens, 0) for layouts in shown for layout in layouts]
-            return Answer(method.name, options, text, images, 0, None, guide=guide)
+            return Answer(variant, text, images, 0, None, guide=guide)
         images = [(int(tokens), int(kept)) for tokens, kept in report.images[0]]
-        return Answer(method.name, options, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)
+        return Answer(variant, text, images, report.kv_bytes, report.kv_bytes_unpruned, report, guide)
 
-    def climb(self, rungs: Sequence[tuple[Method, dict[str, Any]]], demand: float) -> Answer:
-        """The answer under the first of the methods of which the model is sure enough, or untouched.
+    def climb(self, rungs: Sequence[Variant], demand: float) -> Answer:
+        """The answer under the first of the variants of which the model is sure enough, or untouched.
 
         demand: the least probability that any of the answer's tokens may have.
         """
         from foveate.asking.sure import Sure
 
         tries: list[tuple[str, float]] = []
-        for method, options in rungs:
+        for rung in rungs:
             sure = Sure.of(self.model)
-            answer = self.ask(method, options, record=False, listeners=[sure])
+            answer = self.ask(rung, record=False, listeners=[sure])
             tries.append((answer.label, sure.least[0]))
             answer.tries = tuple(tries)
             if sure.least[0] >= demand:
@@ -181,29 +183,29 @@ class Asker:
         out = self._generate(max_new_tokens=1, return_dict_in_generate=True)
         tensors = [t for layer in held_layers(cache_behind(out)).values() for t in (layer.keys, layer.values)]
         size = sum(t.numel() * t.element_size() for t in tensors)
-        return Answer(None, {}, self.text(), [(tokens, tokens) for tokens, _ in images], size, size)
+        return Answer(None, self.text(), [(tokens, tokens) for tokens, _ in images], size, size)
 
-    def time(self, answers: Sequence[Answer], methods: Sequence[Method | None]) -> None:
+    def time(self, answers: Sequence[Answer]) -> None:
         """Fill in the times: medians over runs in turn, so that a busy moment hits every variant alike.
 
         Every variant decodes the same number of tokens, and has answered before: it is warm.
         """
         # With a threshold a guide's answer comes as a whole: there is no token to wait for.
         timed = [
-            (answer, method, list[tuple[float, float]]())
-            for answer, method in zip(answers, methods, strict=True)
-            if getattr(method, "exit_threshold", None) is None
+            (answer, () if answer.variant is None else answer.variant.methods, list[tuple[float, float]]())
+            for answer in answers
         ]
+        timed = [each for each in timed if all(getattr(m, "exit_threshold", None) is None for m in each[1])]
         for _ in range(RUNS):
-            for _, method, measured in timed:
-                measured.append(self._timed(method))
+            for _, methods, measured in timed:
+                measured.append(self._timed(methods))
         for answer, _, measured in timed:
             answer.first_token_s = statistics.median(first for first, _ in measured)
             answer.ms_per_token = 1000 * statistics.median(each for _, each in measured)
 
-    def _timed(self, method: Method | None) -> tuple[float, float]:
+    def _timed(self, methods: Sequence[Method]) -> tuple[float, float]:
         clock = _Clock()
-        pruning: AbstractContextManager[Any] = self.under(method) if method else nullcontext()
+        pruning: AbstractContextManager[Any] = self.under(methods) if methods else nullcontext()
         with pruning:
             start = time.perf_counter()
             self._generate(min_new_tokens=TIMED_TOKENS, max_new_tokens=TIMED_TOKENS, streamer=clock)

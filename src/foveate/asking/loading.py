@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.asking.mistake import Mistake, one_line
+from foveate.errors import KeepsOneToken
 
 if TYPE_CHECKING:
     from foveate.methods.base import Method
@@ -19,12 +20,14 @@ GLIMPSE_CROSS = "glimpse-cross"
 GLIMPSE_VIDEO = "glimpse-video"
 BUILT_IN = (GLIMPSE, GLIMPSE_CROSS, GLIMPSE_VIDEO)  # models that foveate brings
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("sdpa", "eager")  # of attention, beside flash attention
 
 
 def hush() -> None:
     """Silence what upstream libraries print while all is well; downloads still show their progress."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
+    warnings.simplefilter("once", KeepsOneToken)
     from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -54,10 +57,12 @@ def read_config(model: str, option: str = "--model") -> Any:
         raise Mistake(f"cannot {where} the model {model}: {one_line(error)}") from error
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse what `--dtype` does not know."""
+def check_dtype(dtype: str, attn: str | None = None) -> None:
+    """Refuse what `--dtype` does not know, and `--attn`."""
     if dtype not in ("auto", *DTYPES):
         raise Mistake(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}")
+    if attn is not None and attn not in KERNELS and not attn.startswith("flash_attention"):
+        raise Mistake(f"--attn {attn} is unknown: use {', '.join(KERNELS)} or flash_attention_2")
 
 
 def dtype_name(dtype: str, config: Any) -> str:

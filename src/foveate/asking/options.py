@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from foveate.asking.mistake import Mistake
+from foveate.methods import grammar, option_names
+from foveate.methods.grammar import Part, Parts, label
 from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
     from foveate.methods.base import Method
 
 
+DEFAULT = "divprune"  # the best before the LLM on questions that no table uses: benchmarks/defaults.py
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A method at one `keep`.
+    """Methods that act together, at one `keep`.
 
-    label: the method and its options as written, such as "fopru:strategy=row". named: asked for by name, not by `all`.
+    label: the methods and their options as written, such as "fopru:strategy=row". keep: of those that were written
+    without one, else the last method's. named: asked for by name, not by `all`.
     """
 
     label: str
     keep: float | int
-    method: Method
+    methods: tuple[Method, ...]
     named: bool = True
+
+    @property
+    def method(self) -> Method:
+        """The one method; `check_alone` refuses others where there must be one."""
+        (method,) = self.methods
+        return method
+
+    @property
+    def place(self) -> str:
+        """Where they act, joined by "+"."""
+        return "+".join(method.place for method in self.methods)
 
 
 def typed(text: str) -> Any:
-    """The value that `text` writes: an int, a finite float, several of them (`8:16:24`), a bool, None, or the text."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    if ":" in text:
-        numbers = tuple(map(typed, text.split(":")))
-        return text if any(isinstance(number, str) for number in numbers) else numbers
+    """The value that `text` writes, as `grammar.typed` reads it.
+
+    Raises:
+        Mistake: for a number that is not finite.
+    """
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if not math.isfinite(number):
-        raise Mistake(f"{text} is not a finite number: give one, such as 0.25")
-    return number
+        return grammar.typed(text)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
 
 
 def parse_keeps(text: str) -> list[float | int]:
@@ -69,32 +76,30 @@ def parse_grid(text: str, example: str) -> tuple[float, ...]:
         raise Mistake(f"--grid {text}: write fractions with commas between them, such as {example}") from None
 
 
-def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """`fopru,plphp:delta=0.2,layers=1:3` as names with options; the word `all` stands for itself."""
-    parsed: list[tuple[str, dict[str, Any]]] = []
-    for part in text.split(","):
-        part = part.strip()
-        name, colon, pair = part.partition(":")
-        if "=" in name:  # one more option of the method before it
-            name, colon, pair = "", "", part
-        option, equals, value = pair.partition("=")
-        if (pair and not (option and equals and value)) or (colon and not pair) or not (name or parsed):
-            raise Mistake(f"--methods {text}: write names, and options behind a colon: fopru,plphp:delta=0.2,alpha=1")
-        if name:
-            parsed.append((name, {}))
-        if pair:
-            parsed[-1][1][option.strip().replace("-", "_")] = typed(value.strip())
-    return parsed
+def parse_methods(text: str) -> list[Parts]:
+    """What `--methods` says: a list of methods, each alone or several that act together.
+
+    Raises:
+        Mistake: where it is written otherwise.
+    """
+    try:
+        return grammar.parse_methods(text)
+    except ValueError as error:
+        raise Mistake(f"--methods {text}: {error}") from error
 
 
-def label(name: str, options: dict[str, Any]) -> str:
-    """A method and its options as one word: what `parse_methods` reads."""
-    return name + ":" * bool(options) + ",".join(f"{option}={_written(value)}" for option, value in options.items())
+def options_in(text: str) -> Iterator[dict[str, Any]]:
+    """The options of every method that `--methods` names."""
+    return (part.options for parts in parse_methods(text) for part in parts)
 
 
-def _written(value: Any) -> str:
-    """An option's value as `typed` reads it."""
-    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def check_alone(text: str) -> None:
+    """Refuse, where a budget is what is looked for, methods that act together or say themselves what they keep."""
+    for parts in parse_methods(text):
+        if len(parts) > 1:
+            raise Mistake(f"{label(parts)}: give each method alone here, with a comma between them")
+        if "keep" in parts[0].options:
+            raise Mistake(f"{label(parts)}: how much is kept is what this command looks for: leave keep out")
 
 
 def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:
@@ -140,28 +145,26 @@ def variants(
     """
     import foveate
 
-    wanted: dict[str, tuple[str, dict[str, Any], bool]] = {}
+    wanted: dict[str, tuple[Parts, bool]] = {}
     for name in always:
         if foveate.method_class(name).place in places:
-            wanted[name] = (name, {}, False)
-    for name, options in parse_methods(methods):
-        if name == "all" and not options:
+            wanted[name] = (Part(name, {}),), False
+    for parts in parse_methods(methods):
+        if parts == (Part("all", {}),):
             for each in foveate.methods():
                 for choice in _choices(each):
-                    wanted.setdefault(label(each, choice), (each, choice, False))
+                    wanted.setdefault(str(choice), ((choice,), False))
         else:
-            wanted[label(name, options)] = (name, options, True)
+            wanted[label(parts)] = parts, True
     chosen, left_out = [], []
-    for text, (name, options, named) in wanted.items():
+    for text, (parts, named) in wanted.items():
         try:
-            cls = foveate.method_class(name)
-            if "keep" in options:
-                raise ValueError("what it keeps is said by --keep, for all methods alike")
-            if cls.place not in places:
-                raise ValueError(f"it drops tokens {PLACES[cls.place]}, which {model_type} models lack")
-            drawn: dict[str, Any] = {"seed": seed} if seed is not None and "seed" in cls.__dataclass_fields__ else {}
-            drawn |= {**options, **guide_option(cls, options, guide)}
-            chosen += [Variant(text, keep, foveate.get_method(name, keep=keep, **drawn), named) for keep in keeps]
+            for part in parts:
+                place = foveate.method_class(part.name).place
+                if place not in places:
+                    which = part.name if len(parts) > 1 else "it"
+                    raise ValueError(f"{which} drops tokens {PLACES[place]}, which {model_type} models lack")
+            chosen += [Variant(text, keep, built, named) for keep, built in _built(parts, keeps, seed, guide)]
         except (ValueError, TypeError) as error:
             line = f"{text}: {' '.join(str(error).split())}"
             if named:
@@ -170,15 +173,33 @@ def variants(
     return chosen, left_out
 
 
-def _choices(name: str) -> Iterator[dict[str, Any]]:
+def _built(
+    parts: Parts, keeps: Sequence[float | int], seed: int | None, guide: str | None
+) -> Iterator[tuple[float | int, tuple[Method, ...]]]:
+    """The methods at every keep; once, where all say themselves what they keep."""
+    import foveate
+
+    if all("keep" in part.options for part in parts):
+        keeps = [parts[-1].options["keep"]]
+    for keep in keeps:
+        methods = []
+        for part in parts:
+            cls = foveate.method_class(part.name)
+            drawn = {"seed": seed} if seed is not None and "seed" in option_names(cls) else {}
+            own = {"keep": keep, **drawn, **part.options, **guide_option(cls, part.options, guide)}
+            methods.append(foveate.get_method(part.name, **own))
+        yield keep, tuple(methods)
+
+
+def _choices(name: str) -> Iterator[Part]:
     """The method as it is, and with each other value of an option that is a choice of words (`fopru:strategy=row`)."""
     import foveate
 
     cls = foveate.method_class(name)
     hints = get_type_hints(cls)
-    yield {}
+    yield Part(name, {})
     for option in dataclasses.fields(cls):
         if get_origin(hints[option.name]) is Literal:
             for value in get_args(hints[option.name]):
                 if isinstance(value, str) and value != option.default:
-                    yield {option.name: value}
+                    yield Part(name, {option.name: value})

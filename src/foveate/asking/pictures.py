@@ -22,6 +22,7 @@ ACROSS = 8  # frames side by side
 MARGIN = 14
 TEXT = 17
 DIM = 0.28  # brightness of a token that nobody keeps
+OUTLINE = (255, 176, 0)  # of what stays: amber, which colour-blind readers see on any picture
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -125,7 +126,7 @@ def by_frame(frames: Sequence[Image.Image], tiles: Sequence[Any]) -> list[tuple[
 def draw_kept(
     picture: Image.Image, tiles: Sequence[Any] = (), share: Tensor | None = None, *, height: int = HEIGHT
 ) -> Image.Image:
-    """Dim and grey each cell of the picture by how few keep its token.
+    """Dim and grey each cell of the picture by how few keep its token, and outline those that most keep.
 
     tiles: `.index` (which of the image's tokens), `.grid` (rows, columns), `.box` (fractions of the picture).
     Where tiles overlap, as the overview and the crops of tiled models do, the finer one is drawn; one that nobody
@@ -134,7 +135,7 @@ def draw_kept(
     """
     picture = scaled(picture, height)
     light = paint_cells(picture.size, tiles, share, empty=255)
-    return Image.composite(picture, dimmed(picture), light)
+    return outlined(Image.composite(picture, dimmed(picture), light), light)
 
 
 def scaled(picture: Image.Image, height: int) -> Image.Image:
@@ -147,6 +148,28 @@ def scaled(picture: Image.Image, height: int) -> Image.Image:
 def dimmed(picture: Image.Image) -> Image.Image:
     """What a token looks like that nobody keeps."""
     return ImageEnhance.Brightness(ImageOps.grayscale(picture).convert("RGB")).enhance(DIM)
+
+
+def outlined(picture: Image.Image, light: Image.Image) -> Image.Image:
+    """Draw a line round what most keep, which tells it apart in dark pictures, too: bright within, black outside.
+
+    light: as `paint_cells` paints shares.
+    """
+    stays = np.asarray(light) > 127
+    canvas = np.array(picture)
+    within = _border(stays, max(1, picture.height // 200))
+    canvas[_border(~stays, 1)] = 0
+    canvas[within] = OUTLINE
+    return Image.fromarray(canvas)
+
+
+def _border(mask: np.ndarray, width: int) -> np.ndarray:
+    """The pixels of a mask that lie so close to one that is not of it; what lies beyond the picture is."""
+    inner = mask
+    for _ in range(width):
+        padded = np.pad(inner, 1, constant_values=True)
+        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
 
 
 def paint_cells(size: tuple[int, int], tiles: Sequence[Any], values: Tensor | None, *, empty: int) -> Image.Image:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from foveate.asking.asker import Asker
     from foveate.asking.clips import Clip
-    from foveate.methods.base import Method
+    from foveate.asking.variant import Variant
 
 
 _LOADED = {
@@ -28,20 +28,6 @@ _LOADED = {
     "_attn_implementation",
     "attn_implementation",
 }
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Methods that act together. options: of each, what was asked for."""
-
-    methods: tuple[Method, ...]
-    options: tuple[dict[str, Any], ...]
-
-    @property
-    def label(self) -> str:
-        """Names and options in a few words."""
-        parts = zip(self.methods, self.options, strict=True)
-        return " + ".join(" ".join([m.name, *(f"{k} {v}" for k, v in own.items())]) for m, own in parts)
 
 
 @dataclass(frozen=True)

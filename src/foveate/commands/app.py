@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from foveate.asking.notes import be_quiet
 from foveate.commands.ask import ask
 from foveate.commands.bench import bench
 from foveate.commands.calibrate import calibrate
 from foveate.commands.check import check
+from foveate.commands.env import env
 from foveate.commands.errors import OneLineErrors
 from foveate.commands.eval import eval_command
 from foveate.commands.families import families
@@ -23,7 +25,7 @@ from foveate.commands.table import table
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Keep only the image tokens a vision-language model needs.",
 )
@@ -40,6 +42,12 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", callback=be_quiet, expose_value=False, help="Print results and mistakes, nothing else."
+        ),
+    ] = False,
 ) -> None: ...
 
 
@@ -55,3 +63,4 @@ app.command()(check)
 app.command()(show)
 app.command()(methods)
 app.command()(families)
+app.command()(env)

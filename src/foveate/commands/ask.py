@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.asking.asker import RUNS, TIMED_TOKENS, Answer, Asker
-from foveate.asking.loading import check_dtype, resolve_device
+from foveate.asking.loading import BUILT_IN, check_dtype, resolve_device
 from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.notes import notes
+from foveate.asking.outputs import check_file
 from foveate.commands.display import status
 from foveate.commands.parameters import (
     Attention,
@@ -27,32 +29,33 @@ from foveate.commands.parameters import (
     Keep,
     MaxFrames,
     MaxNewTokens,
+    Methods,
     ModelOrOwn,
     OneClip,
     Options,
     Words,
 )
-from foveate.commands.prepare import load_chosen, model_for, open_shown, parse_options, read_promise, split
+from foveate.commands.prepare import (
+    load_chosen,
+    model_for,
+    open_shown,
+    parse_options,
+    read_methods,
+    read_promise,
+    say_hints,
+    split,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from foveate.asking.clips import Clip
-    from foveate.methods.base import Method
 
 
 def ask(
     words: Words,
     model: ModelOrOwn = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            "-m",
-            help="See: foveate methods. May be repeated.",
-            show_default="fopru, or what fits",
-        ),
-    ] = None,
+    method: Methods = None,
     keep: Keep = None,
     option: Options = None,
     certificate: Certificate = None,
@@ -81,7 +84,8 @@ def ask(
     names, question = split(words)
     _check_output(show, names)
     options = parse_options(keep, option or [])
-    check_dtype(dtype)
+    check_dtype(dtype, attn)
+    chosen = read_methods(method)
     promised, rungs = (None, None) if certificate is None else read_promise(certificate, method, options)
     demand = None if promised is None else promised.get("sure")
     if promised is not None and promised.get("max_new_tokens") != max_new_tokens:
@@ -93,23 +97,22 @@ def ask(
         raise Mistake("the certificate is of a cascade, which asks several times: leave out --compare and --show")
     shown = open_shown(names, fps, max_frames, clip)
     model = model_for(model, shown)
-    with status("loading", quiet=as_json):
+    with status("loading"):
         device = resolve_device(device)
-        loaded, processor, methods = load_chosen(model, method, options, guide, device, dtype, attn, given=rungs)
+        loaded, processor, variants = load_chosen(model, chosen, options, guide, device, dtype, attn, given=rungs)
         asker = Asker(loaded, processor, shown, question, max_new_tokens)
+    say_hints(model, processor, shown, question)
 
-    with status("answering", quiet=as_json):
+    with status("answering"):
         if demand is not None:
-            answers = [asker.climb(methods, demand)]
+            answers = [asker.climb(variants, demand)]
         else:
-            answers = [asker.ask(m, own, record=show is not None) for m, own in methods]
-        variants: list[Method | None] = [m for m, _ in methods]
+            answers = [asker.ask(variant, record=show is not None) for variant in variants]
         if compare:
             answers.insert(0, asker.ask_untouched(answers[0].images))
-            variants.insert(0, None)
     if len(answers) > 1:
-        with status("measuring", quiet=as_json):
-            asker.time(answers, variants)
+        with status("measuring"):
+            asker.time(answers)
     if show is not None:
         _draw(shown, processor, answers, show)
 
@@ -117,11 +120,14 @@ def ask(
         typer.echo(json.dumps(_as_json(model, guide, device, loaded, names, question, answers), indent=2))
     elif len(answers) > 1:
         _print_table(answers, f"{device}, {str(loaded.dtype).removeprefix('torch.')}")
+        if model in BUILT_IN:
+            small = f"{model} is too small to get faster: foveate bench --geometry 1b times a larger one"
+            notes().print(Text(small, style="dim"), soft_wrap=True)
     else:
         Console().print(Text(answers[0].text), soft_wrap=True)
         Console().print(Text(str(answers[0]), style="dim"), soft_wrap=True)
     if show is not None and not as_json:
-        Console(stderr=True).print(Text(f"wrote {show}", style="dim"))
+        notes().print(Text(f"wrote {show}", style="dim"))
 
 
 def _check_output(show: Path | None, names: Sequence[str]) -> None:
@@ -129,12 +135,9 @@ def _check_output(show: Path | None, names: Sequence[str]) -> None:
         return
     if show.suffix.lower() != ".png":
         raise Mistake(f"--show writes PNG: {show} must end in .png")
-    if not show.absolute().parent.is_dir():
-        raise Mistake(f"--show {show}: no folder {show.parent}; make it first")
     if any(Path(name).resolve() == show.resolve() for name in names):
         raise Mistake(f"--show {show} would overwrite the picture that is asked about: name another file")
-    if show.is_dir():
-        raise Mistake(f"--show {show} is a folder: name a file in it")
+    check_file("--show", show)
 
 
 def _draw(shown: Sequence[Image | Clip], processor: Any, answers: Sequence[Answer], path: Path) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from foveate.asking.loading import DTYPES
-from foveate.commands.parameters import SEEDS, Attention, Device, Keeps
+from foveate.asking.notes import notes
+from foveate.commands.parameters import SEEDS, Attention, Device, Json, Keeps, MethodsOrAll
 
 
 def bench(
@@ -27,7 +28,7 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="Or real weights: a hub id, a model folder, or glimpse.", show_default=False)
     ] = None,
-    methods: Annotated[str, typer.Option(metavar="all|A,B:OPTION=VALUE,...", help="See: foveate methods.")] = "all",
+    methods: MethodsOrAll = None,
     keep: Keeps = "0.25",
     batch: Annotated[str, typer.Option(metavar="SIZE,...", help="How many samples run together.")] = "1",
     padded: Annotated[bool, typer.Option("--padded", help="Shorten every second sample, padded on the left.")] = False,
@@ -52,6 +53,7 @@ def bench(
         str, typer.Option(help=f"auto, {', '.join(DTYPES)}; auto: bfloat16, and what --model was saved in.")
     ] = "auto",
     attn: Attention = None,
+    as_json: Json = False,
 ) -> None:
     """Measure what pruning saves in time and memory, beside the untouched model and the best that is possible.
 
@@ -59,11 +61,11 @@ def bench(
     """
     from foveate.evaluation.bench import bench, overview
 
-    console = Console(stderr=True)
+    console = notes()
     results, lost = bench(
         model=model,
         geometry=geometry,
-        methods=methods,
+        methods=",".join(methods or ["all"]),
         keep=keep,
         batch=batch,
         padded=padded,
@@ -78,7 +80,9 @@ def bench(
         attn=attn,
         console=console,
     )
-    if results.rows:
+    if as_json:
+        typer.echo(results.to_json())
+    elif results.rows:
         Console().print(overview(results.rows).rich(), crop=False)
     console.print(Text(results.outcome, style="dim"), soft_wrap=True)
     if lost:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
 from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.notes import notes
 from foveate.asking.options import parse_grid
 from foveate.commands.parameters import (
     SEEDS,
@@ -27,8 +28,16 @@ from foveate.commands.parameters import (
 
 def calibrate(
     methods: Annotated[
-        str, typer.Option("--methods", "-m", metavar="A,B:OPTION=VALUE,...", help="Several share the error.")
-    ] = "csp",
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "--method",
+            "-m",
+            metavar="A:OPTION=VALUE,B,...",
+            help="May be repeated; several share the error.",
+            show_default="csp",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="OUT.json", help="Where the certificate goes.", show_default=False)
     ] = None,
@@ -91,10 +100,10 @@ def calibrate(
             f"--temperature {temperature:g} samples, and two sampled answers differ by themselves: calibrate greedy "
             "answers (0), which is all that a certificate is about"
         )
-    console = Console(stderr=True)
+    console = notes()
     options = calibrating.Options(
         model=model,
-        methods=methods,
+        methods=",".join(methods or ["csp"]),
         policy=policy,
         data=data,
         agree=agree,

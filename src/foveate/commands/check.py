@@ -8,17 +8,19 @@ from typing import Annotated
 import typer
 
 from foveate.asking.loading import DTYPES
+from foveate.asking.outputs import check_folder
 from foveate.commands.parameters import (
     Attention,
     Device,
     Fps,
     Guide,
+    Json,
     Keep,
     MaxFrames,
+    Methods,
     ModelOrOwn,
     OneClip,
     Options,
-    Together,
     Words,
 )
 from foveate.commands.prepare import load_subject
@@ -27,7 +29,7 @@ from foveate.commands.prepare import load_subject
 def check(
     words: Words,
     model: ModelOrOwn = None,
-    method: Together = None,
+    method: Methods = None,
     keep: Keep = None,
     option: Options = None,
     steps: Annotated[int, typer.Option(min=1, help="Tokens to generate and compare.")] = 16,
@@ -39,6 +41,7 @@ def check(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     clip: OneClip = False,
+    as_json: Json = False,
 ) -> None:
     """Prove on a model of your own that pruning drops tokens and does nothing else.
 
@@ -47,9 +50,24 @@ def check(
 
     foveate check photo.jpg "What is in the picture?" --model llava-hf/llava-1.5-7b-hf --method plphp
     """
-    subject = load_subject("check", words, model, method, keep, option, guide, device, dtype, attn)
+    check_folder(out or Path("results"))
+    subject = load_subject(
+        "check",
+        words,
+        model,
+        method,
+        keep,
+        option,
+        guide,
+        device,
+        dtype,
+        attn,
+        fps=fps,
+        max_frames=max_frames,
+        one_clip=clip,
+    )
 
     from foveate.evaluation.check import check
 
-    if not check(subject, steps=steps, out=out):
+    if not check(subject, steps=steps, out=out, as_json=as_json):
         raise typer.Exit(1)

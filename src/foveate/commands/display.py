@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from foveate.asking.notes import moving
 
-def status(doing: str, *, quiet: bool) -> Any:
+
+def status(doing: str) -> Any:
     """A spinner on stderr while something takes its time."""
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    return console.status(doing)
+    return moving().status(doing)
 
 
 def listing() -> Table:

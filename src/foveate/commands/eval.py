@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
+from foveate.asking.notes import notes
 from foveate.commands.parameters import (
     SEEDS,
     Attention,
@@ -18,19 +19,19 @@ from foveate.commands.parameters import (
     Device,
     Dtype,
     Guide,
+    Json,
     Keeps,
     Match,
     MaxFrames,
     MaxNewTokens,
+    MethodsOrAll,
     Model,
 )
 
 
 def eval_command(
     model: Model = GLIMPSE,
-    methods: Annotated[
-        str, typer.Option(metavar="all|A,B:OPTION=VALUE,...", help="Methods; the baselines are always among them.")
-    ] = "all",
+    methods: MethodsOrAll = None,
     keep: Keeps = "0.5,0.25,0.1",
     data: Data = None,
     count: Annotated[
@@ -50,6 +51,7 @@ def eval_command(
     guide: Guide = None,
     max_frames: MaxFrames = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that ask at once, each with a model of its own.")] = 1,
+    as_json: Json = False,
 ) -> None:
     """Measure what pruning costs in right answers, by type of question, beside random, uniform and pooling.
 
@@ -58,10 +60,10 @@ def eval_command(
     from foveate.evaluation.evaluate import evaluate, overview
     from foveate.evaluation.workplace import Options
 
-    console = Console(stderr=True)
+    console = notes()
     options = Options(
         model=model,
-        methods=methods,
+        methods=",".join(methods or ["all"]),
         keep=keep,
         data=data,
         count=count,
@@ -76,7 +78,10 @@ def eval_command(
         max_frames=max_frames,
     )
     results, lost = evaluate(options, out=out, jobs=jobs, console=console)
-    Console().print(overview(results.rows).rich(), crop=False)
+    if as_json:
+        typer.echo(results.to_json())
+    else:
+        Console().print(overview(results.rows).rich(), crop=False)
     console.print(Text(results.outcome, style="dim"), soft_wrap=True)
     if lost:
         console.print(Text(f"{len(lost)} rows of the data or of the results are missing: see above"), soft_wrap=True)

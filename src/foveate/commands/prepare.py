@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from foveate.asking.asker import Asker
+from foveate.asking.hints import hints
 from foveate.asking.loading import (
     GLIMPSE,
     GLIMPSE_VIDEO,
@@ -21,10 +23,14 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import guide_option, typed
-from foveate.asking.subject import Subject, Variant
+from foveate.asking.notes import notes
+from foveate.asking.options import DEFAULT, guide_option, typed
+from foveate.asking.subject import Subject
+from foveate.asking.variant import Variant
 from foveate.commands.display import status
 from foveate.families import unknown_family
+from foveate.methods import grammar
+from foveate.methods.grammar import Parts
 from foveate.methods.places import PLACES
 
 if TYPE_CHECKING:
@@ -94,32 +100,61 @@ def parse_options(keep: str | None, pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _build(names: Sequence[str], options: dict[str, Any], guide: str | None) -> list[tuple[Method, dict[str, Any]]]:
+def read_methods(written: Sequence[str] | None) -> list[Parts]:
+    """What `--method` says, each time that it is given; none where it is not.
+
+    Raises:
+        Mistake: where it is written wrong, or a name or an option is not known.
+    """
+    found: list[Parts] = []
+    for text in written or []:
+        try:
+            found += grammar.parse_methods(text)
+        except ValueError as error:
+            raise Mistake(f"--method {text}: {error}") from error
+    return found
+
+
+def read_one(written: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the one method that `--method` says, and its options, those given beside it among them.
+
+    Raises:
+        Mistake: as `read_methods`, for several, and for an option that is given twice.
+    """
+    found = read_methods([written])
+    if [len(parts) for parts in found] != [1]:
+        raise Mistake(f"--method {written}: one method is wanted here")
+    ((part,),) = found
+    if twice := sorted(set(options) & set(part.options)):
+        raise Mistake(f"{', '.join(twice)}: {part} says it already; give it once")
+    return part.name, {**part.options, **options}
+
+
+def _build(chosen: Sequence[Parts], options: dict[str, Any], guide: str | None) -> list[Variant]:
     """The methods, each with those of the options that it has; an option that none has is a mistake.
 
     guide: as `guide_option` takes it.
     """
     import foveate
 
+    parts = [part for together in chosen for part in together]
     try:
-        classes = [foveate.method_class(name) for name in dict.fromkeys(names)]
-        fields = [[f.name for f in dataclasses.fields(cls)] for cls in classes]
-        for option in options:
-            if not any(option in own for own in fields):
-                known = "; ".join(f"{c.name} has {', '.join(own)}" for c, own in zip(classes, fields, strict=True))
-                raise Mistake(f"no option {option!r}: {known}")
-        own_options = [{name: options[name] for name in options if name in own} for own in fields]
-        built = [
-            foveate.get_method(c.name, **own, **guide_option(c, own, guide))
-            for c, own in zip(classes, own_options, strict=True)
-        ]
-    except (ValueError, TypeError) as error:
+        own = iter(grammar.shared(parts, options))
+        variants = []
+        for together in chosen:
+            methods, asked = [], []
+            for part in together:
+                cls, mine = foveate.method_class(part.name), next(own)
+                methods.append(foveate.get_method(part.name, **mine, **guide_option(cls, mine, guide)))
+                # `keep` belongs to every label, also where it is the default.
+                asked.append({**_budget(methods[-1]), **mine})
+            variants.append(Variant(tuple(methods), tuple(asked)))
+        return variants
+    except (ValueError, TypeError, foveate.UnsupportedError) as error:
         raise Mistake(one_line(error)) from error
-    # `keep` belongs to every label, also where it is the default.
-    return [(m, {"keep": m.keep, **own}) for m, own in zip(built, own_options, strict=True)]
 
 
-def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
+def _fitting(config: Any, chosen: Sequence[Parts]) -> Sequence[Parts]:
     """The methods asked for, or the family's natural one; checked against the family before weights load."""
     import foveate
     from foveate.engine.support import fitting
@@ -127,19 +162,20 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
     family = foveate.get_family(config)
     if family is None:
         raise Mistake(unknown_family(config.model_type))
-    fits = fitting(family)
-    if not names:
+    if not chosen:
+        fits = fitting(family)
         blind = [name for name in fits if foveate.method_class(name).source.startswith("baseline")]
-        return ["fopru"] if "fopru" in fits else [name for name in fits if name not in blind][:1]
-    for name in names:
+        natural = DEFAULT if DEFAULT in fits else next(name for name in fits if name not in blind)
+        return [(grammar.Part(natural, {}),)]
+    for name in dict.fromkeys(part.name for parts in chosen for part in parts):
         if foveate.method_class(name).place not in family.places:
             place = PLACES[foveate.method_class(name).place]
-            others = {foveate.method_class(fit).place: fit for fit in reversed(fits)}.values()
+            others = {foveate.method_class(fit).place: fit for fit in reversed(fitting(family))}.values()
             raise Mistake(
                 f"{name} drops tokens {place}, which {config.model_type} models lack: use "
                 f"{', '.join(sorted(others))} or another one that fits (`foveate methods` says where each acts)"
             )
-    return names
+    return chosen
 
 
 def _budget(method: Method) -> dict[str, Any]:
@@ -166,7 +202,7 @@ def read_promise(
 
 def load_chosen(
     model: str,
-    names: Sequence[str] | None,
+    chosen: Sequence[Parts],
     options: dict[str, Any],
     guide: str | None,
     device: str,
@@ -174,24 +210,30 @@ def load_chosen(
     attn: str | None,
     *,
     given: Sequence[Method] | None = None,
-) -> tuple[Any, Any, list[tuple[Method, dict[str, Any]]]]:
+) -> tuple[Any, Any, list[Variant]]:
     """The model and its processor, and what `_build` makes of the methods asked for, or of the model's own.
 
     given: methods in place of those.
     """
     hush()
     named = guide or (GLIMPSE if model == GLIMPSE else None)
-    if names:
-        _build(names, options, named)  # a wrong name should not wait for the model
+    if chosen:
+        _build(chosen, options, named)  # a wrong name should not wait for the model
     source, dtype = built_in(model, dtype)
     config = read_config(source)
     if given is not None:
-        _fitting(config, [m.name for m in given])
-        methods = [(m, _budget(m)) for m in given]
+        _fitting(config, [(grammar.Part(m.name, {}),) for m in given])
+        variants = [Variant((m,), (_budget(m),)) for m in given]
     else:
-        methods = _build(_fitting(config, names), options, named)
-    load_guide([m for m, _ in methods], guide, source, config, device=device, dtype=dtype)
-    return *load(source, config, device=device, dtype=dtype, attn=attn), methods
+        variants = _build(_fitting(config, chosen), options, named)
+    load_guide([m for v in variants for m in v.methods], guide, source, config, device=device, dtype=dtype)
+    return *load(source, config, device=device, dtype=dtype, attn=attn), variants
+
+
+def say_hints(model: str, processor: Any, shown: Sequence[Image | Clip], question: str) -> None:
+    """Say on stderr what a built-in model never learned of this."""
+    for hint in hints(model, processor, shown, question):
+        notes().print(Text(hint, style="dim"), soft_wrap=True)
 
 
 def load_subject(
@@ -207,25 +249,22 @@ def load_subject(
     attn: str | None,
     max_new_tokens: int = 64,
     *,
-    fps: float | None = None,
-    max_frames: int | None = None,
-    one_clip: bool = False,
+    fps: float | None,
+    max_frames: int | None,
+    one_clip: bool,
 ) -> Subject:
     """Read the arguments of a command that looks at a model closely, and load what they name."""
     names, question = split(words, command)
     options = parse_options(keep, option or [])
-    check_dtype(dtype)
+    check_dtype(dtype, attn)
 
     shown = open_shown(names, fps, max_frames, one_clip)
     model = model_for(model, shown)
-    together = [[name.strip() for name in part.split("+")] for part in method or []]
-    with status("loading", quiet=False):
+    with status("loading"):
         device = resolve_device(device)
-        named = [name for part in together for name in part]
-        loaded, processor, methods = load_chosen(model, named, options, guide, device, dtype, attn)
-        built = {m.name: (m, own) for m, own in methods}
-        variants = [Variant(*zip(*(built[name] for name in part), strict=True)) for part in together or [list(built)]]
+        loaded, processor, variants = load_chosen(model, read_methods(method), options, guide, device, dtype, attn)
         asker = Asker(loaded, processor, shown, question, max_new_tokens)
+    say_hints(model, processor, shown, question)
     settings = {
         "model": model,
         "images": list(names),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from foveate.asking.loading import GLIMPSE
+from foveate.asking.notes import notes
 from foveate.asking.options import parse_grid
 from foveate.commands.parameters import (
     SEEDS,
@@ -23,7 +24,7 @@ from foveate.commands.parameters import (
     Model,
     Options,
 )
-from foveate.commands.prepare import parse_options
+from foveate.commands.prepare import parse_options, read_one
 
 if TYPE_CHECKING:
     from foveate.evaluation.search_report import Found
@@ -63,14 +64,15 @@ def search(
     """
     from foveate.evaluation import search as searching
 
-    console = Console(stderr=True)
+    console = notes()
+    name, own = read_one(method, parse_options(None, option or []))
     options = searching.Options(
         model=model,
-        method=method,
+        method=name,
         data=data,
         tolerance=tolerance,
         score=score,
-        options=parse_options(None, option or []),
+        options=own,
         grid=None if grid is None else parse_grid(grid, "0.25,0.5,0.75"),
         count=count,
         test=test,

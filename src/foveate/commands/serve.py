@@ -15,10 +15,10 @@ import typer
 
 from foveate.asking.loading import built_in, dtype_name, hush, read_config
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import typed
+from foveate.asking.options import DEFAULT, typed
 from foveate.asking.subject import config_digest
 from foveate.commands.parameters import Keep, Options
-from foveate.commands.prepare import parse_options
+from foveate.commands.prepare import parse_options, read_one
 
 if TYPE_CHECKING:
     from foveate.vllm.settings import Settings
@@ -31,7 +31,9 @@ def serve(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", "-m", help="One that acts before the LLM.", show_default="the saved one, or fopru"),
+        typer.Option(
+            "--method", "-m", help="One that acts before the LLM.", show_default=f"the saved one, or {DEFAULT}"
+        ),
     ] = None,
     keep: Keep = None,
     option: Options = None,
@@ -97,11 +99,14 @@ def _method(
     if saved is None and name is None and (Path(model) / CONFIG_NAME).is_file():
         saved = Path(model)
     if saved is None:
-        return {"method": name or "fopru", **({"keep": 0.25} if "keep" not in options else {}), **options}
+        name, options = read_one(name or DEFAULT, options)
+        return {"method": name, "keep": 0.25, **options}
     try:
         config = read_config(saved)
     except (OSError, ValueError) as error:
         raise Mistake(f"--config {saved}: {one_line(error)}") from error
+    if name is not None:
+        name, options = read_one(name, options)
     if name is not None and name != config.get("method"):
         raise Mistake(f"--method {name}, and {saved} is of {config.get('method')}: leave one of them out")
     return {**config, **options}

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foveate.asking.outputs import check_folder
 from foveate.commands.parameters import (
     Attention,
     Device,
@@ -16,10 +17,10 @@ from foveate.commands.parameters import (
     Keep,
     MaxFrames,
     MaxNewTokens,
+    Methods,
     ModelOrOwn,
     OneClip,
     Options,
-    Together,
     Words,
 )
 from foveate.commands.prepare import load_subject
@@ -28,7 +29,7 @@ from foveate.commands.prepare import load_subject
 def show(
     words: Words,
     model: ModelOrOwn = None,
-    method: Together = None,
+    method: Methods = None,
     keep: Keep = None,
     option: Options = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="results/show-DATE")] = None,
@@ -47,7 +48,23 @@ def show(
 
     foveate show photo.jpg "What is in the picture?" --method fastv --method plphp --keep 0.4
     """
-    subject = load_subject("show", words, model, method, keep, option, guide, device, dtype, attn, max_new_tokens)
+    check_folder(out or Path("results"))
+    subject = load_subject(
+        "show",
+        words,
+        model,
+        method,
+        keep,
+        option,
+        guide,
+        device,
+        dtype,
+        attn,
+        max_new_tokens,
+        fps=fps,
+        max_frames=max_frames,
+        one_clip=clip,
+    )
 
     from foveate.evaluation.show import show
 

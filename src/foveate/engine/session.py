@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import KeepsOneToken, UnsupportedError
 from ..families.base import Family
 from ..methods.base import Method
+from ..methods.trained import TrainedMethod
 from .adoption import adopt_cache, evict_hidden, new_cache
 from .ahead import Peeked
 from .attention import Attention
@@ -81,6 +82,12 @@ def prune(
         place.check(target, methods)
     for each in methods:
         check_certificate(target, each, alone=len(methods) == 1)
+    for each in methods:
+        # Weights are trained for a number of tokens, which may well be 1.
+        if each.keep == 1 and isinstance(each.keep, int) and not isinstance(each, TrainedMethod):
+            warnings.warn(
+                f"{each.name} keep=1 keeps one token of each image; keep=1.0 keeps all", KeepsOneToken, stacklevel=2
+            )
     host = target.host
     greedy = any(method.certificate is not None for method in methods)
     return Pruned(target, tuple(method.for_host(host) for method in methods), record, greedy=greedy)

@@ -13,6 +13,7 @@ from ..families import get_family, unknown_family
 from ..families.base import Family
 from ..methods import get_method, method_class, method_names
 from ..methods.base import Method
+from ..methods.grammar import parse_method, shared
 from ..methods.places import PLACES
 from ..methods.tokens import ATTENTION
 from ..registry import PluginError
@@ -27,18 +28,20 @@ def resolve_methods(
     method: str | Method | Sequence[Method | str] | None, options: dict[str, Any]
 ) -> tuple[Method, ...]:
     """The method objects that the arguments of `prune` ask for."""
-    if isinstance(method, str):
-        return (get_method(method, **options),)
-    methods = tuple(method) if isinstance(method, (list, tuple)) else (method,)
-    built = tuple(get_method(m) if isinstance(m, str) else m for m in methods)
-    if not built or not all(isinstance(m, Method) for m in built):
+    given = tuple(method) if isinstance(method, (list, tuple)) else (method,)
+    if not given or not all(isinstance(m, (str, Method)) for m in given):
         raise ValueError(
             f"a method is a name ({', '.join(method_names())}), a method object such as foveate.FoPru(keep=0.25), or a "
             f"list of them, not {method!r}"
         )
-    if options:
+    parts = [part for m in given if isinstance(m, str) for part in parse_method(m)]
+    if options and not all(isinstance(m, str) for m in given):
         raise ValueError(f"options ({', '.join(options)}) go with a method's name; give a method object its own")
-    return built
+    own = iter(shared(parts, options))
+    built: list[Method] = []
+    for m in given:
+        built += [m] if isinstance(m, Method) else [get_method(part.name, **next(own)) for part in parse_method(m)]
+    return tuple(built)
 
 
 def unwrapped(model: Any) -> Any:

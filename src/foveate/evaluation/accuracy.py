@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from foveate.asking.mistake import Mistake
+from foveate.asking.notes import notes
 from foveate.glimpse.happenings import CLIP_KINDS, STILL
 
 from .cost import prefill_flops
+from .partial import Partial
 from .results import Results, Row, write_csv
 from .runner import Batches, clips_said, generate
 from .scores import exact_match, holds, interval
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .questions import Item
 
 UNTOUCHED = "untouched"
+HELD = ("tokens", "kept", "kv", "kv_full", "read")  # what is added up of each batch
 # One for every place: a draw in the cache, when the prompt has read the picture, beats one before the LLM by far.
 BASELINES = ("random", "uniform", "pooling", "random_layer", "random_cache", "random_cross")
 MATCHES = {"exact": exact_match, "contains": holds}
@@ -90,16 +93,19 @@ def measure(
     Returns a line for each variant that failed.
     """
     items = [batches.items[index] for index in sorted(set(range(len(batches.items))) - set(batches.refused))]
-    console = console or Console(stderr=True)
+    console = console or notes()
     rows = _Rows(results, items, groups, match, seed, more or {}, console)
     due = [variant for variant in variants if not rows.have(variant)]
     with progress_bar(console) as progress:
         done = len(variants) - len(due) + rows.have(None)
-        bar = progress.add_task("", total=(len(variants) + 1) * len(batches), completed=done * len(batches))
+        bar = progress.add_task("", total=(len(variants) + 1) * len(items), completed=done * len(items))
 
         def ask_here(variant: Variant | None) -> Answered:
             progress.update(bar, description=_column(variant))
-            return ask(model, processor, batches, variant, max_new_tokens, lambda: progress.advance(bar))
+            partial = Partial(results.folder / "partial.json", _column(variant))
+            found = ask(model, processor, batches, variant, max_new_tokens, lambda n: progress.advance(bar, n), partial)
+            partial.done()
+            return found
 
         if not rows.have(None):
             try:
@@ -109,7 +115,7 @@ def measure(
         if jobs is not None and len(due) > 1:
             progress.update(bar, description=f"{jobs.count} processes")
             for variant, outcome in jobs.run(due):
-                progress.advance(bar, len(batches))
+                progress.advance(bar, len(items))
                 rows.take(variant, outcome)
             due = []
         for variant in due:
@@ -171,7 +177,7 @@ class _Rows:
         same = [exact_match(*pair) for pair in zip(said, self.answers.said[UNTOUCHED], strict=True)]
         whole = self.results.find(method=UNTOUCHED, keep=None) or cost
         cost = {**cost, "prefill_share": cost["prefill_flops"] / whole["prefill_flops"]}
-        row: Row = {"method": name, "keep": keep, "place": variant.method.place if variant else None}
+        row: Row = {"method": name, "keep": keep, "place": variant.place if variant else None}
         row |= {"questions": len(self.items), **self.more}
         row |= {**_scores("accuracy", right, self.seed), **cost, **_scores("agreement", same, self.seed)}
         for part, kinds in self.parts.items():
@@ -224,48 +230,68 @@ class Answers:
 
 
 def ask(
-    model: Any, processor: Any, batches: Batches, variant: Variant | None, max_new_tokens: int, advance: Any
+    model: Any,
+    processor: Any,
+    batches: Batches,
+    variant: Variant | None,
+    max_new_tokens: int,
+    advance: Callable[[int], object],
+    partial: Partial | None = None,
 ) -> Answered:
-    """The answers of one variant (None: the untouched model), and what they cost. advance: called after each batch."""
+    """The answers of one variant (None: the untouched model), and what they cost.
+
+    advance: called after each batch with the number of its questions. partial: what an interrupted run knows already.
+    """
     import foveate
 
-    counts = {"tokens": 0, "kept": 0, "kv": 0, "kv_full": 0}
-    read = 0.0  # of those bytes what a step of decoding reads
-
-    def after() -> None:
-        nonlocal read
-        advance()
-        if variant is None:
-            return
-        report: Any = pruned.report  # type: ignore[union-attr]
-        if report is None:  # nothing was pruned: the guide has answered
-            return
-        for tokens, kept in (image for sample in report.images for image in sample):
-            counts["tokens"] += tokens
-            counts["kept"] += kept
-        counts["kv"] += report.kv_bytes
-        counts["kv_full"] += report.kv_bytes_unpruned
-        read += report.kv_bytes * (1.0 if report.decoding is None else report.decoding.share)
-
-    begun = time.perf_counter()
-    with foveate.prune(model, variant.method) if variant else nullcontext() as pruned:
+    partial = partial or Partial(None, "")
+    with foveate.prune(model, variant.methods) if variant else nullcontext() as pruned:
         # A guide that answers alone leaves no cache behind.
-        exits = variant is not None and getattr(variant.method, "exit_threshold", None) is not None
+        exits = any(getattr(m, "exit_threshold", None) is not None for m in (variant.methods if variant else ()))
         around = clips_said(pruned)
-        said = generate(model, processor, batches, max_new_tokens, after, one_cache=not exits, around=around)
-        seconds = round(time.perf_counter() - begun, 2)
+        answers: dict[int, str] = {}
+        cost = dict.fromkeys((*HELD, "seconds"), 0.0)
+        for batch in batches:
+            row = partial.get(batch)
+            if row is None:
+                row, begun = dict.fromkeys(HELD, 0.0), time.perf_counter()
+
+                def after(row: Row = row) -> None:
+                    row.update(_held(pruned.report if pruned is not None else None))
+
+                texts = generate(model, processor, [batch], max_new_tokens, after, one_cache=not exits, around=around)
+                row |= {"said": texts, "seconds": time.perf_counter() - begun}
+                partial.add(batch, row)
+            answers.update(zip(sorted(batch.indices), row["said"], strict=True))
+            cost = {name: value + row[name] for name, value in cost.items()}
+            advance(len(batch.indices))
         middle = batches.middle
         with around(middle):
             flops = prefill_flops(model, middle.inputs.to(model.device, model.dtype))
     whole = None if variant else 1.0  # nothing pruned: the guide has answered everything
-    cost = {
-        "kept_share": counts["kept"] / counts["tokens"] if counts["tokens"] else whole,
-        "kv_share": counts["kv"] / counts["kv_full"] if counts["kv_full"] else whole,
-        "read_share": read / counts["kv_full"] if counts["kv_full"] else whole,
+    return [answers[index] for index in sorted(answers)], {
+        "kept_share": cost["kept"] / cost["tokens"] if cost["tokens"] else whole,
+        "kv_share": cost["kv"] / cost["kv_full"] if cost["kv_full"] else whole,
+        "read_share": cost["read"] / cost["kv_full"] if cost["kv_full"] else whole,
         "prefill_flops": flops,
-        "seconds": seconds,
+        "seconds": round(cost["seconds"], 2),
     }
-    return said, cost
+
+
+def _held(report: Any) -> Row:
+    """Of one prefill: image tokens, those that stayed, bytes, bytes if nothing had gone, and those that a step reads.
+
+    report: None where nothing was pruned: it is the untouched model, or the guide has answered.
+    """
+    if report is None:
+        return {}
+    images = [image for sample in report.images for image in sample]
+    share = 1.0 if report.decoding is None else report.decoding.share
+    values = (
+        *(sum(tokens for tokens, _ in images), sum(kept for _, kept in images)),
+        *(report.kv_bytes, report.kv_bytes_unpruned, report.kv_bytes * share),
+    )
+    return dict(zip(HELD, values, strict=True))
 
 
 def _scores(name: str, hits: Sequence[bool], seed: int) -> Row:

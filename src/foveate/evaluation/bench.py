@@ -13,7 +13,7 @@ from rich.console import Console
 
 from foveate.asking.loading import built_in, check_dtype, dtype_name, hush, load, read_config, resolve_device
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import parse_keeps, parse_methods, variants
+from foveate.asking.options import options_in, parse_keeps, variants
 from foveate.asking.subject import option_files
 from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
@@ -66,7 +66,7 @@ def bench(
     if (model is None) == (geometry is None):
         known = ", ".join(GEOMETRIES)
         raise Mistake(f"give either --geometry, for random weights ({known}), or --model, a hub id or a model folder")
-    check_dtype(dtype)
+    check_dtype(dtype, attn)
     keeps, batches = parse_keeps(keep), _batches(batch)
 
     if padded and min(batches) < 2:
@@ -96,7 +96,7 @@ def bench(
         chosen, left_out = variants(methods, keeps, family.places, config.model_type, seed=seed)
         chosen = list(fitting(sketch, chosen, left_out))
         if geometry is not None:  # nobody trained a method's weights for random ones
-            chosen = [replace(variant, method=variant.method.untrained()) for variant in chosen]
+            chosen = [replace(each, methods=tuple(m.untrained() for m in each.methods)) for each in chosen]
         if device == "cpu" and geometry is not None:
             _check_memory(geometry, sketch, dtype)
         settings: Row = {"geometry": geometry, "model": model, "image_tokens": image_tokens, "padded": padded}
@@ -104,7 +104,7 @@ def bench(
         settings |= {"threads": torch.get_num_threads()}
         settings |= {"new_tokens": new_tokens, "repeat": repeat, "seed": seed}
         settings |= {} if frames is None else {"frames": frames}
-        settings |= option_files(own for _, own in parse_methods(methods))
+        settings |= option_files(options_in(methods))
         results = Results(out, "bench", settings, keys=KEYS)
     for line in left_out:
         console.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant, variants
+from foveate.asking.options import Variant, check_alone, variants
 from foveate.asking.subject import config_digest, fingerprints, option_files
 from foveate.engine.certified import setting
 from foveate.engine.support import find_target
@@ -110,7 +110,8 @@ def check(options: Options, out: Path | None) -> Loss:
             )
         if len(set(grid)) == 1:
             raise Mistake(f"{written} leaves nothing to choose: add smaller budgets, such as 1.0,0.75,0.5,0.25")
-    check_dtype(options.dtype)
+    check_alone(options.methods)
+    check_dtype(options.dtype, options.attn)
     check_data(options.model, options.data)
     loss = find_loss(options.loss)
     options.rule(1).p(0, 1)  # without scipy, now
@@ -163,7 +164,7 @@ def _massed(chosen: Sequence[Variant], left_out: list[str]) -> list[Variant]:
     found = []
     for variant in chosen:
         try:
-            found.append(dataclasses.replace(variant, method=by_mass(variant.method, 0.5)))
+            found.append(dataclasses.replace(variant, methods=(by_mass(variant.method, 0.5),)))
         except UnsupportedError as error:
             if variant.named:
                 raise Mistake(one_line(error)) from error

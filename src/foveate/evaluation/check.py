@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.notes import notes
 from foveate.engine.report import human_bytes
 from foveate.engine.session import prune
 from foveate.errors import UnsupportedError
@@ -22,11 +23,12 @@ from foveate.evaluation.proving import Proof, cannot_prove, prove
 from foveate.evaluation.results import Results, Row
 
 if TYPE_CHECKING:
-    from foveate.asking.subject import Subject, Variant
+    from foveate.asking.subject import Subject
+    from foveate.asking.variant import Variant
 
 
-def check(subject: Subject, *, steps: int, out: Path | None) -> bool:
-    """Prove every variant, print and write what was found; whether all of them hold.
+def check(subject: Subject, *, steps: int, out: Path | None, as_json: bool = False) -> bool:
+    """Prove every variant, print and write what was found; whether all of them hold. as_json: print the rows instead.
 
     Raises:
         Mistake: for a variant that cannot be proven, before anything runs.
@@ -51,12 +53,14 @@ def check(subject: Subject, *, steps: int, out: Path | None) -> bool:
         if results.due("difference.png"):
             plot(results.rows, results.folder / "difference.png")
     found = {v.label: [row for row in results.rows if row["method"] == v.label] for v in subject.variants}
-    if len(found) == 1:
+    if as_json:
+        print(results.to_json())
+    elif len(found) == 1:
         (rows,) = found.values()
         console.print(_steps(rows), "", sep="\n")
-    for label, rows in found.items():
+    for label, rows in () if as_json else found.items():
         console.print(_verdict(label, rows), soft_wrap=True)
-    Console(stderr=True).print(Text(results.outcome, style="dim"), soft_wrap=True)
+    notes().print(Text(results.outcome, style="dim"), soft_wrap=True)
     return all(row["equal"] for rows in found.values() for row in rows)
 
 

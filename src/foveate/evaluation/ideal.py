@@ -6,7 +6,7 @@ a model answers has no meaning; how fast it is, no method with these numbers of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from ..engine.upstream import cache_in
+
+# Where methods act that keep tokens from being computed; all others let every token through all layers of the prefill.
+SHORTENS = frozenset({"encoder", "layer", "depth", "cross"})
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,17 @@ class Plan:
     held: tuple[int, ...]
 
     @classmethod
-    def of(cls, report: Any, place: str, start: int) -> Plan:
-        """What a method left. report: of a run with `record=True`. place: where the method acts."""
+    def of(cls, report: Any, places: Sequence[str], start: int, through: Any = None) -> Plan:
+        """What methods left. report: of a run with `record=True`. places: where they act. through: the same of those
+        alone that shorten the prefill (see `SHORTENS`), where there are others beside them.
+        """
         layers = report.layers
-        # Methods that evict from the cache let every token through all layers, whatever attends; and the report of a
-        # second run beside the model says nothing of the first.
-        all_seen, all_held = place in ("cache", "decode", "logits"), place == "logits"
-        seen = [layer.length if all_seen else int(layer.seen.sum(-1).max()) for layer in layers]
+        # The report of a second run beside the model says nothing of the first.
+        all_held = set(places) == {"logits"}
+        if SHORTENS.isdisjoint(places):
+            seen = [layer.length for layer in layers]
+        else:
+            seen = [int(layer.seen.sum(-1).max()) for layer in (through or report).layers]
         length = next(layer.length for layer in layers if layer.kind == "self")
         features = next((layer.length for layer in layers if layer.kind == "cross"), 0)
         held = [layer.length if all_held else layer.kept_length for layer in layers]

@@ -47,6 +47,6 @@ def _work(label: str, keep: float | int) -> Answered | Failure:
     place = _workplace
     variant = next(v for v in place.variants if (v.label, repr(v.keep)) == (label, repr(keep)))
     try:
-        return ask(place.model, place.processor, place.batches, variant, place.max_new_tokens, lambda: None)
+        return ask(place.model, place.processor, place.batches, variant, place.max_new_tokens, lambda _: None)
     except Exception as error:
         return Failure(advice(error), traceback.format_exc())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from foveate.asking.pictures import MARGIN, by_frame, dimmed, paint_cells, scaled, wrap
+from foveate.asking.pictures import MARGIN, by_frame, dimmed, outlined, paint_cells, scaled, wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +74,9 @@ def _overlap(one: Tile, other: Tile) -> bool:
 
 
 def draw_share(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Image.Image:
-    """Dim each cell by how few keep its token. values: (n,) in [0, 1]."""
-    return Image.composite(picture, dimmed(picture), paint_cells(picture.size, tiles, values, empty=0))
+    """Dim each cell by how few keep its token, and outline those that most keep. values: (n,) in [0, 1]."""
+    light = paint_cells(picture.size, tiles, values, empty=0)
+    return outlined(Image.composite(picture, dimmed(picture), light), light)
 
 
 def draw_heat(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Image.Image:

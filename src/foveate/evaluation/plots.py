@@ -52,7 +52,9 @@ def curves(
     for row in rows:
         if row["place"] is not None and row.get(y) is not None:
             lines.setdefault(row["method"], []).append(row)
-    places = [place for place in PLACES if any(line[0]["place"] == place for line in lines.values())]
+    # Methods that act together stand where the last of them acts.
+    last = {method: line[0]["place"].rpartition("+")[2] for method, line in lines.items()}
+    places = [place for place in PLACES if place in last.values()]
     with matplotlib.rc_context(STYLE):
         wide = 2 if len(places) in (2, 4) else min(3, len(places))
         high = -(-len(places) // wide)
@@ -65,7 +67,7 @@ def curves(
         )
         panels[0].set_ylim(0, max(105 * highest, 5))  # also where nothing is right
         for panel, place in zip(panels, places, strict=False):
-            own = {m: line for m, line in lines.items() if line[0]["place"] == place and m not in dashed}
+            own = {m: line for m, line in lines.items() if last[m] == place and m not in dashed}
             blind = {m: line for m, line in lines.items() if m in dashed and line[0]["place"] in (place, "encoder")}
             ends = []
             for index, (method, line) in enumerate([*blind.items(), *own.items()]):

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.asking.mistake import Mistake
+from foveate.asking.notes import notes
+from foveate.asking.outputs import check_folder
 
 Row = dict[str, Any]
 RUN = {"command": str, "settings": dict, "keys": list, "versions": dict, "finished": bool, "runs": list}
@@ -57,6 +59,7 @@ class Results:
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         self.folder = Path(folder) if folder is not None else self._default()
+        check_folder(self.folder)
         self.rows, about = self._open()
         self._runs: list[Row] = about.get("runs", [])
         self._finished: bool = about.get("finished", False)
@@ -85,6 +88,11 @@ class Results:
         idle = self._finished and len(self.rows) == self._before
         return f"nothing new in {self.folder}" if idle else f"wrote {self.folder}"
 
+    def to_json(self) -> str:
+        """The settings, and all rows of the folder."""
+        about = {"folder": str(self.folder), "command": self.command, "settings": self.settings}
+        return json.dumps({**about, "versions": self.versions, "rows": self.rows}, indent=2)
+
     def _key(self, row: Row) -> str:
         return json.dumps([row[name] for name in self.keys])  # where 1 (token) is not 1.0 (all tokens)
 
@@ -102,7 +110,7 @@ class Results:
         if len(self.rows) > self._before or not self._runs or (done and not self._finished):
             self._write(finished=done)
         if kind is None and self._before:
-            print(self._reused(), file=sys.stderr)
+            notes().print(self._reused(), markup=False, highlight=False, soft_wrap=True)
 
     def _reused(self) -> str:
         """How many rows are those of earlier runs, and of which."""

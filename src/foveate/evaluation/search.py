@@ -116,7 +116,7 @@ def _check(options: Options, out: Path) -> None:
         raise Mistake("--grid: a schedule that keeps nothing is none; give fractions above 0")
     if min(options.count, options.test) < FEWEST:
         raise Mistake(f"--count and --test must be at least {FEWEST}: fewer questions say nothing of 0.01")
-    check_dtype(options.dtype)
+    check_dtype(options.dtype, options.attn)
     check_data(options.model, options.data)
     check_out(out)
 

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from foveate.asking.clips import frames_of
 from foveate.asking.mistake import Mistake, one_line
+from foveate.asking.notes import notes
 from foveate.asking.pictures import crop_as_seen, scaled
 from foveate.errors import UnsupportedError
 from foveate.evaluation.attention import last_token_attention
@@ -30,7 +31,8 @@ from foveate.evaluation.results import Results, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.asking.subject import Subject, Variant
+    from foveate.asking.subject import Subject
+    from foveate.asking.variant import Variant
     from foveate.engine.report import PruneReport
 
 ACROSS = 6  # panels in a row, where a method has one choice a layer
@@ -104,7 +106,7 @@ def show(subject: Subject, *, out: Path | None) -> None:
         console.print(Text.assemble((each.label, "bold"), ": ", each.answer), soft_wrap=True)
         console.print(Text(each.summary, style="dim"), soft_wrap=True)
     outcome = f"wrote {results.folder}" if renewed else results.outcome
-    Console(stderr=True).print(Text(f"{outcome}/show.html", style="dim"), soft_wrap=True)
+    notes().print(Text(f"{outcome}/show.html", style="dim"), soft_wrap=True)
 
 
 def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:

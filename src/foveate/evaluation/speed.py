@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import foveate
 
 from ..engine.upstream import cache_behind
-from .ideal import Plan, ideal
+from .ideal import SHORTENS, Plan, ideal
 from .results import Results, Row
 from .timing import Stopwatch, Timing, cache_bytes, no_collector, quartiles, time_generate, watched
 
 if TYPE_CHECKING:
     from foveate.asking.options import Variant
+    from foveate.methods.base import Method
 
 KEYS = ("method", "keep", "batch")
 Setting = Callable[[], AbstractContextManager[Any]]  # what a variant runs in
@@ -62,18 +63,18 @@ class Case:
         return {prefix + name: value for name, value in row.items()}
 
 
-def token_layers(report: Any, place: str) -> float:
+def token_layers(report: Any, places: Sequence[str]) -> float:
     """Through how many of the layers an image token goes in the prefill, mean over all, as a share of the layers.
 
-    report: of a run with `record=True`. place: where the method acts.
+    report: of a run with `record=True`, of methods that shorten the prefill. places: where methods act.
     """
-    if place in ("cache", "logits"):  # every token goes through all layers, whatever attends
+    if SHORTENS.isdisjoint(places):
         return 1.0
     kind = "cross" if any(layer.kind == "cross" for layer in report.layers) else "self"
     layers = [layer.seen[:, 0] for layer in report.layers if layer.kind == kind]
-    places = [(row, image.positions) for row, images in enumerate(report.image_tokens) for image in images]
-    passed = sum(int(seen[row, at.to(seen.device)].sum()) for seen in layers for row, at in places)
-    return passed / (len(layers) * sum(len(at) for _, at in places))
+    images = [(row, image.positions) for row, images in enumerate(report.image_tokens) for image in images]
+    passed = sum(int(seen[row, at.to(seen.device)].sum()) for seen in layers for row, at in images)
+    return passed / (len(layers) * sum(len(at) for _, at in images))
 
 
 class Bench:
@@ -98,19 +99,30 @@ class Bench:
         )
         self.start = int(is_image.int().argmax(1).max())  # where the image has begun in every sample
 
-    def measure(self, method: Any, advance: Callable[[], None] = lambda: None) -> Row:
-        """The row of one method object, without its keys. advance: called after the warm-up and after each turn.
+    def measure(self, methods: Method | Sequence[Method], advance: Callable[[], None] = lambda: None) -> Row:
+        """The row of a method, or of several that act together, without its keys.
+
+        advance: called after the warm-up and after each turn.
 
         Raises:
-            foveate.UnsupportedError: where the method cannot act on this model.
+            foveate.UnsupportedError: where a method cannot act on this model.
         """
-        pruned = Case(lambda: self._pruned(method))
-        with self._pruned(method, record=True) as session:
+        methods = tuple(methods) if isinstance(methods, Sequence) else (methods,)
+        places = [method.place for method in methods]
+        pruned = Case(lambda: self._pruned(methods))
+        # What those that shorten the prefill leave by themselves: behind the others, reports show what these evicted.
+        first = tuple(method for method in methods if method.place in SHORTENS)
+        through = None
+        if first and first != methods:
+            with self._pruned(first, record=True) as session:
+                self._warm_up()
+                through = session.report
+        with self._pruned(methods, record=True) as session:
             held = self._warm_up()
             report = session.report
             pruned.kv_bytes = max(held, report.kv_bytes)  # a report may know of a cache that generate() does not return
         untouched = best = Case(self._untouched, self._untouched_bytes)
-        plan = Plan.of(report, method.place, self.start)
+        plan = Plan.of(report, places, self.start, through)
         cases = [untouched, pruned]
         if plan.shortens_prefill or plan.shortens_cache:
             best = Case(lambda: self._ideal(plan))
@@ -127,12 +139,12 @@ class Bench:
         images = [image for sample in report.images for image in sample]
         tokens = self.batch * self.new_tokens
         return {
-            "place": method.place,
+            "place": "+".join(places),
             "prompt_tokens": self.length,
             "image_tokens": images[0][0],
             "kept_tokens": sum(kept for _, kept in images) / len(images),
             "kept_share": sum(kept for _, kept in images) / sum(tokens for tokens, _ in images),
-            "token_layers": token_layers(report, method.place),
+            "token_layers": token_layers(through or report, places),
             "kv_share": pruned.kv_bytes / untouched.kv_bytes,
             "read_share": (1.0 if report.decoding is None else report.decoding.share)
             * pruned.kv_bytes
@@ -146,14 +158,14 @@ class Bench:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        with watched(self.watch, self.family, self.base, None):
+        with watched(self.watch, self.family, self.base, ()):
             yield
 
     @contextmanager
-    def _pruned(self, method: Any, record: bool = False) -> Iterator[Any]:
+    def _pruned(self, methods: Sequence[Method], record: bool = False) -> Iterator[Any]:
         with (
-            foveate.prune(self.model, method, record=record) as session,
-            watched(self.watch, self.family, self.base, session.methods[0]),  # as it acts on this model
+            foveate.prune(self.model, methods, record=record) as session,
+            watched(self.watch, self.family, self.base, session.methods),  # as it acts on this model
             nullcontext() if self.clips is None else session.clips(self.clips),
         ):
             yield session
@@ -224,7 +236,7 @@ def run(
                     progress.update(
                         bar, description=what, completed=done * rounds, total=len(batches) * len(variants) * rounds
                     )
-                    row = bench.measure(variant.method, lambda: progress.advance(bar))
+                    row = bench.measure(variant.methods, lambda: progress.advance(bar))
                 except (foveate.UnsupportedError, ValueError) as error:
                     left_out.append(f"{what}: {' '.join(str(error).split())}")
                 except torch.OutOfMemoryError:

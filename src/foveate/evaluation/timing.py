@@ -90,15 +90,16 @@ class Stopwatch:
 
 
 @contextmanager
-def watched(watch: Stopwatch, family: Any, base: Any, method: Any | None) -> Iterator[None]:
-    """Time the vision encoder of a model, and the computations of a method object, inside the block."""
+def watched(watch: Stopwatch, family: Any, base: Any, methods: Sequence[Any]) -> Iterator[None]:
+    """Time the vision encoder of a model, and the computations of method objects, inside the block."""
     encoders = [(base, name) for name in ("get_image_features", "get_video_features") if hasattr(base, name)]
     if "encoder" not in family.places:
         encoders = [(base.vision_model, "forward")]
     spans = [(*encoder, "vision") for encoder in encoders]
-    steps = CHOOSING if getattr(method, "place", None) == "decode" else ()
-    spans += [(method, name, "choosing") for name in steps]
-    spans += [(method, name, "selection") for name in SELECTION if name not in steps and hasattr(method, name)]
+    for method in methods:
+        steps = CHOOSING if method.place == "decode" else ()
+        spans += [(method, name, "choosing") for name in steps]
+        spans += [(method, name, "selection") for name in SELECTION if name not in steps and hasattr(method, name)]
     before = [(thing, name, vars(thing).get(name)) for thing, name, _ in spans]
     try:
         for thing, name, span in spans:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant, parse_keeps, parse_methods, variants
+from foveate.asking.options import Variant, options_in, parse_keeps, variants
+from foveate.asking.outputs import check_file
 from foveate.asking.subject import fingerprints, option_files
 from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
@@ -82,7 +82,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     """
     if options.match not in MATCHES:
         raise Mistake(f"--match {options.match} is unknown: use {' or '.join(MATCHES)}")
-    check_dtype(options.dtype)
+    check_dtype(options.dtype, options.attn)
     model, data, seed, count = options.model, options.data, options.seed, options.count
     check_data(model, data)
     keeps = parse_keeps(options.keep)
@@ -96,7 +96,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     chosen, left_out = variants(
         options.methods, keeps, family.places, config.model_type, always=BASELINES, seed=seed, guide=named
     )
-    load_guide([v.method for v in chosen], options.guide, source, config, device=device, dtype=dtype)
+    load_guide([m for v in chosen for m in v.methods], options.guide, source, config, device=device, dtype=dtype)
 
     settings: Row = {"model": model, "dtype": dtype_name(dtype, config), "device": device_name(device)}
     settings |= {"attn": options.attn, "seed": seed, "match": options.match}
@@ -104,7 +104,7 @@ def prepare(options: Options, check: Callable[[Row], object] = lambda settings: 
     if options.guide is not None:
         settings["guide"] = options.guide
     settings |= fingerprints(model, options.guide)
-    settings |= option_files(own for _, own in parse_methods(options.methods))
+    settings |= option_files(options_in(options.methods))
     bad: list[tuple[int, str]] = []
     if data in (None, GLIMPSE):
         name, ask, groups = own_questions(model, data)
@@ -137,13 +137,9 @@ def check_data(model: str, data: str | None) -> None:
 
 def check_out(out: Path) -> None:
     """Refuse a file that cannot be made, before anything is asked."""
-    if not out.absolute().parent.is_dir():
-        raise Mistake(f"--out {out}: no folder {out.parent}; make it first")
-    if out.exists():
-        what = "is a folder: name a file in it" if out.is_dir() else "is there already: delete it or name another file"
-        raise Mistake(f"--out {out} {what}")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise Mistake(f"--out {out}: the folder {out.absolute().parent} cannot be written to; name another")
+    if out.is_file():
+        raise Mistake(f"--out {out} is there already: delete it or name another file")
+    check_file("--out", out)
 
 
 def own_questions(
@@ -193,9 +189,10 @@ def fitting(model: Any, chosen: Sequence[Variant], left_out: list[str]) -> Itera
     import foveate
 
     for variant in chosen:
-        method = variant.method.untrained() if model.device.type == "meta" else variant.method
+        here = model.device.type == "meta"
+        methods = [method.untrained() if here else method for method in variant.methods]
         try:
-            foveate.prune(model, method).remove()
+            foveate.prune(model, methods).remove()
         except (foveate.UnsupportedError, ValueError) as error:
             line = f"{variant.label} keep={variant.keep}: {one_line(error)}"
             if variant.named:

@@ -16,14 +16,15 @@ from transformers import AutoModelForImageTextToText
 
 import foveate
 from foveate import glimpse
+from foveate.methods.grammar import parse_method, shared
 
 
 class Foveate(huggingface.Huggingface):
     """lmms-eval's Hugging Face chat model with a method of foveate installed.
 
     pretrained: a model's id or folder, or "glimpse". method: a method's name, or several joined with "+"; None runs
-    the untouched model, for comparison. What is no argument of lmms-eval's model is an option of the method (of
-    the first one, where there are several), such as `keep=0.4`.
+    the untouched model, for comparison. What is no argument of lmms-eval's model is an option of every method that
+    has one of that name, such as `keep=0.4`.
 
     Raises:
         ValueError: for an unknown method or option, or a value outside its range.
@@ -61,8 +62,8 @@ def _methods(names: str | None, options: dict[str, Any]) -> list[foveate.Method]
         if options:
             raise ValueError(f"{', '.join(options)}: options of a method, but no method=... is given")
         return []
-    first, *others = names.split("+")
-    return [foveate.get_method(first, **options), *map(foveate.get_method, others)]
+    parts = parse_method(names)
+    return [foveate.get_method(p.name, **own) for p, own in zip(parts, shared(parts, options), strict=True)]
 
 
 class _WithoutEmpty:

@@ -10,13 +10,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmeval.vlm.base import BaseModel
 
 import foveate
+from foveate.methods.grammar import parse_method, shared
 
 
 class Foveate(BaseModel):
     """Answers one interleaved message at a time, greedily, with a method of foveate installed.
 
-    pretrained: a model's id or folder, with a chat template. method: a method's name, None for the untouched model.
-    options: of the method, such as `keep=0.4`. max_new_tokens: of an answer.
+    pretrained: a model's id or folder, with a chat template. method: a method's name, or several joined with "+"; None
+    for the untouched model. options: of every method that has one of that name, such as `keep=0.4`. max_new_tokens:
+    of an answer.
 
     Raises:
         ValueError: for an unknown method or option, or a value outside its range.
@@ -35,15 +37,16 @@ class Foveate(BaseModel):
         **options: Any,
     ) -> None:
         super().__init__()
-        chosen = None if method is None else foveate.get_method(method, **options)
-        if chosen is None and options:
+        if method is None and options:
             raise ValueError(f"{', '.join(options)}: options of a method, but no method is given")
+        parts = () if method is None else parse_method(method)
+        chosen = [foveate.get_method(p.name, **own) for p, own in zip(parts, shared(parts, options), strict=True)]
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = AutoProcessor.from_pretrained(pretrained)
         model: Any = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype)
         self.model = model.to(device).eval()
         self.max_new_tokens = max_new_tokens
-        self.pruned = None if chosen is None else foveate.prune(self.model, chosen)
+        self.pruned = foveate.prune(self.model, chosen) if chosen else None
 
     @torch.inference_mode()
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:

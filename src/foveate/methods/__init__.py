@@ -38,17 +38,33 @@ def method_names() -> list[str]:
     return sorted(_registry.known())
 
 
+def known_as(name: str) -> str | None:
+    """The name of the method that is meant, without regard to case, `-` and `_`, so that the class's does, too."""
+    names = method_names()
+    return name if name in names else next((known for known in names if _folded(known) == _folded(name)), None)
+
+
 def method_class(name: str) -> type[Method]:
-    """The class of the method called `name`; ValueError lists the known names."""
-    cls = _registry.get(name)
+    """The class of the method called `name`; ValueError says what may have been meant, or lists the known names."""
+    cls = _registry.get(known_as(name) or name)
     if cls is None:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
+        from difflib import get_close_matches
+
+        folded = {_folded(known): known for known in method_names()}
+        near = [folded[close] for close in get_close_matches(_folded(name), folded)]
+        hint = (
+            f"did you mean {' or '.join(near)}? (all: foveate methods)"
+            if near
+            else f"known: {', '.join(folded.values())}"
+        )
+        raise ValueError(f"unknown method {name!r}; {hint}")
     return cls
 
 
 def get_method(name: str, /, **options: Any) -> Method:
     """Build the method called `name` with its options.
 
+    name: also with options behind it as the command line writes them, such as "plphp:delta=0.2".
     options: those of its dataclass; and `mass`, in place of one `keep` for all images, the share of the method's own
         scores that each keeps, in (0, 1], where the method has no such option itself.
 
@@ -56,15 +72,31 @@ def get_method(name: str, /, **options: Any) -> Method:
         ValueError: for an unknown name, an option that the method lacks, or a value outside its range.
         UnsupportedError: for `mass` of a method whose scores do not add up.
     """
-    import dataclasses  # here, since it imports inspect and `import foveate` should stay quick
+    if ":" in name:
+        from .grammar import build, parse_method
 
+        parts = parse_method(name)
+        if len(parts) > 1:
+            raise ValueError(f"{name}: give one method here; prune takes several")
+        return build(parts[0], **options)
     cls = method_class(name)
-    fields = [field.name for field in dataclasses.fields(cls)]
+    fields = option_names(cls)
     mass = None if "mass" in fields else options.pop("mass", None)
     if unknown := sorted(set(options).difference(fields)):
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {', '.join(fields)}")
+        raise ValueError(f"{cls.name} has no option {', '.join(unknown)}; its options: {', '.join(fields)}")
     if mass is None:
         return cls(**options)
     from .mass import by_mass
 
     return by_mass(cls(**options), mass)
+
+
+def option_names(cls: type[Method]) -> list[str]:
+    """The names of a method's options, in their order."""
+    import dataclasses  # here, since it imports inspect and `import foveate` should stay quick
+
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", "").replace("-", "").casefold()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..layout import ImageLayout, Tile
 from .base import EncoderMethod, VideoMethod, token_budget
+from .contract import check_budget, check_mask, reading
 from .tokens import EncoderTokens, VideoTokens
 
 _BY_LAYER = ("received", "given", "cls")
@@ -92,7 +93,10 @@ def select_tokens(
             read.setdefault("states", read["features"])
         most, budget = max(m.budget for m in members), torch.tensor([m.budget for m in members], device=device)
         if isinstance(method, VideoMethod):
-            chosen, becomes = method.choose(VideoTokens(grid, len(members), frames, device, most=most, **read), budget)
+            clips = VideoTokens(grid, len(members), frames, device, most=most, **read)
+            with reading(method, clips, method.reads):
+                chosen, becomes = method.choose(clips, budget)
+            check_mask(method, chosen, (len(members), frames, grid[0] * grid[1]))
         else:
             of = torch.tensor([member.image for member in members], device=device)
             read = {name: values[:, 0] for name, values in read.items()}
@@ -100,8 +104,11 @@ def select_tokens(
             if picture is not None:
                 read |= {name: values[picture[at.flatten(1)[:, 0]]] for name, values in (pictures or {}).items()}
             tokens = EncoderTokens(grid, len(members), device, project=project, most=most, **read)
-            chosen = method.select(tokens, budget)
-            becomes = method.merge(tokens, chosen)
+            with reading(method, tokens, method.reads):
+                chosen = method.select(tokens, budget)
+                check_mask(method, chosen, (len(members), grid[0] * grid[1]))
+                becomes = method.merge(tokens, chosen)
+        check_budget(method, chosen, budget if method.fills_budget else None)
         for m, (member, spot) in enumerate(zip(members, index, strict=True)):
             i, spot = member.image, spot.flatten()
             stays = chosen[m].flatten()

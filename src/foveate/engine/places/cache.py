@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...methods.base import CacheMethod, Method
+from ...methods.contract import check_mask
 from ...methods.tokens import ImageGroups, LayerTokens
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
@@ -136,6 +137,7 @@ class CacheAction(Action):
     def _stays(self, scores: Tensor, tokens: LayerTokens, budget: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """Which image tokens stay, (groups, heads, n), and which of all the slots, (batch, heads, slots)."""
         stays = self.method.select(scores, budget)
+        check_mask(self.method, stays, (len(tokens.slots), None, tokens.slots.shape[1]))
         heads, groups = stays.shape[1], tokens.groups
         mask = torch.ones(self.forward.ids.shape[0], heads, held + 1, dtype=torch.bool, device=stays.device)
         if tokens.visible is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...methods.base import LayerMethod, Method
+from ...methods.contract import check_mask
 from ...methods.tokens import LayerTokens
 from ..ahead import look_ahead
 from ..attention import Attention, Output, Run
@@ -116,6 +117,7 @@ class LayerAction(Action):
         view = dataclasses.replace(view, entered=self.entered, embedded=embedded, stage=stage, norm=forward.norm)
         tokens = dataclasses.replace(on(hidden.device, view), left=first_stream(hidden))
         chosen = method.select(tokens)
+        check_mask(method, chosen, tuple(tokens.groups.present.shape))
         states = method.merge(tokens, chosen)
         if states is not None and hidden.ndim == 4:
             raise UnsupportedError(
