@@ -97,6 +97,14 @@ def _written(value: Any) -> str:
     return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def natural_method(fits: Sequence[str]) -> str:
+    """The method to take where nobody named one. fits: those that fit the model."""
+    import foveate
+
+    blind = [name for name in fits if foveate.method_class(name).source.startswith("baseline")]
+    return "fopru" if "fopru" in fits else next(name for name in fits if name not in blind)
+
+
 def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:
     """The name of the guide as an option of a method that has one, until `loading.load_guide` loads it.
 

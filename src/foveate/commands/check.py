@@ -47,7 +47,21 @@ def check(
 
     foveate check photo.jpg "What is in the picture?" --model llava-hf/llava-1.5-7b-hf --method plphp
     """
-    subject = load_subject("check", words, model, method, keep, option, guide, device, dtype, attn)
+    subject = load_subject(
+        "check",
+        words,
+        model,
+        method,
+        keep,
+        option,
+        guide,
+        device,
+        dtype,
+        attn,
+        fps=fps,
+        max_frames=max_frames,
+        one_clip=clip,
+    )
 
     from foveate.evaluation.check import check
 

@@ -21,7 +21,7 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import guide_option, typed
+from foveate.asking.options import guide_option, natural_method, typed
 from foveate.asking.subject import Subject, Variant
 from foveate.commands.display import status
 from foveate.families import unknown_family
@@ -129,8 +129,7 @@ def _fitting(config: Any, names: Sequence[str] | None) -> Sequence[str]:
         raise Mistake(unknown_family(config.model_type))
     fits = fitting(family)
     if not names:
-        blind = [name for name in fits if foveate.method_class(name).source.startswith("baseline")]
-        return ["fopru"] if "fopru" in fits else [name for name in fits if name not in blind][:1]
+        return [natural_method(fits)]
     for name in names:
         if foveate.method_class(name).place not in family.places:
             place = PLACES[foveate.method_class(name).place]

@@ -47,7 +47,22 @@ def show(
 
     foveate show photo.jpg "What is in the picture?" --method fastv --method plphp --keep 0.4
     """
-    subject = load_subject("show", words, model, method, keep, option, guide, device, dtype, attn, max_new_tokens)
+    subject = load_subject(
+        "show",
+        words,
+        model,
+        method,
+        keep,
+        option,
+        guide,
+        device,
+        dtype,
+        attn,
+        max_new_tokens,
+        fps=fps,
+        max_frames=max_frames,
+        one_clip=clip,
+    )
 
     from foveate.evaluation.show import show
 
