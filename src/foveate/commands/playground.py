@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -44,4 +46,9 @@ def playground(
             if not is_loopback(listener):
                 typer.echo("everyone who reaches this machine can use it", err=True)
 
-        serve(table, listener, ready)
+        try:
+            serve(table, listener, ready)
+        except KeyboardInterrupt:
+            # A thread may still be answering, and Python would wait for it to end.
+            sys.stdout.flush()
+            os._exit(130)

@@ -30,7 +30,7 @@ def draw_examples(folder: Path) -> tuple[Example, Example]:
 
 def _save(question: Question, folder: Path, model: str) -> Example:
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number}.png" for number in range(1, len(question.images) + 1)]
+    files = [folder / f"{folder.name}-{number}.png" for number in range(1, len(question.images) + 1)]
     for picture, file in zip(question.images, files, strict=True):
         picture.save(file)
     return Example(list(map(str, files)), question.question, model, model == GLIMPSE_VIDEO)

@@ -66,8 +66,8 @@ class Page:
     def _place_questions(self, loaded: Loaded) -> None:
         self.files = gr.File(label="pictures, or a film", file_count="multiple", height=140)
         with gr.Row():
-            self.picture = gr.Button("an example picture", size="sm")
-            self.clip = gr.Button("an example clip", size="sm")
+            self.picture = gr.Button("an example picture", size="sm", min_width=120)
+            self.clip = gr.Button("an example clip", size="sm", min_width=120)
         self.one_clip = gr.Checkbox(label="the pictures are the frames of one clip")
         self.question = gr.Textbox(
             label="question", placeholder="What is in the picture?", max_length=LONGEST_QUESTION, lines=1
@@ -90,15 +90,16 @@ class Page:
         self.button = gr.Button("Ask", variant="primary")
 
     def _place_answers(self) -> None:
-        self.answers = gr.HTML('<p class="note">Drop a picture, or take an example, and ask.</p>', elem_id="answers")
+        hint = '<p class="quiet">Drop a picture, or take an example, and ask.</p>'
+        self.answers = gr.HTML(hint, elem_id="answers", padding=False)
         with gr.Row():
-            self.seen = _image("what the model sees")
-            self.kept = _image("what stays", visible=False)
+            self.seen_part, self.seen = _picture("what the model sees")
+            self.kept_part, self.kept = _picture("what stays")
+        self.caption = gr.HTML("", elem_id="caption", padding=False)
         with gr.Group(visible=False) as self.closer:
             self.label = gr.Radio([], label="method")
             self.layer = gr.Slider(0, 1, 0, step=1, label="layer")
             self.whose = gr.Dropdown([], label="what is kept by")
-        self.caption = gr.HTML("", elem_id="caption")
 
     def _listen(self) -> None:
         kept = [self.kept, self.caption]
@@ -110,7 +111,7 @@ class Page:
             )
         shown = [self.files, self.one_clip, self.model]
         for changed in (self.files, self.one_clip):
-            changed.change(self.look, shown, [self.answers, self.seen, self.kept, self.closer, self.caption], **quiet)
+            changed.change(self.look, shown, [self.answers, self.seen, *self._parts(), self.caption], **quiet)
             changed.change(self.fitting_model, shown, self.model, **quiet)
         self.model.change(self.offer, self.model, [self.methods, self.keep], **quiet)
         self.methods.change(self.usual_keep, [self.model, self.methods, self.keep], self.keep, **quiet)
@@ -127,7 +128,7 @@ class Page:
                 self.longest,
                 self.measure,
             ],
-            [self.found, self.answers, self.seen, self.closer, self.label, self.layer, self.whose, *kept],
+            [self.found, self.answers, self.seen, *self._parts(), self.label, self.layer, self.whose, *kept],
             api_name="ask",
             show_progress_on=self.answers,
         )
@@ -169,7 +170,7 @@ class Page:
                 shown = open_files(pictures, one_clip)
             except Mistake as error:
                 return {**updates, self.answers: mistake_as_html(str(error))}
-            updates[self.seen] = _preview(shown)
+            updates |= {self.seen: _preview(shown), self.seen_part: gr.update(visible=True)}
         return updates
 
     def ask(
@@ -201,10 +202,12 @@ class Page:
             self.found: found,
             self.answers: answers,
             self.seen: drawing.grid([view.picture for view in found.shown]),
+            self.seen_part: gr.update(visible=True),
+            self.kept_part: gr.update(visible=True),
             self.closer: gr.update(visible=any(_differ(layers) for layers in found.layers.values()) or several),
             self.label: gr.update(choices=list(found.layers), value=first, visible=several),
             **self._controls(layers),
-            self.kept: gr.update(value=drawing.draw(found.shown, layers), visible=True),
+            self.kept: drawing.draw(found.shown, layers),
             self.caption: _caption(layers),
         }
 
@@ -245,13 +248,11 @@ class Page:
             self.whose: gr.update(choices=choices, value=ALL, visible=_differ(layers)),
         }
 
+    def _parts(self) -> list[Any]:
+        return [self.seen_part, self.kept_part, self.closer]
+
     def _nothing(self) -> Updates:
-        return {
-            self.seen: None,
-            self.kept: gr.update(value=None, visible=False),
-            self.closer: gr.update(visible=False),
-            self.caption: "",
-        }
+        return {**{part: gr.update(visible=False) for part in self._parts()}, self.caption: ""}
 
 
 def _choices(loaded: Loaded) -> list[tuple[str, str]]:
@@ -260,16 +261,11 @@ def _choices(loaded: Loaded) -> list[tuple[str, str]]:
     return [(f"{offer.name}: {offer.summary}", offer.name) for offer in offers]
 
 
-def _image(label: str, *, visible: bool = True) -> gr.Image:
-    return gr.Image(
-        label=label,
-        alt_text=label,
-        format="png",
-        interactive=False,
-        buttons=["fullscreen"],
-        min_width=280,
-        visible=visible,
-    )
+def _picture(label: str) -> tuple[gr.Column, gr.Image]:
+    """A picture under its name, which gradio's own label would hide a corner of, and the column that shows both."""
+    with gr.Column(visible=False, min_width=280, elem_classes="picture") as part:
+        gr.HTML(f'<p class="quiet">{label}</p>', padding=False)
+        return part, gr.Image(show_label=False, alt_text=label, format="png", interactive=False, buttons=["fullscreen"])
 
 
 def _preview(shown: Sequence[Any]) -> Any:
@@ -282,7 +278,7 @@ def _differ(layers: Sequence[Layer]) -> bool:
 
 
 def _caption(layers: Sequence[Layer], layer: int | None = None, head: int | None = None) -> str:
-    return f'<p class="caption">{escape(drawing.caption(layers, layer, head))}</p>'
+    return f'<p class="quiet">{escape(drawing.caption(layers, layer, head))}</p>'
 
 
 def _forgotten() -> str:

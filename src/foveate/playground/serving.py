@@ -55,7 +55,7 @@ def serve(table: Table, listener: socket.socket, ready: Callable[[], None]) -> N
     # gradio reads these when it is imported, and when its components are made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"
-    with tempfile.TemporaryDirectory(prefix="foveate-playground-") as folder:
+    with tempfile.TemporaryDirectory(prefix="foveate-playground-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         import uvicorn
 

@@ -131,7 +131,7 @@ class Table:
                 raise Mistake(one_line(error)) from error
             built, _ = variants("all", [USUAL_KEEP], family.places, config.model_type, guide=_guide(name))
             fits = {v.label: type(v.method) for v in built if v.label in fitting(family) and _installs(model, v.method)}
-            offers = {fit: Offer(fit, cls.summary, _usual_keep(cls)) for fit, cls in fits.items()}
+            offers = {fit: Offer(fit, cls.summary.replace("`", ""), _usual_keep(cls)) for fit, cls in fits.items()}
             loaded = Loaded(name, source, model, processor, offers, natural_method(list(offers)), threads)
             self._loaded[name] = loaded
         return self._loaded[name]
