@@ -158,6 +158,13 @@ def test_a_browser_takes_the_example_asks_and_looks_closer(url, browser):
     def caption():
         return find("#caption")[0].text
 
+    def pictures():
+        """Both, when they have been loaded, which waits until one scrolls there."""
+        found = find(".picture img")
+        for each in found:
+            browser.execute_script("arguments[0].scrollIntoView()", each)
+        return len(found) == 2 and all(each.is_displayed() for each in found) and found
+
     def tick(name):
         next(label for label in find(".methods label") if label.text.startswith(f"{name}:")).click()
 
@@ -170,7 +177,7 @@ def test_a_browser_takes_the_example_asks_and_looks_closer(url, browser):
     wait(lambda: len(find(".answers .said")) == 3)
     untouched, *pruned = (each.text for each in find(".answers .said"))
     assert "elephant bottom left" in untouched and all("elephant" in each for each in pruned)
-    (before, after) = wait(lambda: [i for i in find(".picture img") if i.is_displayed()][1:] and find(".picture img"))
+    before, after = wait(pictures)
     beside = before.location["y"] == after.location["y"]
     width = browser.execute_script("return innerWidth")
     assert beside is (width > PHONE), "pictures stand below each other on a phone"

@@ -82,7 +82,7 @@ def application(table: Table, folder: Path) -> Any:
         max_file_size=LARGEST,
         show_error=False,
         ssr_mode=False,
-        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
+        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]).set(block_info_text_color="*neutral_500"),
         css=CSS,
     )
 
