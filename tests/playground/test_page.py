@@ -20,7 +20,7 @@ from foveate.commands.app import app
 from foveate.playground import serving
 from foveate.playground.table import Table
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 uvicorn = pytest.importorskip("uvicorn")
 
 # Those of gradio's own parts are not ours to mend.
@@ -44,6 +44,48 @@ def url(tmp_path_factory):
         running.join(20)
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    from foveate.playground.page import Page
+
+    return Page(Table(), tmp_path_factory.mktemp("page"))
+
+
+# -- what happens behind the page -------------------------------------------------------------------------------------
+
+
+def test_a_clip_goes_to_the_model_that_sees_clips_and_a_picture_back(page):
+    assert page.fitting_model(FRAMES, True, "glimpse") == "glimpse-video"
+    assert page.fitting_model(["film.mp4"], False, "glimpse") == "glimpse-video"
+    assert page.fitting_model(FRAMES[:1], False, "glimpse-video") == "glimpse"
+    assert page.fitting_model(FRAMES, True, "owner/name") == gradio.skip()
+
+
+def test_methods_change_with_the_model_and_keep_with_the_method(page):
+    methods, keep = page.offer("glimpse-cross")
+    assert methods["value"] == ["trimmed_llama"] and keep == 0.25
+    assert [name for _, name in methods["choices"]] == ["trimmed_llama", "random_cross"]
+    assert page.usual_keep("glimpse", ["plphp"], 0.9) == 0.4
+    assert page.usual_keep("glimpse", ["plphp", "fopru"], 0.9) == 0.9, "beside each other all keep as many"
+    with pytest.raises(gradio.Error, match="not on this table"):
+        page.offer("owner/name")
+
+
+def test_what_was_dropped_is_shown_and_what_is_no_picture_is_said(page, tmp_path):
+    (tmp_path / "text.png").write_text("none")
+    assert page.look(FRAMES, True, "glimpse-video")[page.seen].size == (4 * 220 + 18, 2 * 220 + 6)
+    assert "text.png holds no picture" in page.look([str(tmp_path / "text.png")], False, "glimpse")[page.answers]
+    assert page.seen not in page.look(["examples/clip.mp4"], False, "glimpse"), (
+        "a film is opened when it is asked about"
+    )
+    assert page.seen not in page.look(None, False, "glimpse")
+
+
+def test_an_answer_that_was_forgotten_is_said(page):
+    assert "ask again" in page.draw(None, "fopru keep 0.25", 0, "all")[page.caption]
+    assert "ask again" in page.choose(None, "fopru keep 0.25")[page.caption]
+
+
 # -- programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +95,7 @@ def visitor(url):
     client = pytest.importorskip("gradio_client")
 
     def make():
-        visiting = client.Client(url, verbose=False)
+        visiting = client.Client(url, verbose=False, httpx_kwargs={"timeout": 120})
 
         def ask(files, question, model="glimpse", method="fopru", keep=0.25, one_clip=False):
             handled = [client.handle_file(file) for file in files]
@@ -102,7 +144,7 @@ def test_nothing_is_fetched_for_a_visitor(url):
     client = pytest.importorskip("gradio_client")
     address = {"path": "http://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
     with pytest.raises(Exception, match="this is a web address"):
-        client.Client(url, verbose=False).predict(
+        client.Client(url, verbose=False, httpx_kwargs={"timeout": 120}).predict(
             [address], "What?", "glimpse", ["fopru"], 0.25, False, 64, False, api_name="/ask"
         )
 

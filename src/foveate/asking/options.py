@@ -98,11 +98,11 @@ def _written(value: Any) -> str:
 
 
 def natural_method(fits: Sequence[str]) -> str:
-    """The method to take where nobody named one. fits: those that fit the model."""
+    """The method to take where nobody named one, no blind one if there is another. fits: those that fit the model."""
     import foveate
 
-    blind = [name for name in fits if foveate.method_class(name).source.startswith("baseline")]
-    return "fopru" if "fopru" in fits else next(name for name in fits if name not in blind)
+    chosen = [name for name in fits if not foveate.method_class(name).source.startswith("baseline")]
+    return "fopru" if "fopru" in fits else [*chosen, *fits][0]
 
 
 def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:

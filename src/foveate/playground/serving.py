@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -55,6 +56,8 @@ def serve(table: Table, listener: socket.socket, ready: Callable[[], None]) -> N
     # gradio reads these when it is imported, and when its components are made.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"
+    # However it is ended, uploads are deleted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="foveate-playground-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         import uvicorn

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FRAME = 220  # pixels of the height of each of several pictures
 MOST_METHODS = 3  # beside each other
 MOST_TOKENS = 256  # of an answer
+MOST_PIXELS = 89_000_000  # of all pictures together: as many as the command line takes in one
 LONGEST_QUESTION = 2000  # characters
 USUAL_KEEP = 0.25  # of methods that count tokens, or find by themselves what they keep
 
@@ -131,6 +132,8 @@ class Table:
                 raise Mistake(one_line(error)) from error
             built, _ = variants("all", [USUAL_KEEP], family.places, config.model_type, guide=_guide(name))
             fits = {v.label: type(v.method) for v in built if v.label in fitting(family) and _installs(model, v.method)}
+            if not fits:
+                raise Mistake(f"no method fits {name}: see foveate families")
             offers = {fit: Offer(fit, cls.summary.replace("`", ""), _usual_keep(cls)) for fit, cls in fits.items()}
             loaded = Loaded(name, source, model, processor, offers, natural_method(list(offers)), threads)
             self._loaded[name] = loaded
@@ -185,11 +188,17 @@ def open_files(files: Sequence[str], one_clip: bool) -> list[Image | Clip]:
     if len(files) > MAX_FRAMES:
         raise Mistake(f"{len(files)} files are more than {MAX_FRAMES}: take some away")
     shown: list[Image | Clip] = []
+    pixels = 0
     for file in files:
         try:
-            shown.append(open_clip(file) if is_clip(file) else open_picture(file))
+            one = open_clip(file) if is_clip(file) else open_picture(file)
         except Mistake as error:
             raise Mistake(str(error).replace(file, Path(file).name)) from error
+        shown.append(one)
+        if not isinstance(one, Clip):
+            pixels += one.width * one.height
+            if pixels > MOST_PIXELS:
+                raise Mistake(f"the pictures have more than {MOST_PIXELS // 10**6} million pixels: make them smaller")
     return [Clip.of(shown, MAX_FRAMES)] if one_clip else shown
 
 
