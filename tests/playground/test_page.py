@@ -62,13 +62,15 @@ def test_a_clip_goes_to_the_model_that_sees_clips_and_a_picture_back(page):
 
 
 def test_methods_change_with_the_model_and_keep_with_the_method(page):
-    methods, keep = page.offer("glimpse-cross")
+    methods, keep = page.offer("glimpse-cross", ["fopru"], 0.9)
     assert methods["value"] == ["trimmed_llama"] and keep == 0.25
     assert [name for _, name in methods["choices"]] == ["trimmed_llama", "random_cross"]
+    methods, keep = page.offer("glimpse-video", ["fopru", "sgl"], 0.9)
+    assert methods["value"] == ["fopru"] and keep == 0.9
     assert page.usual_keep("glimpse", ["plphp"], 0.9) == 0.4
     assert page.usual_keep("glimpse", ["plphp", "fopru"], 0.9) == 0.9, "beside each other all keep as many"
     with pytest.raises(gradio.Error, match="not on this table"):
-        page.offer("owner/name")
+        page.offer("owner/name", ["fopru"], 0.25)
 
 
 def test_what_was_dropped_is_shown_and_what_is_no_picture_is_said(page, tmp_path):

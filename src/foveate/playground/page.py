@@ -104,7 +104,8 @@ class Page:
     def _listen(self) -> None:
         kept = [self.kept, self.caption]
         chosen = [self.found, self.label, self.layer, self.whose]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # Several at once, so that none of these waits for a slow one of another visitor.
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 4}
         for button, example in zip((self.picture, self.clip), self.examples, strict=True):
             button.click(
                 lambda example=example: self._take(example), None, [self.files, self.question, self.one_clip], **quiet
@@ -113,21 +114,13 @@ class Page:
         for changed in (self.files, self.one_clip):
             changed.change(self.look, shown, [self.answers, self.seen, *self._parts(), self.caption], **quiet)
             changed.change(self.fitting_model, shown, self.model, **quiet)
-        self.model.change(self.offer, self.model, [self.methods, self.keep], **quiet)
-        self.methods.change(self.usual_keep, [self.model, self.methods, self.keep], self.keep, **quiet)
+        asked = [self.model, self.methods, self.keep]
+        self.model.change(self.offer, asked, [self.methods, self.keep], **quiet)
+        self.methods.change(self.usual_keep, asked, self.keep, **quiet)
         gr.on(
             [self.button.click, self.question.submit],
             self.ask,
-            [
-                self.files,
-                self.question,
-                self.model,
-                self.methods,
-                self.keep,
-                self.one_clip,
-                self.longest,
-                self.measure,
-            ],
+            [self.files, self.question, *asked, self.one_clip, self.longest, self.measure],
             [self.found, self.answers, self.seen, *self._parts(), self.label, self.layer, self.whose, *kept],
             api_name="ask",
             show_progress_on=self.answers,
@@ -148,13 +141,15 @@ class Page:
             return gr.skip()
         return GLIMPSE_VIDEO if one_clip or any(map(is_clip, files)) else GLIMPSE
 
-    def offer(self, name: str) -> tuple[Any, Any]:
-        """The methods that fit a model, and the keep of the first."""
+    def offer(self, name: str, methods: list[str], keep: float) -> tuple[Any, float]:
+        """The methods that fit a model; of those that were chosen the ones that do, or its usual one."""
         try:
             loaded = self.table.loaded(name)
         except Mistake as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return gr.update(choices=_choices(loaded), value=[loaded.usual]), loaded.offers[loaded.usual].keep
+        left = [method for method in methods if method in loaded.offers]
+        keep = keep if left else loaded.offers[loaded.usual].keep
+        return gr.update(choices=_choices(loaded), value=left or [loaded.usual]), keep
 
     def usual_keep(self, model: str, methods: list[str], keep: float) -> float:
         """What the only chosen method keeps where nobody says; beside others, what was asked for."""

@@ -99,6 +99,8 @@ class Table:
         """The model of this name, which is loaded where it is not yet."""
         if name not in self.names:  # a visitor must not make this machine fetch anything
             raise Mistake(f"{name} is not on this table: choose one of {', '.join(self.names)}")
+        if name in self._loaded:  # nobody has to wait for somebody else's answer
+            return self._loaded[name]
         with self._lock:
             return self._get(name)
 
