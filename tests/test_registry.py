@@ -173,7 +173,7 @@ import foveate
 assert not hasattr(foveate, "nothing") and not hasattr(foveate, "__wrapped__")
 assert not {"torch", "transformers", "numpy"} & set(sys.modules), "import foveate must be quick"
 import foveate.commands.app
-assert not {"torch", "transformers"} & set(sys.modules), "every command imports what it needs when it runs"
+assert not {"torch", "transformers", "gradio"} & set(sys.modules), "every command imports what it needs when it runs"
 from foveate import *
 assert issubclass(FoPru, Method) and callable(prune) and families() and "transformers" in sys.modules
 """

@@ -71,6 +71,14 @@ def test_the_page_shows_every_frame(tmp_path):
     assert page.count("data:image/png;base64,") == 6
 
 
+def test_show_and_check_look_at_the_frames_that_were_asked_for(tmp_path):
+    shown = run("show", FILM, QUESTION, "--max-frames", "2", "--out", tmp_path / "show")
+    assert shown.exit_code == 0 and "of 128 image tokens in 1 clip" in shown.output
+    words = [*FRAMES[:2], "--clip", QUESTION, "-m", "evs", "--steps", "1", "--out", tmp_path / "check"]
+    assert run("check", *words).exit_code == 0
+    assert "glimpse-video" in (tmp_path / "check/run.json").read_text()
+
+
 def test_a_clip_is_proven(tmp_path):
     result = run(
         "check", FILM, QUESTION, "--method", "dycoke", "--keep", "0.5", "--steps", "4", "--out", tmp_path / "out"

@@ -37,6 +37,8 @@ def test_wheel_holds_all_code_and_glimpse(wheel):
     assert {
         "foveate/py.typed",
         "foveate/__init__.pyi",
+        "foveate/playground/answers.html",
+        "foveate/playground/page.css",
         "foveate/glimpse/sprites.png",
         "foveate/glimpse/NOTICE.md",
     } <= held

@@ -102,6 +102,14 @@ def check_alone(text: str) -> None:
             raise Mistake(f"{label(parts)}: how much is kept is what this command looks for: leave keep out")
 
 
+def natural_method(fits: Sequence[str]) -> str:
+    """The method to take where nobody named one, no blind one if there is another. fits: those that fit the model."""
+    import foveate
+
+    chosen = [name for name in fits if not foveate.method_class(name).source.startswith("baseline")]
+    return DEFAULT if DEFAULT in fits else [*chosen, *fits][0]
+
+
 def guide_option(cls: type[Method], options: dict[str, Any], guide: str | None) -> dict[str, Any]:
     """The name of the guide as an option of a method that has one, until `loading.load_guide` loads it.
 

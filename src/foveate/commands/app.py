@@ -17,6 +17,7 @@ from foveate.commands.errors import OneLineErrors
 from foveate.commands.eval import eval_command
 from foveate.commands.families import families
 from foveate.commands.methods import methods
+from foveate.commands.playground import playground
 from foveate.commands.search import search
 from foveate.commands.serve import serve
 from foveate.commands.show import show
@@ -54,6 +55,7 @@ def _main(
 # In the order of `foveate --help`.
 app.command()(ask)
 app.command("eval")(eval_command)
+app.command()(playground)
 app.command()(serve)
 app.command()(bench)
 app.command()(search)

@@ -24,7 +24,7 @@ from foveate.asking.loading import (
 )
 from foveate.asking.mistake import Mistake, one_line
 from foveate.asking.notes import notes
-from foveate.asking.options import DEFAULT, guide_option, typed
+from foveate.asking.options import guide_option, natural_method, typed
 from foveate.asking.subject import Subject
 from foveate.asking.variant import Variant
 from foveate.commands.display import status
@@ -163,10 +163,7 @@ def _fitting(config: Any, chosen: Sequence[Parts]) -> Sequence[Parts]:
     if family is None:
         raise Mistake(unknown_family(config.model_type))
     if not chosen:
-        fits = fitting(family)
-        blind = [name for name in fits if foveate.method_class(name).source.startswith("baseline")]
-        natural = DEFAULT if DEFAULT in fits else next(name for name in fits if name not in blind)
-        return [(grammar.Part(natural, {}),)]
+        return [(grammar.Part(natural_method(fitting(family)), {}),)]
     for name in dict.fromkeys(part.name for parts in chosen for part in parts):
         if foveate.method_class(name).place not in family.places:
             place = PLACES[foveate.method_class(name).place]

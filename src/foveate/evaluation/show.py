@@ -83,7 +83,7 @@ def show(subject: Subject, *, out: Path | None) -> None:
     seen = [[crop_as_seen(frame, crop) for frame in frames_of(one)] for one in subject.shown]
     shown = views(seen, [image.tiles for image in images])
     shows = [
-        Shown(variant.label, answer, str(report), _layers(report))
+        Shown(variant.label, answer, str(report), layers_of(report))
         for variant, (answer, report) in zip(subject.variants, found, strict=True)
     ]
     rows = last_token_attention(subject.model, subject.asker.inputs)
@@ -121,7 +121,7 @@ def _under(subject: Subject, variant: Variant, *, ask: bool = True) -> Any:
     return found
 
 
-def _layers(report: PruneReport) -> list[Layer]:
+def layers_of(report: PruneReport) -> list[Layer]:
     """The layers that attend to the images: the cross-attention layers where there are any."""
     assert report.image_tokens is not None
     cross = [layer for layer in report.layers if layer.kind == "cross"]
