@@ -32,16 +32,19 @@ from foveate.methods.tokens import LayerTokens
 from foveate.methods.trained import WEIGHTS_NAME, write_plugin
 
 FIRST = 850_000  # of glimpse's held-out seeds: no table, search or certificate takes those from here on
-KINDS = ("what", "where", "colour", "number", "word")  # about one thing, whose place is known
+KINDS = ("what", "where", "colour", "number", "word", "describe")  # things are asked about whose place is known
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A question about one picture. box: left, top, right and bottom of what its answer names, fractions of a side."""
+    """A question about one picture, and its answer piece by piece, each with the box of what it names, or None.
+
+    A box is left, top, right and bottom, fractions of a side.
+    """
 
     item: Item
-    box: Box
+    pieces: tuple[tuple[str, Box | None], ...]
 
 
 def drawn(count: int) -> list[Shown]:
@@ -52,11 +55,20 @@ def drawn(count: int) -> list[Shown]:
         while found is None:
             scene = imagine(rng)
             asked = [fact for fact in facts(scene, rng) if fact.kind == KINDS[number % len(KINDS)]]
-            places = [(fact, box) for fact in asked if (box := _box(scene, _about(scene, fact))) is not None]
-            found = places[rng.integers(len(places))] if places else None
-        fact, box = found
-        shown.append(Shown(Item((render(scene),), fact.question, (fact.answer,), fact.kind), box))
+            known = [(fact, _pieces(scene, fact)) for fact in asked]
+            known = [(fact, pieces) for fact, pieces in known if any(box for _, box in pieces)]
+            found = known[rng.integers(len(known))] if known else None
+        fact, pieces = found
+        shown.append(Shown(Item((render(scene),), fact.question, (fact.answer,), fact.kind), pieces))
     return shown
+
+
+def _pieces(scene: Scene, fact: Fact) -> tuple[tuple[str, Box | None], ...]:
+    """An answer, and where what it names is to be seen."""
+    if fact.kind != "describe":
+        return ((fact.answer, _box(scene, _about(scene, fact))),)
+    clauses = zip(fact.answer.split(", "), scene.things, strict=True)
+    return tuple((clause if i == 0 else f", {clause}", _box(scene, thing)) for i, (clause, thing) in enumerate(clauses))
 
 
 def _about(scene: Scene, fact: Fact) -> Thing | None:
@@ -96,7 +108,7 @@ def given(options: argparse.Namespace) -> list[Shown]:
         box = json.loads(rows[(item.line or 1) - 1]).get("box")
         fits = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in box)
         if fits and len(item.images) == 1 and not item.before and not item.shows_clip:
-            shown.append(Shown(item, tuple(box)))  # type: ignore[arg-type]
+            shown.append(Shown(item, ((item.answers[0], tuple(box)),)))  # type: ignore[arg-type]
         else:
             bad.append((item.line or 0, "it needs one picture, one question, and its box"))
     for line, why in bad:
@@ -129,7 +141,8 @@ def visual_heads(model: Any, processor: Any, shown: Sequence[Shown], batch: int 
 
 
 def batches(processor: Any, shown: Sequence[Shown], size: int) -> Iterator[tuple[plugin.Batch, Tensor, Tensor]]:
-    """Model inputs of questions with their answers; the rows that write the answers, -1 at others; and the boxes."""
+    """Model inputs of questions with their answers; the rows that write the answers, (batch, r), -1 at others; and the
+    box of what each is about to name, (batch, r, 4), -1 where there is none."""
     special = torch.tensor(sorted(processor.tokenizer.all_special_ids))
     for start in range(0, len(shown), size):
         part = shown[start : start + size]
@@ -138,7 +151,15 @@ def batches(processor: Any, shown: Sequence[Shown], size: int) -> Iterator[tuple
         written = (labels != IGNORE) & ~torch.isin(labels, special)
         front = int(written.any(0).int().argmax())
         rows = torch.arange(front, labels.shape[1]).expand(len(part), -1) - 1
-        yield inputs, torch.where(written[:, front:], rows, -1), torch.tensor([one.box for one in part])
+        boxes = torch.full((*rows.shape, 4), -1.0)
+        for own, one in zip(boxes, part, strict=True):
+            told, end = "", 0
+            for piece, box in one.pieces:
+                told, begin = told + piece, end
+                end = len(processor.tokenizer(told, add_special_tokens=False)["input_ids"])
+                if box is not None:
+                    own[begin:end] = torch.tensor(box)
+        yield inputs, torch.where(written[:, front:], rows, -1), boxes
 
 
 def looking(rows: Tensor, boxes: Tensor, found: Tensor) -> Callable[[LayerTokens], Tensor]:
@@ -147,12 +168,14 @@ def looking(rows: Tensor, boxes: Tensor, found: Tensor) -> Callable[[LayerTokens
     def look(tokens: LayerTokens) -> Tensor:
         groups, keys = tokens.groups, tokens.key.shape[2]
         assert groups.centers is not None
-        left, top, right, bottom = boxes[groups.row].T.unsqueeze(-1)
-        down, across = groups.centers.unbind(-1)
-        inside = groups.present & (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
-        shows = torch.zeros(len(rows), keys + 1, dtype=torch.bool, device=rows.device)
-        shows[groups.row.unsqueeze(1), torch.where(inside, tokens.slots, keys)] = True
-        found[tokens.layer] += hits(tokens.attention(rows), shows[:, :-1]).sum(0).cpu()
+        left, top, right, bottom = boxes[groups.row].unsqueeze(2).unbind(-1)  # (groups, r, 1) each
+        down, across = groups.centers.unsqueeze(1).unbind(-1)
+        inside = (left <= across) & (across <= right) & (top <= down) & (down <= bottom)
+        inside = inside & (groups.present & (tokens.slots >= 0)).unsqueeze(1) & (rows[groups.row] >= 0).unsqueeze(-1)
+        shows = torch.zeros(*rows.shape, keys + 1, dtype=torch.bool, device=rows.device)
+        at = torch.where(inside, tokens.slots.unsqueeze(1), keys)
+        shows[groups.row] = shows[groups.row].scatter(2, at, True)  # one picture a sample
+        found[tokens.layer] += hits(tokens.attention(rows), shows[..., :-1]).sum(0).cpu()
         return tokens.last_attention().mean(1)
 
     return look

@@ -65,18 +65,18 @@ def test_equal_scores_are_equal_budgets():
 
 def test_hits_count_where_the_largest_attention_shows_the_answer():
     torch.manual_seed(0)
-    attention, shows = torch.rand(2, 3, 5, 8), torch.rand(2, 8) < 0.4
-    attention[1, :, 3:] = 0  # rows that do not count
-    shows[:, 0] = True
+    attention, shows = torch.rand(2, 3, 5, 8), torch.rand(2, 5, 8) < 0.4
+    shows[1, 3:] = False  # rows that do not count
     for b in range(2):
         for head in range(3):
-            rows = [attention[b, head, r].tolist() for r in range(5)]
-            seen = sum(shows[b, row.index(max(row))].item() for row in rows if max(row) > 0)
-            assert hits(attention, shows)[b, head] == pytest.approx(seen / int(shows[b].sum()))
+            score = 0.0
+            for row, shown in zip(attention[b, head].tolist(), shows[b].tolist(), strict=True):
+                score += shown[row.index(max(row))] / max(sum(shown), 1)
+            assert hits(attention, shows)[b, head] == pytest.approx(score)
 
 
 def test_nothing_shown_is_no_hit():
-    assert torch.equal(hits(torch.rand(1, 2, 3, 4), torch.zeros(1, 4, dtype=torch.bool)), torch.zeros(1, 2))
+    assert torch.equal(hits(torch.rand(1, 2, 3, 4), torch.zeros(1, 3, 4, dtype=torch.bool)), torch.zeros(1, 2))
 
 
 @layouts

@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 def hits(attention: Tensor, shows: Tensor) -> Tensor:
     """How often a head looks most at what an answer names, worth less the larger that is: what scores a visual head.
 
-    attention: (batch, heads, r, keys) of the rows that write the answer, 0 in rows that do not count. shows: bool
-    (batch, keys), the image tokens that show it. Returns (batch, heads): 1 over their number for each row whose largest
-    attention is on one of them.
+    attention: (batch, heads, r, keys) of the rows that write the answer. shows: bool (batch, r, keys), the image tokens
+    that show what a row is about to name, none in rows that do not count. Returns (batch, heads): 1 over their number
+    for each row whose largest attention is on one of them.
     """
-    most, top = attention.max(-1)
-    hit = shows.unsqueeze(1).expand(-1, attention.shape[1], -1).gather(2, top) & (most > 0)
-    return hit.sum(-1) / shows.sum(-1, keepdim=True).clamp(min=1)
+    hit = shows.unsqueeze(1).expand_as(attention).gather(3, attention.argmax(-1, keepdim=True)).squeeze(3)
+    return (hit / shows.sum(-1).clamp(min=1).unsqueeze(1)).sum(-1)
 
 
 def head_budgets(scores: Tensor, each: Tensor, count: Tensor, floor: float) -> Tensor:
