@@ -42,6 +42,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixkv": ("mixkv", dict(keep=0.5, window=8)),
     "prefixkv": ("prefixkv", dict(keep=0.5)),
     "csp": ("csp", dict(keep=0.5, window=0.3)),
+    # Scores of one's own fit one model alone.
+    "sparsemm": ("sparsemm", dict(keep=0.5, window=8, heads="random")),
     "aircache": ("aircache", dict(keep=0.5)),
     "trimmed_llama": ("trimmed_llama", dict(keep=0.1)),
 }

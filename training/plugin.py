@@ -30,18 +30,25 @@ CHECKPOINT = "checkpoint.pt"
 ALONG = 0.2  # how fast an LLM learns that is trained along, beside the method's own weights
 
 
-def parser(description: str, *, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
-    """The options that all such commands have, with these defaults."""
+def common(description: str, *, batch: int) -> argparse.ArgumentParser:
+    """The options of all commands that make a file of weights, with this default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help=f"folder of the checkpoint, and of {WEIGHTS_NAME} beside it")
+    add("--out", type=Path, required=True, help=f"folder of {WEIGHTS_NAME}, and of the checkpoint where one trains")
     add("--model", default=GLIMPSE, help="hub id or folder of another model than glimpse; needs --data")
     add("--data", type=Path, help="folder with a data.jsonl, as foveate eval reads it, to learn from")
     add("--device", default="auto")
     add("--dtype", default="auto", help="of the frozen model; what is trained is float32")
+    add("--batch", type=int, default=batch, help="pictures a step")
+    return parser
+
+
+def parser(description: str, *, steps: int, batch: int, rate: float) -> argparse.ArgumentParser:
+    """The options of all trainings, with these defaults."""
+    parser = common(description, batch=batch)
+    add = parser.add_argument
     add("--resume", action="store_true", help="go on from the checkpoint in the folder")
     add("--steps", type=int, default=steps, help="steps in all")
-    add("--batch", type=int, default=batch, help="pictures a step")
     add("--rate", type=float, default=rate, help="highest learning rate")
     add("--warmup", type=int, default=50, help="steps up to the highest rate")
     add("--decay", type=int, default=steps // 2, help="steps down to rate zero, at the end")

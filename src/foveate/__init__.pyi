@@ -35,6 +35,7 @@ from .methods.pyramiddrop import PyramidDrop
 from .methods.quecc import QueCC
 from .methods.scope import SCOPE
 from .methods.sgl import SGL
+from .methods.sparsemm import SparseMM
 from .methods.sparsevlm import SparseVLM
 from .methods.step_baselines import LastStep, Pages, PerTurn, RunningSum
 from .methods.topv import TopV
@@ -90,6 +91,7 @@ __all__ = [
     "RandomCross",
     "RandomLayer",
     "RunningSum",
+    "SparseMM",
     "SparseVLM",
     "TopV",
     "TrimmedLlama",

@@ -50,7 +50,7 @@ def look_ahead(forward: Forward, index: int, hidden: Tensor, kwargs: dict[str, A
         positions = layer.full_index(len(hidden), device)
         later = attention.positions.expand(-1, positions.shape[1], -1)
         attention.positions = torch.cat([positions, later], dim=2)
-        held = positions[:, 0]
+        held = positions.amax(1)  # of any head
         earlier = held >= 0
         if forward.mask is not None:
             earlier = earlier & forward.mask.gather(1, held.clamp(min=0))

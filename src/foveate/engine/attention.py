@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from ..methods.tokens import ImageGroups, LayerTokens
 from .cache import PrunedLayer
 from .forward import Forward
-from .masks import gather_mask, physical_mask
+from .masks import gather_mask, of_queries, physical_mask
 from .routes import Kernel
 from .rows import Lent
 from .target import Kind
@@ -76,6 +76,7 @@ class Attention:
                 f"the prompt ends with an image token that skips layer {self.index}, where a method reads what the "
                 "last token looks at: end the prompt with words, or use either method alone"
             )
+        visible = forward.visible(self.layer, self.key.shape[2])
         guidance = forward.guidance
         if guidance is not None:
             at = (groups.positions + forward.past).clamp(min=0)
@@ -86,7 +87,7 @@ class Attention:
             query=self.query,
             key=self.key,
             scaling=self.scaling,
-            visible=forward.visible(self.layer, self.key.shape[2]),
+            visible=None if visible is None else visible.any(1),
             last=last,
             text=stream.rows_of(forward.text, samples),
             sees=self._sees(),
@@ -163,8 +164,8 @@ class Attention:
     def masked(self, filled: Tensor | None, query: Tensor, key: Tensor, rows: Tensor | None, at: Tensor) -> Any:
         """What the kernel takes for these rows and keys, in order, the last of each aligned.
 
-        filled: bool (batch, slots), None where all hold a token. rows: (batch, r) which tokens of the forward the
-        queries are, None for all. at: (batch, kv_heads | 1, slots) the position of each key, -1 at fillers.
+        filled: bool (batch, 1 | kv_heads, slots), None where all hold a token. rows: (batch, r) which tokens of the
+        forward the queries are, None for all. at: (batch, kv_heads | 1, slots) the position of each key, -1 at fillers.
         """
         if self.own is None:
             return physical_mask(self.implementation, query.shape[2], key.shape[2], filled, query.dtype, query)
@@ -175,7 +176,11 @@ class Attention:
     def _sees(self) -> Tensor | None:
         """bool (batch, heads | 1, rows, keys): what each row sees, where that is more than what is causal."""
         if self.own is None:
-            return None
+            if self.layer is None or not self.layer.uneven:
+                return None
+            queries, keys = self.query.shape[2], self.key.shape[2]
+            causal = torch.ones(queries, keys, dtype=torch.bool, device=self.key.device).tril(keys - queries)
+            return causal & of_queries(self.positions >= 0, self.query.shape[1]).unsqueeze(2)
         rows, mask = self.forward.rows, self.own
         if not self.whole:
             mask = self.masked(None, self.query, self.key, None if rows is None else rows.source, self.positions)
@@ -208,6 +213,11 @@ class Attention:
             raise UnsupportedError(
                 f"this decoder caches one compressed entry for all heads of a layer, and {method} chooses by head: use "
                 "a method before or inside the LLM"
+            )
+        if self.layer.uneven:
+            raise UnsupportedError(
+                f"the heads of this KV cache keep differently many tokens, and {method} reads the same places in all: "
+                "start from a new cache"
             )
 
     def through(self, actions: Sequence[Any]) -> Output:

@@ -39,7 +39,7 @@ class PrunedLayer(DynamicLayer):
     `length` is logical: what `get_seq_length` and the mask sizes say. `keys` and `values` are physical. While
     `index` is None the slots are the newest positions, in order. Otherwise `index` (batch, 1 | kv_heads, slots) says
     which logical position each of the first slots holds, -1 for a filler; later slots are the newest positions. Fillers
-    come first and are equally many in every head of a row.
+    come first and fill every head up to the longest; unless heads are `uneven`, all of a row have equally many.
 
     sliding_window: how far back its queries see, None for all the way. The layer then says what transformers' own says,
     and behind a pass it holds no more slots than that one.
@@ -51,6 +51,7 @@ class PrunedLayer(DynamicLayer):
         self.length = 0
         self.index: Tensor | None = None
         self.ragged = False
+        self.uneven = False
         self.sliding_window: int | None = None
         self.record_past = False  # assisted decoding: nothing leaves the window until `crop`
         self.fixed_point: int | None = None  # the slot that every decoding step evicts
@@ -138,22 +139,22 @@ class PrunedLayer(DynamicLayer):
         return self.shared.once(made, index, key=(self.length, tail))
 
     def filled(self) -> Tensor | None:
-        """bool (batch, slots), False at fillers; None when there are none."""
+        """bool (batch, 1 | kv_heads, slots), False at fillers; None when there are none."""
         if self.index is None or not self.ragged:
             return None
         held = self.physical
         # Kept with room to grow: decoding must not build it anew in every layer of every step.
-        if self._filled is None or self._filled[0] is not self.index or self._filled[1].shape[1] < held:
+        if self._filled is None or self._filled[0] is not self.index or self._filled[1].shape[2] < held:
             room = held - self.index.shape[-1] + 256
-            self._filled = (self.index, torch.nn.functional.pad(self.index[:, 0] >= 0, (0, room), value=True))
-        return self._filled[1][:, :held]
+            index = self.index if self.uneven else self.index[:, :1]
+            self._filled = (self.index, torch.nn.functional.pad(index >= 0, (0, room), value=True))
+        return self._filled[1][..., :held]
 
     def keep(self, mask: Tensor, visible: Tensor | None = None) -> Compaction | None:
         """Evict every slot where `mask` (bool, (batch, 1 | kv_heads, slots)) is False; their memory is freed.
 
         visible: bool (batch, slots), slots that hold a token that may be attended to, None for all; where nothing else
-        would go, what is not visible stays, too. Every head of a row must keep equally many. Returns which entries
-        stayed, or None when nothing went.
+        would go, what is not visible stays, too. Returns which entries stayed, or None when nothing went.
         """
         index = self.full_index(mask.shape[0], mask.device)
         present = index >= 0 if visible is None else (index >= 0) & visible.unsqueeze(1)
@@ -164,7 +165,7 @@ class PrunedLayer(DynamicLayer):
             return None
         self.shared.pruned = True
         self.index = torch.where(choice.real, index.expand_as(present).gather(-1, choice.source), -1)
-        self.ragged = choice.ragged
+        self.ragged, self.uneven = choice.ragged, choice.uneven
         self.keys, self.values = (gather_entries(held, choice.source) for held in (self.keys, self.values))
         if self.memory is not None:
             self.memory = self.memory.moved(choice, held=present.shape[-1])
@@ -210,7 +211,7 @@ class PrunedLayer(DynamicLayer):
         if index is not None:
             rest = gone < index.shape[-1]
             self.index = self.shared.once(lambda: index[..., gone:], index, key=(gone,)) if rest else None
-            self.ragged = self.ragged and rest
+            self.ragged, self.uneven = self.ragged and rest, self.uneven and rest
 
     # -- what transformers asks for, answered logically -------------------------------------------------------
 
@@ -229,7 +230,8 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.length, self.index, self.ragged, self.fixed_point, self.memory = 0, None, False, None, None
+        self.length, self.index, self.fixed_point, self.memory = 0, None, None, None
+        self.ragged = self.uneven = False
         self.shared.pruned = False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -165,18 +165,20 @@ class Forward:
         return torch.where(looks.gather(1, order), order, -1)
 
     def visible(self, layer: PrunedLayer | None, keys: int) -> Tensor | None:
-        """bool (batch, keys): slots that hold a token that may be attended to; None when all do."""
+        """bool (batch, 1 | kv_heads, keys): slots that hold a token that may be attended to; None when all do."""
         if layer is not None and layer.index is not None:
             filled = on(self.ids.device, layer.filled())  # of another layer, where this one borrows
             if self.mask is not None:
-                index = layer.full_index(self.ids.shape[0], self.ids.device)[:, 0].to(self.ids.device)
-                tokens = self.mask.gather(1, index.clamp(min=0)) & (index >= 0)
-                # Only text can be masked inside a pruned layer, and text has the same slots in every head.
+                index = layer.full_index(self.ids.shape[0], self.ids.device).to(self.ids.device)
+                # Only text can be masked inside a pruned layer, and even heads have it in the same slots.
+                index = index if layer.uneven else index[:, :1]
+                mask = self.mask.unsqueeze(1).expand(-1, index.shape[1], -1)
+                tokens = mask.gather(2, index.clamp(min=0)) & (index >= 0)
                 filled = tokens if filled is None else filled & tokens
             return filled
         if self.rows is not None:
-            return self.rows.real if self.rows.ragged else None
-        return None if self.mask is None else self.mask[:, self.mask.shape[1] - keys :]
+            return self.rows.real.unsqueeze(1) if self.rows.ragged else None
+        return None if self.mask is None else self.mask[:, None, self.mask.shape[1] - keys :]
 
     def says_more(self, mask: Tensor) -> bool:
         """Whether the model's mask of this pass, over all tokens, is not just causal and of no padding."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .rows import gather_rows
+
+FLASH_HEADS = (
+    'flash attention takes no mask for each head: load the model with attn_implementation="sdpa", or use a method that '
+    "keeps equally many in all heads"
+)
 
 
 def physical_mask(
@@ -13,14 +19,20 @@ def physical_mask(
 ) -> Tensor | None:
     """The mask of a layer whose slots are in order: causal, aligned at the end, without fillers.
 
-    filled: bool (batch, keys) or None. Returns what the implementation wants: None where it needs no mask, bool
-    (batch | 1, 1, queries, keys) for sdpa, additive floats for eager, (batch, keys) for flash attention.
+    filled: bool (batch, 1 | kv_heads, keys) or None. like: the queries, (batch, heads, queries, d). Returns what the
+    implementation wants: None where it needs no mask, bool (batch | 1, heads | 1, queries, keys) for sdpa, additive
+    floats for eager, (batch, keys) for flash attention.
+
+    Raises:
+        UnsupportedError: for flash attention where heads have fillers of their own, which it has no mask for.
     """
     if "flash" in implementation:
-        return filled
+        if filled is not None and filled.shape[1] > 1:
+            raise UnsupportedError(f"the heads of this KV cache keep differently many tokens, and {FLASH_HEADS}")
+        return None if filled is None else filled[:, 0]
     if filled is None and (queries == 1 or (queries == keys and implementation == "sdpa")):
         return None
-    visible = None if filled is None else filled[:, None, None, :]
+    visible = None if filled is None else of_queries(filled, like.shape[1]).unsqueeze(2)
     if queries > 1 or visible is None:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
         visible = causal if visible is None else causal & visible
@@ -28,6 +40,12 @@ def physical_mask(
     if implementation == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=like.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def of_queries(keys: Tensor, heads: int) -> Tensor:
+    """What is said of the keys of each KV head, (batch, 1 | kv_heads, slots), as the query heads that share one have
+    it: (batch, 1 | heads, slots)."""
+    return keys if keys.shape[1] == 1 else keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
 def says_more(mask: Tensor, real: Tensor | None, total: int) -> bool:
@@ -61,9 +79,7 @@ def gather_mask(mask: Tensor, rows: Tensor | None, keys: Tensor, end: int, heads
     mask = mask.expand(keys.shape[0], -1, -1, -1)
     if rows is not None:
         mask = gather_rows(mask.transpose(1, 2).flatten(2), rows).unflatten(2, (mask.shape[1], -1)).transpose(1, 2)
-    if keys.shape[1] > 1:
-        keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
-    columns = keys - (end - mask.shape[-1])
+    columns = of_queries(keys, heads) - (end - mask.shape[-1])
     seen = (columns >= 0) & (columns < mask.shape[-1])
     shape = torch.broadcast_shapes(mask.shape[:2], columns.shape[:2])
     within = columns.clamp(0, mask.shape[-1] - 1).expand(*shape, -1).unsqueeze(2)

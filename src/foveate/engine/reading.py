@@ -44,7 +44,7 @@ class Part:
     def of(self, attention: Attention) -> Attention:
         """The same attention over these entries only."""
         key, value = (gather_entries(tensor, self.index) for tensor in (attention.key, attention.value))
-        return attention.over(key, value, self.filled if self.memory.ragged else None)
+        return attention.over(key, value, self.filled.unsqueeze(1) if self.memory.ragged else None)
 
     def received(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """What each image token got in this step, and which were attended to: (batch * images, kv_heads, n).

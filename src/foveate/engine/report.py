@@ -115,9 +115,11 @@ class PruneReport:
     """What the last prefill kept.
 
     methods: what was applied. layers: one record per decoder layer. kv_bytes: bytes of all keys and values
-    right after the prefill; kv_bytes_unpruned: what the untouched model would hold. decoding: what the steps since
-    then read, under a method that chooses for each of them. image_tokens: per sample its
-    images' tokens, with record=True. Under a contrast the layers are those of the reduced view; kv_bytes counts both.
+    right after the prefill; kv_bytes_unpruned: what the untouched model would hold; kv_bytes_kept: the part of kv_bytes
+    that holds what was kept. The rest fills up shorter samples, and heads where these keep differently many, which
+    uneven_heads says. decoding: what the steps since then read, under a method that chooses for each of them.
+    image_tokens: per sample its images' tokens, with record=True. Under a contrast the layers are those of the reduced
+    view; kv_bytes counts both.
     """
 
     def __init__(self, forward: Forward, methods: Sequence[Method], record: bool) -> None:
@@ -167,6 +169,10 @@ class PruneReport:
         held = [layer for layer in forward.held if layer.physical]
         self.kv_bytes = sum(layer.bytes for layer in held)
         self.kv_bytes_unpruned = sum(layer.bytes // layer.physical * layer.most for layer in held)
+        self._held = [
+            (layer.bytes, layer.full_index(self._batch, device) if layer.index is not None else None) for layer in held
+        ]
+        self.uneven_heads = any(getattr(layer, "uneven", False) for layer in held)
         self.decoding: Decoding | None = None
         self._places = forward.image_tokens()
         self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
@@ -210,6 +216,12 @@ class PruneReport:
         ]
 
     @cached_property
+    def kv_bytes_kept(self) -> int:
+        """Bytes of the keys and values that were kept."""
+        fillers = ((size, index < 0) for size, index in self._held if index is not None)
+        return self.kv_bytes - sum(size // room.numel() * int(room.sum()) for size, room in fillers)
+
+    @cached_property
     def images(self) -> list[list[tuple[int, int]]]:
         """Per sample a `(tokens, kept)` for each image, `kept` as the mean over the layers that lost tokens of it."""
         lossy = [i for i, index in enumerate(self._index) if index is not None or self._entered.get(i) is not None]
@@ -231,6 +243,7 @@ class PruneReport:
             "images": [[{"tokens": tokens, "kept": kept} for tokens, kept in sample] for sample in self.images],
             "kv_bytes": self.kv_bytes,
             "kv_bytes_unpruned": self.kv_bytes_unpruned,
+            "kv_bytes_kept": self.kv_bytes_kept,
             **({} if self.decoding is None else {"decoding": self.decoding.to_dict()}),
             "layers": [
                 {name: getattr(layer, name) for name in ("index", "kind", "length", "kept_length", "since")}
@@ -252,6 +265,8 @@ class PruneReport:
                 f", KV cache {human_bytes(self.kv_bytes)} instead of {human_bytes(self.kv_bytes_unpruned)}"
                 f" ({self.kv_bytes / self.kv_bytes_unpruned - 1:+.0%})"
             )
+            if self.uneven_heads:
+                line += f", {human_bytes(self.kv_bytes_kept)} of it kept and the rest room for each layer's widest head"
         if self.decoding is not None and self.decoding.steps:
             line += f", {self.decoding.share:.0%} of it read in a step"
         return line

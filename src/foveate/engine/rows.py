@@ -17,21 +17,20 @@ class Compaction:
 
     source: (batch, heads, width) index into the masked dimension, ascending; where a row keeps fewer than `width`
     entries it starts with fillers, copies of dropped entries that must never be attended to.
-    real: bool of the same shape, False at fillers. ragged: whether there is any filler.
+    real: bool of the same shape, False at fillers. ragged: whether there is any filler. uneven: whether the heads of a
+    row keep differently many, so that each has fillers of its own.
     """
 
     source: Tensor
     real: Tensor
     ragged: bool
+    uneven: bool
 
 
 def compact(mask: Tensor, present: Tensor) -> Compaction | None:
     """Gather the True entries of `mask`; None when no present entry would go.
 
     mask, present: bool (batch, heads, n). One device synchronisation.
-
-    Raises:
-        ValueError: when the heads of a row keep different numbers of entries, which no dense tensor can hold.
     """
     counts = mask.sum(-1)
     lost = (present & ~mask).any()
@@ -39,14 +38,12 @@ def compact(mask: Tensor, present: Tensor) -> Compaction | None:
     low, high, any_lost, any_uneven = torch.stack(
         [counts.min(), counts.max(), lost.to(counts.dtype), uneven.to(counts.dtype)]
     ).tolist()
-    if any_uneven:
-        raise ValueError("every head of a layer must keep equally many entries of a sample")
     if not any_lost:
         return None
     high = max(high, 1)
     # A stable sort of 0 / 1 puts the kept entries last, in their own order.
     source = mask.to(torch.uint8).argsort(dim=-1, stable=True)[..., -high:]
-    return Compaction(source, mask.gather(-1, source), low < high)
+    return Compaction(source, mask.gather(-1, source), low < high, bool(any_uneven))
 
 
 @dataclass(frozen=True)

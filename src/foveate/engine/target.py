@@ -168,6 +168,8 @@ class Target:
             lambda: fingerprint(self.base),
             self._projector,
             self._encoder(),
+            self.decoder.config.num_attention_heads,
+            tuple(layer for layer, reads in enumerate(self.readable) if reads),
         )
 
     def _encoder(self) -> Encoder | None:

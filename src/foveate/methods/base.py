@@ -249,10 +249,13 @@ class CacheMethod(Method):
     """Evicts image tokens from the KV cache of each layer once the layer's prefill attention is done.
 
     sparse_attention: choose before the layer attends, and let only what stays attend and be attended to.
+    uneven_heads: whether heads of a layer may keep differently many tokens of an image. The layer then holds as many
+        slots as its widest head needs, and flash attention is refused.
     """
 
     place: ClassVar[Place] = "cache"
     sparse_attention: ClassVar[bool] = False
+    uneven_heads: ClassVar[bool] = False
 
     @property
     def needs_all_layers(self) -> bool:
@@ -290,18 +293,27 @@ class CacheMethod(Method):
         return groups.count.new_zeros(0, len(groups.count))
 
     def budgets(self, statistics: Tensor, groups: ImageGroups) -> Tensor:
-        """(layers, groups) tokens of each image that each layer keeps in every head.
+        """(layers, groups) tokens of each image that each layer keeps in every head; (layers, groups, kv_heads | 1)
+        where heads differ.
 
         statistics: (layers, statistics, groups), of all layers where `needs_all_layers`, else of one.
         """
         return floor_budget(self.share(groups), groups).expand(len(statistics), -1)
 
-    def select(self, scores: Tensor, budget: Tensor) -> Tensor:
-        """Which entries of one layer stay: bool (groups, kv_heads | 1, n), equally many in every head.
+    def budget(self, scores: Tensor, tokens: LayerTokens) -> Tensor:
+        """The same of one layer, where budgets do not compare layers: (groups,), or (groups, kv_heads | 1).
 
-        scores: what `score` returned. budget: (groups,). By default the top `budget` of each head.
+        scores: what `score` returned.
         """
-        return topk_mask(scores, budget.unsqueeze(-1).expand(scores.shape[:-1]))
+        return self.budgets(self.statistics(scores, tokens.groups).unsqueeze(0), tokens.groups)[0]
+
+    def select(self, scores: Tensor, budget: Tensor) -> Tensor:
+        """Which entries of one layer stay: bool (groups, kv_heads | 1, n).
+
+        scores: what `score` returned. budget: (groups,), or (groups, kv_heads | 1). By default the top `budget` of each
+        head. Heads keep equally many, unless the class says `uneven_heads`.
+        """
+        return topk_mask(scores, budget.view(len(budget), -1).expand(scores.shape[:-1]))
 
     def merge(self, keep: Tensor, groups: ImageGroups) -> Tensor | None:
         """Where dropped entries go: (groups, kv_heads | 1, n), for each the index (in [0, n)) of the kept entry of the

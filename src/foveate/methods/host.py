@@ -28,7 +28,8 @@ class Host:
 
     model_type: of its configuration. depth: decoder layers. hidden: width of the LLM's hidden states. fingerprint: of
     its weights, worked out when it is called. device: where it lies. projector: a copy of the weights from the vision
-    encoder's states to the LLM's, by name; empty where the model has no such module. encoder: its size.
+    encoder's states to the LLM's, by name; empty where the model has no such module. encoder: its size. heads: query
+    heads of a decoder layer. evicting: the decoder layers from whose KV caches a method can evict.
     """
 
     model_type: str
@@ -38,3 +39,5 @@ class Host:
     fingerprint: Callable[[], str]
     projector: Callable[[], dict[str, Tensor]] = dict
     encoder: Encoder | None = None
+    heads: int = 0
+    evicting: tuple[int, ...] = ()

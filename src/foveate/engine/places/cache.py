@@ -18,10 +18,11 @@ from ..devices import on
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..generation import refuse_assisted
+from ..masks import FLASH_HEADS
 from ..report import Outcome
 from ..rows import compact, gather_entries
 from ..target import Target
-from .place import Action, Place
+from .place import Action, Call, Place
 
 
 class CachePlace(Place):
@@ -45,6 +46,7 @@ class CachePlace(Place):
             if method.first_layer() >= depth:
                 raise ValueError(f"{method.name}: start_layer must be in [0, {depth - 1}] for this model")
             target.check_readable(method.name, range(method.first_layer(), depth))
+            check_heads(target, method)
 
     def install(self, fixtures: Fixtures) -> None:
         if self.method.decode_distance is not None:
@@ -60,11 +62,20 @@ class CachePlace(Place):
     def reads_prompt(self) -> bool:
         return True
 
+    def refuse(self, call: Call) -> None:
+        check_heads(self.target, self.method)  # the attention may have been switched since
+
     def act(self, forward: Forward) -> Action | None:
         action = CacheAction(self.method, forward)
         if self.method.decode_distance is not None and not forward.brings_images:
             action.check_aligned()
         return action if forward.brings_images or self.method.decode_distance is not None else None
+
+
+def check_heads(target: Target, method: CacheMethod) -> None:
+    """Refuse heads that keep differently many tokens where no mask can say so."""
+    if method.uneven_heads and "flash" in target.decoder.config._attn_implementation:
+        raise UnsupportedError(f"{method.name} lets each head keep another number of tokens, and {FLASH_HEADS}")
 
 
 class CacheAction(Action):
@@ -110,7 +121,7 @@ class CacheAction(Action):
             rest = dataclasses.replace(tokens, query=query, key=key, value=None)
             self.waiting.append((attention.index, scores, rest))
         else:
-            self._evict(attention.index, scores, tokens, self._budget(scores, tokens))
+            self._evict(attention.index, scores, tokens, self.method.budget(scores, tokens))
         return out
 
     def finish(self) -> None:
@@ -129,10 +140,6 @@ class CacheAction(Action):
         scores, layer = self.method.score(tokens), attention.layer
         assert layer is not None and layer.keys is not None
         return scores.mean(1, keepdim=True) if layer.keys.shape[1] < scores.shape[1] else scores
-
-    def _budget(self, scores: Tensor, tokens: LayerTokens) -> Tensor:
-        """(groups,) what the images of one layer may keep, for methods that do not compare layers."""
-        return self.method.budgets(self.method.statistics(scores, tokens.groups).unsqueeze(0), tokens.groups)[0]
 
     def _stays(self, scores: Tensor, tokens: LayerTokens, budget: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """Which image tokens stay, (groups, heads, n), and which of all the slots, (batch, heads, slots)."""
@@ -167,7 +174,7 @@ class CacheAction(Action):
         layer, forward, query = attention.layer, self.forward, attention.query
         assert layer is not None
         scores, width = self._score(attention, tokens), query.shape[2]
-        _, stay = self._stays(scores, tokens, self._budget(scores, tokens), layer.physical)
+        _, stay = self._stays(scores, tokens, self.method.budget(scores, tokens), layer.physical)
         # The last token must attend even if it is an image token: its row becomes the next token.
         stay = stay.scatter(2, (tokens.last + tokens.past)[:, None, None].expand(-1, stay.shape[1], 1), True)
         choice = layer.keep(stay[:, :1], tokens.visible)
