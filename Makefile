@@ -26,11 +26,11 @@ VLLM_TESTS ?=
 demo: $(VENV)/.runtime
 	@mkdir -p demo-output
 	$(BIN)/foveate ask examples/demo.png "Where is the owl?" \
-	    --method fopru --method plphp --compare --show demo-output/kept.png
+	    --method divprune --method csp --compare --show demo-output/kept.png
 	@echo
 	@echo 'To go on:'
 	@echo '    . $(BIN)/activate'
-	@echo '    foveate check examples/demo.png "Where is the owl?" --method plphp   # proves that pruning drops tokens, no more'
+	@echo '    foveate check examples/demo.png "Where is the owl?" --method csp   # proves that pruning drops tokens, no more'
 
 test: lint test-newest test-lowest
 

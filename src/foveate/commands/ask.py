@@ -164,7 +164,7 @@ def _draw(shown: Sequence[Image | Clip], processor: Any, answers: Sequence[Answe
             legend = f"{answer.label}: {kept} of {tokens} image tokens"
             if any(((share > 0) & (share < 1)).any() for share in shares):
                 each = f"{layers} layers x {heads} heads" if heads > 1 else f"{layers} layers"
-                legend += f"; the brighter, the more of {each} keep it"
+                legend += f"; the brighter, the more of {each} keep it, outlined where half do"
         strips.append(drawing.strip(drawn, legend))
     try:
         drawing.arrange(strips, across=one).save(path)
