@@ -50,6 +50,11 @@ MODEL = shlex.quote(str(glimpse.PATH))
 SUBSTITUTIONS = (
     (r"\bfoveate serve\b", "foveate serve --dry-run", "vLLM, which is not here"),
     (r"\bfoveate playground\b", "foveate playground --help", "a page that stays until Ctrl-C"),
+    (
+        r"python examples/serve_transformers\.py",
+        "python examples/serve_transformers.py --help",
+        "a server that stays until Ctrl-C",
+    ),
     (r"\bphoto\.jpg\b", "examples/demo.png", "a picture of the reader's own"),
     (r"\bllava-hf/llava-1\.5-7b-hf\b", MODEL, "weights that are not here"),
     (r"--model ID\b", f"--model {MODEL}", "a model of the reader's own"),
