@@ -43,10 +43,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/methods").glob("_*.md")),
 ]
-FAMILIES, METHODS = (
-    sys.modules["foveate.families"],
-    sys.modules["foveate.methods"],
-)  # the names in foveate are functions
+# The names in foveate are functions.
+FAMILIES, METHODS = sys.modules["foveate.families"], sys.modules["foveate.methods"]
 foveate.families()
 MODEL = shlex.quote(str(glimpse.PATH))
 
