@@ -44,9 +44,7 @@ REFERENCE = {
         "foveate.methods.stepwise": "DecodeMethod",
     },
     "What methods choose from": {"foveate.methods.tokens": "EncoderTokens VideoTokens LayerTokens ImageGroups"},
-    "Budgets": {
-        "foveate.methods.budgets": "topk_mask floor_budget token_budget share_out scaled_layers check_range check_choice"
-    },
+    "Budgets": {"foveate.methods.budgets": "topk_mask floor_budget token_budget share_out scaled_layers check_range"},
     "Layouts": {"foveate.layout": "ImageLayout Tile", "foveate.families.base": "Family"},
 }
 
