@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
 PAGES = (
     HERE.parent / "README.md",
-    *(HERE / f"{name}.md" for name in ("results", "families", "measuring", "calibrate", "serving", "video", "compared")),
+    *(HERE / f"{name}.md" for name in "results families measuring calibrate serving video compared".split()),
     HERE.parent / "training" / "README.md",
 )
 
