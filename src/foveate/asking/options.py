@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from foveate.methods.base import Method
 
 
-DEFAULT = "divprune"  # the best before the LLM on questions that no table uses: benchmarks/defaults.py
+DEFAULT = "divprune"  # none before the LLM is clearly better, and it reads features only: benchmarks/defaults.py
 
 
 @dataclasses.dataclass(frozen=True)

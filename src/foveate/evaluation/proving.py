@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationMixin, LogitsProcessor
 
 from foveate.engine.session import prune
 from foveate.errors import UnsupportedError
@@ -133,7 +134,7 @@ def prove(
         nullcontext() if clips is None else pruned.clips(clips),
         note_held(pruned.base) as held,
     ):
-        sequences, logits, _ = _generate(model, inputs, steps)
+        sequences, logits, _ = generate(model, inputs, steps)
     report = pruned.report
     assert report is not None
     with eager(pruned.decoder):
@@ -142,8 +143,8 @@ def prove(
             chosen = dense.argmax(-1)
         else:
             with hidden(model, report):
-                _, dense, chosen = _generate(model, inputs, steps, replay=sequences)
-        _, untouched, _ = _generate(model, inputs, steps, replay=sequences)
+                _, dense, chosen = generate(model, inputs, steps, replay=sequences)
+        _, untouched, _ = generate(model, inputs, steps, replay=sequences)
     by_step = (0, 2)
     table = zip(
         sequences[0, -steps:].tolist(),
@@ -174,12 +175,14 @@ class _Replay(LogitsProcessor):
         return forced.scatter(1, self.sequences[:, input_ids.shape[1], None], 0.0)
 
 
-def _generate(
+def generate(
     model: Any, inputs: dict[str, Any], steps: int, replay: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences, raw logits as float32 (batch, steps, vocabulary), and the greedy choices (batch, steps)."""
     processor = None if replay is None else _Replay(replay)
-    out = model.generate(
+    # What replays is no longer pruned; the generate() of Janus takes no logits processor.
+    make = model.generate if replay is None else partial(GenerationMixin.generate, model)
+    out = make(
         **inputs,
         do_sample=False,
         num_beams=1,
