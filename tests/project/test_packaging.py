@@ -59,7 +59,7 @@ def test_wheel_says_what_it_is(wheel):
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: torch" in metadata
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(wheel.namelist())
-    assert "foveate = foveate.commands.app:app" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "foveate = foveate.__main__:run" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
 def test_ci_runs_the_test_command():
