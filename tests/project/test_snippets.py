@@ -27,6 +27,7 @@ import foveate
 from foveate import glimpse
 from foveate.commands.app import app
 from foveate.evaluation.accuracy import MATCHES
+from foveate.evaluation.plans import open_plan
 from foveate.evaluation.questions import from_folder
 from foveate.families.base import Family
 from foveate.vllm.settings import VERSIONS, Settings
@@ -50,6 +51,7 @@ MODEL = shlex.quote(str(glimpse.PATH))
 SUBSTITUTIONS = (
     (r"\bfoveate serve\b", "foveate serve --dry-run", "vLLM, which is not here"),
     (r"\bfoveate playground\b", "foveate playground --help", "a page that stays until Ctrl-C"),
+    (r"\bfoveate reproduce glimpse\b", "foveate reproduce glimpse --only bench", "1 min"),
     (r"\bphoto\.jpg\b", "examples/demo.png", "a picture of the reader's own"),
     (r"\bllava-hf/llava-1\.5-7b-hf\b", MODEL, "weights that are not here"),
     (r"--model ID\b", f"--model {MODEL}", "a model of the reader's own"),
@@ -323,7 +325,13 @@ def stand_in_for_a_server(patch: pytest.MonkeyPatch) -> None:
 
 
 def run_toml(block: Block) -> str:
-    """Whether it is TOML, and names entry points that foveate reads."""
+    """Whether it is TOML, and a plan, or names entry points that foveate reads."""
+    if "methods" in tomllib.loads(block.text):
+        path = Path("results/plan.toml")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(block.text)
+        assert open_plan(str(path)).parts == ["eval", "bench", "tasks"]
+        return ""
     read = {sys.modules[name]._registry.package for name in ("foveate.methods", "foveate.families")}
     for group in tomllib.loads(block.text)["project"]["entry-points"]:
         assert group in read, f"{block}: nobody reads {group}"

@@ -223,8 +223,9 @@ def _checked(plan: Plan) -> Plan:
     for text in plan.methods:
         with _naming(f"methods, {text!r}"):
             labels.append(label(parse_method(text)))
-            if labels[-1] == "all":
-                raise Mistake("name each method: what fits differs from model to model")
+        if labels[-1] == "all":
+            raise Mistake("methods, 'all': name each one, what fits differs from model to model")
+        with _naming("methods"):
             variants(labels[-1], plan.keep, tuple(PLACES), "")
     plan = replace(plan, methods=list(dict.fromkeys(labels)), title=plan.title or plan.name)
     return replace(plan, expected=[_beside(plan, n, row) for n, row in enumerate(plan.expected, 1)])

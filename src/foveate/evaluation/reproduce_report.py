@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,15 @@ class Summary:
         return cls(plan, sorted(rows.values(), key=lambda row: order.index(row["method"])), parts)
 
     def table(self, intervals: bool = False) -> Table:
-        """The rows, with a column for whatever was measured, and one for each thing that is reported of a row."""
+        """The rows, with a column for whatever was measured, and one for what is reported of them."""
         flat = []
-        reported = self._reported()
+        numbers = {key: number for number, key in enumerate(self._reported(), 1)}
         for row in self.rows:
-            figures = {_key(each): str(each["figure"]) for each in row["reported"]}
-            titles = {f"reported [{number}]": figures.get(key) for number, key in enumerate(reported, 1)}
-            flat.append({**row, **row["tasks"], **titles})
+            said = ", ".join(f"{each['figure']} [{numbers[_key(each)]}]" for each in row["reported"])
+            flat.append({**row, **row["tasks"], "reported": said or None})
         tasks = list(dict.fromkeys(name for row in self.rows for name in row["tasks"]))
-        notes = [f"reported [{number}]" for number in range(1, len(reported) + 1)]
         shown = [name for name in SHOWN if any(name in row for row in self.rows)]
-        whole = table(flat, ["method", "keep", *shown, *tasks, *notes], intervals=intervals)
-        return replace(whole, numeric=[False, *[True] * (len(whole.head) - 1)])
+        return table(flat, ["method", "keep", *shown, *tasks, *["reported"] * bool(numbers)], intervals=intervals)
 
     def notes(self) -> list[str]:
         """What the reported figures are of, a line each."""
