@@ -204,7 +204,8 @@ def run_pip(words: list[str], line: str) -> str:
         elif word == "torch":
             assert any(need.startswith("torch") for need in about["project"]["dependencies"]), line
         else:
-            assert word == "--no-deps" or (word.startswith("lmms-eval==") and f" {word}" in here), f"{line}: {word}?"
+            known = word in here.splitlines() or (word.startswith("lmms-eval==") and f" {word}" in here)
+            assert word == "--no-deps" or known, f"{line}: {word}?"
     return ""
 
 

@@ -25,7 +25,10 @@ from .plans import Plan
 from .results import Results, Row
 from .workplace import device_name, known_family
 
-MISSING = "lmms-eval is not installed here: pip install lmms-eval==0.7.3 (without a GPU see docs/measuring.md)"
+# filelock 4 lacks what lmms-eval 0.7.3 imports of it.
+MISSING = (
+    "lmms-eval is not installed here: pip install lmms-eval==0.7.3 'filelock<4' (without a GPU see docs/measuring.md)"
+)
 
 
 def installed() -> bool:
@@ -110,7 +113,7 @@ def _ask(command: list[str], folder: Path) -> dict[str, float]:
     files = sorted(folder.rglob("*results.json"))
     if status or not files:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+        last = next((re.sub(r"\x1b\[\d*m", "", line) for line in reversed(lines) if line.strip()), "it printed nothing")
         raise Mistake(f"lmms-eval failed (see {log}): {one_line(ValueError(last))}")
     figures = {}
     for task, metrics in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
