@@ -119,7 +119,7 @@ def _ask(command: list[str], folder: Path) -> dict[str, float]:
     for task, metrics in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
         for metric, value in metrics.items():
             name, _, which = metric.partition(",")
-            if type(value) not in (int, float) or not math.isfinite(value) or name.endswith("_stderr"):
+            if type(value) not in (int, float) or not math.isfinite(value) or "_stderr" in name:
                 continue
             figures[f"{task} {name}" + ("" if which in ("", "none") else f" ({which})")] = value
     if not figures:
