@@ -51,11 +51,11 @@ MODEL = shlex.quote(str(glimpse.PATH))
 SUBSTITUTIONS = (
     (r"\bfoveate serve\b", "foveate serve --dry-run", "vLLM, which is not here"),
     (r"\bfoveate playground\b", "foveate playground --help", "a page that stays until Ctrl-C"),
-    (r"\bfoveate reproduce glimpse\b", "foveate reproduce glimpse --only bench", "1 min"),
     (r"\bphoto\.jpg\b", "examples/demo.png", "a picture of the reader's own"),
     (r"\bllava-hf/llava-1\.5-7b-hf\b", MODEL, "weights that are not here"),
     (r"--model ID\b", f"--model {MODEL}", "a model of the reader's own"),
     (r'"cuda"', '"cpu"', "a device that may not be there"),
+    (r"\bfoveate reproduce glimpse\b", "foveate reproduce glimpse --only bench", "1 min"),
     (r"--count 90\b", "--count 1", "1.5 min"),
     (r"--tolerance 0\.01\b", "--tolerance 0.3 --grid 0.75 --count 20 --test 20", "5 min"),
     (
