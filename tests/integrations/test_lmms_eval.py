@@ -37,11 +37,18 @@ def python(tmp_path_factory) -> Path:
 
 
 def evaluate(python: Path, folder: Path, model_args: str) -> subprocess.CompletedProcess[str]:
+    words = ["-m", "lmms_eval", "--model", "foveate", "--model_args", model_args, "--tasks", "glimpse_tiny"]
+    return run_python(
+        python, folder, *words, "--include_path", TASK, "--batch_size", 6, "--output_path", folder / "out"
+    )
+
+
+def run_python(python: Path, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     # lmms-eval reads the data's path as it stands, so it must be found from the folder it runs in.
-    rows = [{"index": i, "question": q.question, "answer": q.answer} for i, q in enumerate(glimpse.heldout(COUNT))]
+    questions = glimpse.heldout(COUNT, kinds=glimpse.KINDS[:8])  # one picture and few words, as the task has them
+    rows = [{"index": i, "question": q.question, "answer": q.answer} for i, q in enumerate(questions)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [python, "-m", "lmms_eval", "--model", "foveate", "--model_args", model_args, "--tasks", "glimpse_tiny"]
-    command += ["--include_path", TASK, "--batch_size", "6", "--output_path", folder / "out"]
+    command = [python, *words]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "home")}
     return subprocess.run(
         [str(part) for part in command], cwd=folder, env=os.environ | offline, capture_output=True, text=True
@@ -76,3 +83,16 @@ def test_mistakes_are_named(python, tmp_path, arguments, reason):
     run = evaluate(python, tmp_path, f"pretrained=glimpse,{arguments}")
     assert reason in run.stdout + run.stderr
     assert not list((tmp_path).rglob("*results.json"))
+
+
+def test_a_plan_asks_a_task_of_each_of_its_methods(python, tmp_path):
+    plan = tmp_path / "plan.toml"
+    table = f"[lmms_eval]\ntasks = ['glimpse_tiny']\nbatch_size = 6\ninclude_path = '{TASK}'\n"
+    plan.write_text(f"model = 'glimpse'\nmethods = ['plphp:delta=0.2,start_layer=1']\nkeep = [0.5]\n{table}")
+    command = [python, tmp_path, "-m", "foveate", "reproduce", plan, "--out", tmp_path / "out"]
+    run = run_python(*command)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    found = {row["method"]: row["tasks"]["glimpse_tiny exact_match"] for row in rows}
+    assert found["untouched"] >= 0.9 and 0.6 <= found["plphp:delta=0.2,start_layer=1"] <= 1.0
+    assert "2 rows kept" in run_python(*command).stderr  # nothing is asked twice

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import foveate
+from foveate.evaluation.plans import shipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,8 @@ def test_wheel_holds_all_code_and_glimpse(wheel):
     } <= held
     for part in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "processor_config.json"):
         assert {f"foveate/glimpse/model/{part}", f"foveate/glimpse/video/{part}"} <= held
+    plans = {f"foveate/plans/{name}.toml" for name in shipped()}
+    assert len(plans) == 7 and plans <= held
     assert {"foveate/glimpse/small/config.json", "foveate/glimpse/small/model.safetensors"} <= held
     assert not any("__pycache__" in name for name in held)
     assert not any(name.split("/")[0] in ("tests", "training", "benchmarks") for name in wheel.namelist())

@@ -28,6 +28,7 @@ import foveate
 from foveate import glimpse
 from foveate.commands.app import app
 from foveate.evaluation.accuracy import MATCHES
+from foveate.evaluation.plans import open_plan
 from foveate.evaluation.questions import from_folder
 from foveate.families.base import Family
 from foveate.vllm.settings import VERSIONS, Settings
@@ -61,6 +62,7 @@ SUBSTITUTIONS = (
     (r"\bllava-hf/llava-1\.5-7b-hf\b", MODEL, "weights that are not here"),
     (r"--model ID\b", f"--model {MODEL}", "a model of the reader's own"),
     (r'"cuda"', '"cpu"', "a device that may not be there"),
+    (r"\bfoveate reproduce glimpse\b", "foveate reproduce glimpse --only bench", "1 min"),
     (r"--count 90\b", "--count 1", "1.5 min"),
     (r"--tolerance 0\.01\b", "--tolerance 0.3 --grid 0.75 --count 20 --test 20", "5 min"),
     (
@@ -209,7 +211,8 @@ def run_pip(words: list[str], line: str) -> str:
         elif word == "torch":
             assert any(need.startswith("torch") for need in about["project"]["dependencies"]), line
         else:
-            assert word == "--no-deps" or (word.startswith("lmms-eval==") and f" {word}" in here), f"{line}: {word}?"
+            known = word in here.splitlines() or (word.startswith("lmms-eval==") and f" {word}" in here)
+            assert word == "--no-deps" or known, f"{line}: {word}?"
     return ""
 
 
@@ -330,7 +333,13 @@ def stand_in_for_a_server(patch: pytest.MonkeyPatch) -> None:
 
 
 def run_toml(block: Block) -> str:
-    """Whether it is TOML, and names entry points that foveate reads."""
+    """Whether it is TOML, and a plan, or names entry points that foveate reads."""
+    if "methods" in tomllib.loads(block.text):
+        path = Path("results/plan.toml")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(block.text)
+        assert open_plan(str(path)).parts == ["eval", "bench", "tasks"]
+        return ""
     read = {sys.modules[name]._registry.package for name in ("foveate.methods", "foveate.families")}
     for group in tomllib.loads(block.text)["project"]["entry-points"]:
         assert group in read, f"{block}: nobody reads {group}"

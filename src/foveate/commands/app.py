@@ -18,6 +18,7 @@ from foveate.commands.eval import eval_command
 from foveate.commands.families import families
 from foveate.commands.methods import methods
 from foveate.commands.playground import playground
+from foveate.commands.reproduce import reproduce
 from foveate.commands.search import search
 from foveate.commands.serve import serve
 from foveate.commands.show import show
@@ -58,6 +59,7 @@ app.command("eval")(eval_command)
 app.command()(playground)
 app.command()(serve)
 app.command()(bench)
+app.command()(reproduce)
 app.command()(search)
 app.command()(calibrate)
 app.command()(table)

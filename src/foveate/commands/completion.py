@@ -30,3 +30,9 @@ def complete_models(incomplete: str) -> list[str]:
 
     folders = (f"{path}/" for path in sorted(Path().glob(f"{incomplete}*")) if path.is_dir())
     return [name for name in (*BUILT_IN, *folders) if name.startswith(incomplete)]
+
+
+def complete_plans(incomplete: str) -> list[str]:
+    """The plans that foveate brings."""
+    plans = (file.stem for file in (Path(__file__).parents[1] / "plans").glob("*.toml"))
+    return sorted(name for name in plans if name.startswith(incomplete))

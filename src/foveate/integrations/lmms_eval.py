@@ -62,7 +62,7 @@ def _methods(names: str | None, options: dict[str, Any]) -> list[foveate.Method]
         if options:
             raise ValueError(f"{', '.join(options)}: options of a method, but no method=... is given")
         return []
-    parts = parse_method(names)
+    parts = parse_method(names.strip("\"'"))  # quotes keep the commas of options together in --model_args
     return [foveate.get_method(p.name, **own) for p, own in zip(parts, shared(parts, options), strict=True)]
 
 
