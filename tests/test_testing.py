@@ -198,7 +198,7 @@ MISTAKES = {
     Floats: r"select returned float32 where booleans are wanted",
     Positions: r"select returned int64 where booleans are wanted",
     Shape: r"booleans of shape \(1, 35\) where \(tiles, n\) is \(1, 36\)",
-    Forgets: r"it raises AttributeError: 'NoneType' object has no attribute 'norm'",
+    Forgets: r"it raises ValueError: mine failed \('NoneType' object has no attribute 'norm'\)\. It was not given .*",
     Moody: r"a second run of the same prompt keeps other tokens in layer 0",
     Never: r"with keep=1\.0 the logits differ from the untouched model's by",
     LayerGreedy: r"with keep=1\.0|nothing that matters was dropped|tokens of an image stay, where keep asks for 18",

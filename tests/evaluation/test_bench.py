@@ -119,10 +119,10 @@ def test_resumes_and_takes_further_methods(measured):
 def test_an_interrupt_leaves_finished_rows(tmp_path, monkeypatch):
     measure = Bench.measure
 
-    def stop(self, method, *args):
-        if method.name == "plphp":
+    def stop(self, methods, *args):
+        if methods[0].name == "plphp":
             raise KeyboardInterrupt
-        return measure(self, method, *args)
+        return measure(self, methods, *args)
 
     monkeypatch.setattr(Bench, "measure", stop)
     args = (*FAST, "--methods", "fopru,plphp", "--out", tmp_path / "out")

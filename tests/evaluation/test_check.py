@@ -122,7 +122,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_methods_that_merge_are_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(proving, "_generate", None)
+    monkeypatch.setattr(proving, "generate", None)
     for name, options in (
         ("visionzip", {}),
         ("pooling", {}),
@@ -211,7 +211,7 @@ def test_masking_instead_of_freeing_is_exposed(monkeypatch):
     def visible(self, layer, keys):
         if not self.past or not hasattr(layer, "noted"):
             return None
-        return torch.nn.functional.pad(layer.noted[:, 0], (0, keys - layer.noted.shape[-1]), value=True)
+        return torch.nn.functional.pad(layer.noted, (0, keys - layer.noted.shape[-1]), value=True)
 
     right = PruneReport.__init__
 
@@ -309,7 +309,7 @@ def test_a_method_that_secretly_changes_values_is_exposed():
 
 
 def test_numbers_that_are_none_are_no_proof(monkeypatch):
-    right = proving._generate
+    right = proving.generate
 
     def poisoned(model, inputs, steps, replay=None):
         sequences, logits, chosen = right(model, inputs, steps, replay)
@@ -317,7 +317,7 @@ def test_numbers_that_are_none_are_no_proof(monkeypatch):
             logits[0, 1, 3] = torch.nan
         return sequences, logits, chosen
 
-    monkeypatch.setattr(proving, "_generate", poisoned)
+    monkeypatch.setattr(proving, "generate", poisoned)
     assert not proof("llava", [FoPru(keep=0.5)]).holds
 
 
@@ -422,7 +422,7 @@ def test_rows_of_a_changed_picture_or_model_are_not_shown_again(command, tmp_pat
         ([PICTURE], "foveate check"),
         (["nowhere.png", QUESTION], "no such picture"),
         ([PICTURE, QUESTION, "-m", "magic"], "unknown method"),
-        ([PICTURE, QUESTION, "-m", "fopru+"], "unknown method"),
+        ([PICTURE, QUESTION, "-m", "fopru+"], "write names"),
         ([PICTURE, QUESTION, "-m", "trimmed_llama"], "which llava models lack"),
         ([PICTURE, QUESTION, "-m", "fopru+random"], "both act"),
         ([PICTURE, QUESTION, "-m", "visionzip"], "does more than drop"),

@@ -143,15 +143,17 @@ def test_the_script_of_the_page_runs(tmp_path):
     cells = sum(len(tile["index"]) for view in page.data["views"] for tile in view["tiles"])
     assert result["frames"] == 4 * 3
     assert result["cells"] == 2 * cells * result["frames"]
+    assert result["lines"] > 0 and result["lines"] % 2 == 0, "a bright line and a black one at every border"
     assert len(set(result["captions"])) == 12
     assert result["names"] == ["overview, stays", "overview, attention", "tiles, stays", "tiles, attention"]
 
 
 DOCUMENT = """
-let cells = 0;
+let cells = 0, lines = 0, now = "";
+const outline = ["rgb(0,0,0)", "rgb(255,176,0)"];
 const context = {
-  fillRect() { cells += 1; }, drawImage() {}, strokeRect() {},
-  set fillStyle(style) { if (!/^rgba?\\([\\d.,e-]+\\)$/.test(style)) throw Error(style); },
+  fillRect() { if (outline.includes(now)) lines += 1; else cells += 1; }, drawImage() {}, strokeRect() {},
+  set fillStyle(style) { if (!/^rgba?\\([\\d.,e-]+\\)$/.test(style)) throw Error(style); now = style; },
 };
 const element = () => ({ value: 0, children: [], append(...more) { this.children.push(...more); },
   addEventListener(name, heard) { this.heard = heard; }, getContext: () => context });
@@ -164,7 +166,7 @@ globalThis.Image = class {
 globalThis.Option = class {};
 %s
 pictures.forEach(picture => picture.onload());
-cells = 0;
+cells = lines = 0;
 const captions = [];
 for (let layer = 0; layer <= known.layer.max; layer++)
   for (let head = 0; head <= known.head.max; head++) {
@@ -173,7 +175,7 @@ for (let layer = 0; layer <= known.layer.max; layer++)
     captions.push(layer + head + known.caption.textContent + known["head-name"].textContent);
   }
 const names = known.maps.children.map(figure => figure.children[0].textContent);
-console.log(JSON.stringify({ frames: captions.length, captions, cells, names }));
+console.log(JSON.stringify({ frames: captions.length, captions, cells, lines, names }));
 """
 
 

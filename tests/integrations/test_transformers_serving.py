@@ -23,6 +23,11 @@ DEMO = ROOT / "examples/demo.png"
 QUESTIONS = {"Where is the owl?": "bottom left", "Where is the dog?": "top left"}
 
 
+def hears_ctrl_c():
+    """What runs in the background may have been told to ignore it, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def server():
     if not is_serve_available():
@@ -32,7 +37,9 @@ def server():
         port = free.getsockname()[1]
     words = ["examples/serve_transformers.py", str(glimpse.PATH), "--method", "divprune+csp", "--keep", "0.5"]
     words += ["--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
+    )
     assert process.stdout is not None and "divprune+csp keep=0.5 on port" in process.stdout.readline()
     yield f"http://localhost:{port}/v1"
     process.send_signal(signal.SIGINT)

@@ -111,9 +111,12 @@ def test_compaction_keeps_order_and_fills_on_the_left(data):
     assert choice.ragged == bool((~choice.real).any())
 
 
-def test_compaction_refuses_heads_that_keep_different_numbers():
-    with pytest.raises(ValueError, match="every head"):
-        compact(torch.tensor([[[True, False], [True, True]]]), torch.ones(1, 2, 2, dtype=torch.bool))
+def test_compaction_fills_up_heads_that_keep_fewer_and_says_that_they_differ():
+    mask = torch.tensor([[[True, False, False], [True, False, True]]])
+    choice = compact(mask, torch.ones(1, 2, 3, dtype=torch.bool))
+    assert choice.source.shape == (1, 2, 2) and choice.uneven
+    assert choice.real.tolist() == [[[False, True], [True, True]]]
+    assert choice.source[0, 0, 1] == 0 and choice.source[0, 1].tolist() == [0, 2]
 
 
 # Attention scores --------------------------------------------------------------------------------------------

@@ -246,9 +246,16 @@ def test_a_browser_takes_the_example_asks_and_looks_closer(url, browser):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+def hears_ctrl_c():
+    """What runs in the background may have been told to ignore it, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_it_without_a_traceback():
     command = [sys.executable, "-m", "foveate", "playground", "--port", "0"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
+    )
     try:
         line = started.stdout.readline()
         address = re.fullmatch(r"the playground is at (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", line)

@@ -59,8 +59,8 @@ class Results:
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         self.folder = Path(folder) if folder is not None else self._default()
-        check_folder(self.folder)
         self.rows, about = self._open()
+        check_folder(self.folder)
         self._runs: list[Row] = about.get("runs", [])
         self._finished: bool = about.get("finished", False)
         self._before = len(self.rows)

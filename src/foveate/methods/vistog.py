@@ -116,6 +116,10 @@ class VisToG(TrainedMethod, EncoderMethod):
         return weights
 
     @property
+    def fills_budget(self) -> bool:
+        return False  # every tile becomes as many groups as the weights were trained for
+
+    @property
     def seeds(self) -> Tensor | None:
         return self.tensors["seeds"]
 
