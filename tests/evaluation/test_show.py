@@ -150,9 +150,9 @@ def test_the_script_of_the_page_runs(tmp_path):
 
 DOCUMENT = """
 let cells = 0, lines = 0, now = "";
-const outline = ["rgb(0,0,0)", "rgb(255,176,0)"];
+const borders = ["rgb(0,0,0)", "rgb(255,176,0)"];
 const context = {
-  fillRect() { if (outline.includes(now)) lines += 1; else cells += 1; }, drawImage() {}, strokeRect() {},
+  fillRect() { if (borders.includes(now)) lines += 1; else cells += 1; }, drawImage() {}, strokeRect() {},
   set fillStyle(style) { if (!/^rgba?\\([\\d.,e-]+\\)$/.test(style)) throw Error(style); now = style; },
 };
 const element = () => ({ value: 0, children: [], append(...more) { this.children.push(...more); },
