@@ -79,7 +79,7 @@ def test_the_frames_that_were_asked_for_are_looked_at(command, tmp_path):
         (("ask", DEMO, QUESTION, "-m", "plph"), "unknown method 'plph'; did you mean plphp?"),
         (("ask", DEMO, QUESTION, "-m", "fopru+"), "--method fopru+: write names"),
         (("ask", DEMO, QUESTION, "-m", "fopru:keep=0.5", "--keep", "0.5"), "keep: fopru:keep=0.5 says it already"),
-        (("eval", "-m", "fopru+fopru"), "fopru"),
+        (("eval", "-m", "fopru+fopru"), "fopru and fopru both act before the LLM"),
         (("calibrate", "-m", "fopru+csp", "--out", "x.json"), "give each method alone here"),
         (("calibrate", "-m", "csp:keep=0.5", "--out", "x.json"), "leave keep out"),
         (("search", "-m", "gsearch+csp", "--out", "x.json"), "one method is wanted here"),
@@ -153,6 +153,6 @@ def test_names_are_completed_without_loading_anything():
     assert complete_methods("plp") == ["plphp"] and complete_methods("fopru,div") == ["fopru,divprune"]
     assert complete_methods("divprune+cs") == ["divprune+csp"]
     assert complete_models("glimpse-") == ["glimpse-cross", "glimpse-video"]
-    code = "from foveate.commands import completion as c, sys; c.names('methods')".replace(", sys", "")
-    probe = f"import sys; {code}; assert 'torch' not in sys.modules"
+    ask = "import sys; from foveate.commands import completion; completion.names('methods')"
+    probe = f"{ask}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], check=True)

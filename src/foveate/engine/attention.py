@@ -87,7 +87,7 @@ class Attention:
             query=self.query,
             key=self.key,
             scaling=self.scaling,
-            visible=None if visible is None else visible.any(1),
+            visible=visible if visible is None else visible[:, 0] if visible.shape[1] == 1 else visible.any(1),
             last=last,
             text=stream.rows_of(forward.text, samples),
             sees=self._sees(),

@@ -34,13 +34,13 @@ def resolve_methods(
             f"a method is a name ({', '.join(method_names())}), a method object such as foveate.FoPru(keep=0.25), or a "
             f"list of them, not {method!r}"
         )
-    parts = [part for m in given if isinstance(m, str) for part in parse_method(m)]
+    read = [parse_method(m) if isinstance(m, str) else m for m in given]
     if options and not all(isinstance(m, str) for m in given):
         raise ValueError(f"options ({', '.join(options)}) go with a method's name; give a method object its own")
-    own = iter(shared(parts, options))
+    own = iter(shared([part for m in read if not isinstance(m, Method) for part in m], options))
     built: list[Method] = []
-    for m in given:
-        built += [m] if isinstance(m, Method) else [get_method(part.name, **next(own)) for part in parse_method(m)]
+    for m in read:
+        built += [m] if isinstance(m, Method) else [get_method(part.name, **next(own)) for part in m]
     return tuple(built)
 
 
