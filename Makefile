@@ -81,7 +81,7 @@ measure: $(VENV)/.dev
 	for method in gsearch psigmoid; do [ -e $(RESULTS)/search/$$method.json ] || \
 	    $(BIN)/foveate search --method $$method --out $(RESULTS)/search/$$method.json || exit; done
 	$(BIN)/python benchmarks/schedules.py --out $(RESULTS)/search
-	$(BIN)/python benchmarks/calibrate.py --out $(RESULTS)/calibrate --plot docs/calibrate.png
+	$(BIN)/python benchmarks/calibrate.py --jobs 2 --out $(RESULTS)/calibrate --plot docs/calibrate.png
 	$(BIN)/python docs/generate.py
 
 # The site, in site/; needs neither torch nor the network, and fails at a dead link or a page that is not in mkdocs.yml.

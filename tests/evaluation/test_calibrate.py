@@ -88,6 +88,19 @@ def test_a_certificate_says_what_was_asked_and_is_asked_with(certificate, model,
     assert result.exit_code == 0 and "of 144 image tokens" in result.stdout, result.output
 
 
+@pytest.mark.parametrize(
+    ("method", "words"), [("pages", "% of the cache that a step reads"), ("evs", "keep=1.0 (it drops nothing here)")]
+)
+def test_what_evicts_nothing_is_promised_for_what_its_steps_read(tmp_path, tiny, method, words):
+    out, grid = tmp_path / "certificate.json", ("--grid", "1.0,0.9")
+    result = run("--model", tiny, "--data", "glimpse", "--methods", method, *grid, *EASY, "--out", out)
+    assert result.exit_code == 0 and words in " ".join(result.stdout.split()), result.output
+    promised = json.loads(out.read_text())["certificate"]
+    (point,) = promised["tried"][method]["points"]
+    assert point["certified"] and point["kept"] == promised["kept"]
+    assert 0.85 < point["kept"] < 1 if method == "pages" else point["kept"] == 1
+
+
 def test_a_cascade_is_certified_and_asked(tmp_path, tiny):
     out = tmp_path / "cascade.json"
     result = run("--model", tiny, "--data", "glimpse", "--policy", "cascade", "--grid", "1.0,0.5", *EASY, "--out", out)
@@ -230,7 +243,7 @@ class Played:
         self.method = method
         try:
             share = method.keep if method else 1.0
-            yield SimpleNamespace(report=SimpleNamespace(images=[[(1000, round(1000 * share))]] * 64))
+            yield SimpleNamespace(report=SimpleNamespace(images=[[(1000, round(1000 * share))]] * 64, decoding=None))
         finally:
             self.method = None
 

@@ -19,7 +19,10 @@ from .search_questions import Memory
 
 
 class Said(NamedTuple):
-    """An answer. sure: of its least sure token, the probability. kept: share of the image tokens. seconds: it took."""
+    """An answer. sure: of its least sure token, the probability. seconds: it took.
+
+    kept: share of the image tokens; of methods that drop none and choose for each step, of the cache that steps read.
+    """
 
     text: str
     sure: float
@@ -90,8 +93,9 @@ class Asked:
 
 
 def _note_kept(pruned: Any, rows: int, shares: list[float]) -> None:
-    """Note the share of the image tokens of each sample that stayed. Later turns of a talk show no pictures."""
+    """Note what `Said.kept` is of each sample. Later turns of a talk show no pictures."""
     report = None if pruned is None else pruned.report
+    read = 1.0 if report is None or report.decoding is None else report.decoding.share
     for images in [[]] * rows if report is None else report.images:
         whole = sum(tokens for tokens, _ in images)
-        shares.append(sum(kept for _, kept in images) / whole if whole else 1.0)
+        shares.append(read * (sum(kept for _, kept in images) / whole if whole else 1.0))

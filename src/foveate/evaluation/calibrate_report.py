@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from .calibrate_options import Options
 
 NAMES = {"fixed": "keep", "mass": "mass", "cascade": "sure"}
+READ = "of the cache that a step reads"  # what a method promises that drops nothing and chooses for each step
 
 
 @dataclass(frozen=True)
 class Point:
     """One budget. at: the keep, the mass, or how sure a cascade must be. asked: questions, fewer than all where it
-    failed early. kept: mean share of the image tokens, over what was asked. groups: of each its questions, the sum of
-    their losses, and p.
+    failed early. kept: the mean of `Said.kept` over what was asked. groups: of each its questions, the sum of their
+    losses, and p.
     """
 
     at: float
@@ -83,7 +84,7 @@ class Found:
 
     @property
     def kept(self) -> float:
-        """The mean share of image tokens at the best point, of a cascade all its tries together."""
+        """The mean share at the best point, of a cascade all its tries together."""
         return 1.0 if self.best is None else self.best.kept
 
     def chosen(self) -> Method:
@@ -96,9 +97,11 @@ class Found:
 
     def __str__(self) -> str:
         if self.best is None:
-            return "keep=1.0 (nothing less can be promised)"
+            idle = any(point.certified for point in self.points) and all(point.kept == 1 for point in self.points)
+            return f"keep=1.0 ({'it drops nothing here' if idle else 'nothing less can be promised'})"
         first = f"keep={', '.join(map(str, self.rungs))} first, " if self.rungs else ""
-        return f"{first}{NAMES[self.policy]}={self.best.at:g}, {100 * self.kept:.1f} % of the image tokens"
+        what = READ if self.method.place == "decode" else "of the image tokens"
+        return f"{first}{NAMES[self.policy]}={self.best.at:g}, {100 * self.kept:.1f} % {what}"
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class Certificate:
 
     def table(self) -> Table:
         """A row a budget."""
-        head = ["method", "budget", "tokens %", "asked", "errors", "p", "seconds", ""]
+        head = ["method", "budget", "kept %", "asked", "errors", "p", "seconds", ""]
         body = [["untouched", "1.0", "100.0", str(self.n), "0", "", f"{self.whole_seconds:.1f}", "always"]]
         for each in self.found:
             for point in each.points:
