@@ -31,7 +31,11 @@ class Unlike(EncoderMethod):
 
     keep: float | int = 0.25
 
+    def score(self, tokens: EncoderTokens) -> Tensor:
+        """By what `select` ranks; `foveate show` draws it."""
+        assert tokens.features is not None  # since `reads` names it
+        return unlikeness(tokens.features)
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         """True for the `budget` most unlike tokens of each tile."""
-        assert tokens.features is not None  # since `reads` names it
-        return topk_mask(unlikeness(tokens.features), budget)
+        return topk_mask(self.score(tokens), budget)

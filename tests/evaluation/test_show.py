@@ -22,7 +22,8 @@ from foveate.asking.variant import Variant
 from foveate.commands.app import app
 from foveate.engine.support import find_target
 from foveate.evaluation.attention import last_token_attention
-from foveate.evaluation.maps import draw_heat, draw_share, palette, views
+from foveate.evaluation.maps import draw_heat, draw_rank, draw_share, palette, views
+from foveate.evaluation.ranks import ranks
 from foveate.evaluation.show import show
 from foveate.layout import Tile
 
@@ -117,6 +118,7 @@ def test_the_page_holds_every_frame_and_needs_nothing_else(family, names, images
                 for head, text in enumerate(heads):
                     expected = kept[head if len(kept) > 1 else 0, place.positions].numpy()
                     assert np.array_equal(bits(text, len(expected)), expected)
+            check_ranks(variant["ranked"], frame, pruned.report, each.methods[0].name)
             looks = page.data["attention"][str(frame["index"])]
             assert [len(look["heads"]) for look in looks] == [3] * images, "both heads and their mean"
             assert all(len(base64.b64decode(look["heads"][0])) == len(p.positions)
@@ -124,10 +126,29 @@ def test_the_page_holds_every_frame_and_needs_nothing_else(family, names, images
     for view in page.data["views"]:
         assert all(len(tile["index"]) == tile["grid"][0] * tile["grid"][1] for tile in view["tiles"])
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"attention.png", *(f"kept-{name.replace('_', '-')}-keep-0.3.png" for name in names)}
+    drawn = {f"{what}-{name.replace('_', '-')}-keep-0.3.png" for name in names for what in ("kept", "ranks")}
+    assert pictures == {"attention.png", *drawn}
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["layer"] for row in rows} == {frame["index"] for frame in page.data["variants"][0]["layers"]}
     assert all(0 <= row["attention_kept"] <= row["attention_image"] <= 1.0001 for row in rows)
+
+
+def check_ranks(ranked, frame, report, name):
+    """What the page says of the choice that a layer shows, against the report's numbers."""
+    layers = sorted(report.scores[name])
+    assert len(ranked) == len(layers)
+    before = [number for number, layer in enumerate(layers) if layer <= frame["index"]]
+    assert frame["ranked"] == (before[-1] if before else None)
+    if before:
+        scores = report.scores[name][layers[before[-1]]][0]
+        for place, texts in zip(report.image_tokens[0], ranked[before[-1]]["ranks"], strict=True):
+            own, heads = scores[:, place.positions], texts if len(scores) == 1 else texts[1:]
+            assert len(texts) == len(scores) + (len(scores) > 1)
+            for row, text in zip(own, heads, strict=True):
+                drawn = np.frombuffer(base64.b64decode(text), np.uint8)
+                assert np.array_equal(drawn == 255, row.isnan().numpy()), "what was not asked about"
+                order = row[~row.isnan()].argsort().numpy()
+                assert (np.diff(drawn[drawn < 255][order].astype(int)) >= 0).all() and drawn[drawn < 255].max() == 254
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
@@ -142,10 +163,12 @@ def test_the_script_of_the_page_runs(tmp_path):
     result = json.loads(done.stdout)
     cells = sum(len(tile["index"]) for view in page.data["views"] for tile in view["tiles"])
     assert result["frames"] == 4 * 3
-    assert result["cells"] == 2 * cells * result["frames"]
+    assert result["cells"] == 3 * cells * result["frames"]
     assert result["lines"] > 0 and result["lines"] % 2 == 0, "a bright line and a black one at every border"
     assert len(set(result["captions"])) == 12
-    assert result["names"] == ["overview, stays", "overview, attention", "tiles, stays", "tiles, attention"]
+    assert result["names"] == [
+        f"{view}, {what}" for view in ("overview", "tiles") for what in ("stays", "ranks", "attention")
+    ]
 
 
 DOCUMENT = """
@@ -222,6 +245,16 @@ def test_dropped_cells_are_dark_and_the_hottest_is_brightest():
     assert len(palette()) == 768
 
 
+def test_the_first_is_brightest_and_what_was_not_asked_about_is_dim():
+    picture, tile = Image.new("RGB", (80, 40), "white"), Tile(torch.arange(8), (2, 4), torch.arange(8))
+    scores = torch.tensor([[-3.0, 5, torch.nan, 2, 2, -torch.inf, 9, 7]])
+    assert ranks(scores)[0].nan_to_num(9).tolist() == pytest.approx([1 / 6, 4 / 6, 9, 2.5 / 6, 2.5 / 6, 0, 1, 5 / 6])
+    cells = np.asarray(draw_rank(picture, [tile], ranks(scores)[0]).convert("L"))[np.ix_([10, 30], [10, 30, 50, 70])]
+    flat = cells.ravel()
+    assert abs(flat[2] - 255 * DIM) < 2, "as a dropped token"
+    assert list(np.delete(flat, 2).argsort(kind="stable")) == [4, 0, 2, 3, 1, 6, 5]
+
+
 def test_tiles_above_each_other_become_views():
     def at(*box):
         return Tile(torch.arange(4), (2, 2), torch.arange(4), box)
@@ -265,6 +298,7 @@ def test_the_command_writes_pictures_and_a_page(tmp_path):
     assert page.data["variants"][0]["answer"] == "bottom left"
     per_head, staged = (Image.open(out / f"kept-{name}-keep-0.25.png") for name in ("plphp", "pyramiddrop"))
     assert per_head.height > 6 * 280 > 3 * staged.height, "a row a layer; stages side by side"
+    assert Image.open(out / "ranks-pyramiddrop-keep-0.25.png").height > 3 * 280, "a row a stage"
     rows = json.loads((out / "rows.json").read_text())
     assert [row["kept"] for row in rows if row["method"].startswith("pyramiddrop")] == [144, 144, 90, 57, 36, 36]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}

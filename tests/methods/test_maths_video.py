@@ -444,11 +444,11 @@ def test_clips_and_pictures_of_many_shapes_are_asked_together():
     rng = torch.Generator().manual_seed(0)
     features = [torch.randn(layout.tokens, HIDDEN, generator=rng) for layout in layouts]
     kept = select_tokens(EVS(keep=0.5), layouts, features, {}, lambda states: states)
-    assert [int(keep.sum()) for keep, _ in kept] == [6, 17, 6]
-    assert kept[1][0][[6, 13, 20, 27, 34]].all(), "what is pinned stays"
+    assert [int(each.stays.sum()) for each in kept] == [6, 17, 6]
+    assert kept[1].stays[[6, 13, 20, 27, 34]].all(), "what is pinned stays"
     clip = features[1].view(5, 7, HIDDEN)[:, :6]
     alone = EVS().choose(VideoTokens((2, 3), 1, 5, DEVICE, features=clip[None]), torch.tensor([12]))[0]
-    assert torch.equal(kept[1][0].view(5, 7)[:, :6], alone[0])
+    assert torch.equal(kept[1].stays.view(5, 7)[:, :6], alone[0])
 
 
 def test_frames_of_different_shapes_cannot_be_compared():

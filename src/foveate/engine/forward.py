@@ -21,6 +21,7 @@ from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
 from .once import Once
 from .rows import Lent, Rows, Stream, compact, gather_rows
+from .scores import Scores, laid_out
 from .target import Target
 
 _FOLLOWS = {"ids", "mask", "is_image", "text", "places", "groups", "guidance", "lent", "_pending", "_through", "_aside"}
@@ -46,8 +47,9 @@ class Forward:
     and of it. mask: bool (batch, past + queries), None where nothing is hidden. encoded: the images of each medium once
     they are, None where that was not here. images, places, groups: what is known of them from layer 0 on. streams: what
     comes in to the layers of each kind. guidance: (batch, prompt) what another model gave each position. actions: of
-    the places of a session, in their order. entered, taken, evicted: for the report, the rows that each layer computed,
-    how much each token took of what a layer made that tokens can skip, (batch, q), and the layers that lost entries.
+    the places of a session, in their order. entered, taken, evicted, scores: for the report, the rows that each layer
+    computed, how much each token took of what a layer made that tokens can skip, (batch, q), the layers that lost
+    entries, and by what methods ranked tokens.
     peeks: whether a layer is only asked for its queries and keys. handed: the mask of all tokens that the model handed
     to the layer at hand. held: the layers of the cache that hold entries. lent: by layer, what later layers share.
     sliced: whether the model itself goes on with its last tokens only. gathered: masks, by what they were made of.
@@ -88,6 +90,7 @@ class Forward:
         self.entered: dict[int, Tensor | None] = {}
         self.taken: dict[int, Tensor] = {}
         self.evicted: set[int] = set()
+        self.scores: Scores = {}
         self.hooks: list[Any] = []
         self.peeks = False
         self.outer: Forward | None = None
@@ -229,6 +232,15 @@ class Forward:
             for sample, more in zip(samples, action.image_tokens(), strict=False):
                 sample.extend(more)
         return samples
+
+    def note_scores(self, name: str, index: int, scores: Tensor | None) -> None:
+        """For the report: what each candidate counted for when a method chose at a layer, (groups, n) or (groups,
+        heads, ..., n); None where it ranks by no number."""
+        groups = self.groups
+        if scores is not None and groups is not None:
+            at = torch.where(groups.present, groups.positions + self.past, -1)
+            shape = len(self.ids), self.past + self.queries
+            self.scores.setdefault(name, {})[index] = laid_out(scores, *on(scores.device, (at, groups.row)), shape)
 
     # -- rows -------------------------------------------------------------------------------------------------
 

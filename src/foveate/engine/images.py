@@ -24,12 +24,13 @@ class EncodedImage:
     """What is known of an image once it is encoded; travels with its features, as `attach` says.
 
     keep: bool (tokens,), what an encoder method chose; None where all stay. session: a mark of the pruning under which
-    it was encoded, None for none.
+    it was encoded, None for none. scores: (tokens,), by what it chose, where that is recorded.
     """
 
     layout: ImageLayout
     keep: Tensor | None
     session: object = None
+    scores: Tensor | None = None
 
 
 class _Tensor(NamedTuple):

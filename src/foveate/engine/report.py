@@ -14,6 +14,7 @@ from ..layout import Tile
 from ..methods.base import Method
 from .devices import on
 from .forward import Forward
+from .scores import Scores
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ class Decoding:
 
     read, held: entries of the layers' caches, summed over steps, layers, samples and KV heads: those that were attended
     to, and all. chosen: per step and layer the logical positions that were attended to, bool (batch, kv_heads | 1,
-    length), with record=True.
+    length), with record=True. scores: by layer, for `PruneReport.scores`.
     """
 
     steps: int = 0
     chosen: list[dict[int, Tensor]] = field(default_factory=list, repr=False)
+    scores: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _read: Tensor | int = field(default=0, repr=False)
     _held: Tensor | int = field(default=0, repr=False)
 
@@ -105,10 +107,11 @@ class Decoding:
 
 @dataclass
 class Outcome:
-    """What a session tells its user. Places write here what is theirs to say."""
+    """What a session tells its user. Places write here what is theirs to say. records: whether also what is large."""
 
     report: PruneReport | None = None
     guided: GuideAnswer | None = None
+    records: bool = False
 
 
 class PruneReport:
@@ -118,8 +121,11 @@ class PruneReport:
     right after the prefill; kv_bytes_unpruned: what the untouched model would hold; kv_bytes_kept: the part of kv_bytes
     that holds what was kept. The rest fills up shorter samples, and heads where these keep differently many, which
     uneven_heads says. decoding: what the steps since then read, under a method that chooses for each of them.
-    image_tokens: per sample its images' tokens, with record=True. Under a contrast the layers are those of the reduced
-    view; kv_bytes counts both.
+    image_tokens: per sample its images' tokens, with record=True. scores: with record=True, by the name of each method
+    that ranks tokens by a number, and by the decoder layer it chose at (0 for in front of the LLM), these numbers:
+    float32 (batch, 1 | kv_heads, length) over logical positions, NaN where it was not asked; the larger, the likelier a
+    token stays. Of a method that chooses for each decoding step they are the last step's. Under a contrast the layers
+    are those of the reduced view; kv_bytes counts both.
     """
 
     def __init__(self, forward: Forward, methods: Sequence[Method], record: bool) -> None:
@@ -174,6 +180,9 @@ class PruneReport:
         ]
         self.uneven_heads = any(getattr(layer, "uneven", False) for layer in held)
         self.decoding: Decoding | None = None
+        self.scores: Scores = {
+            name: dict(on(device, of_layers)) for name, of_layers in forward.scores.items() if record
+        }
         self._places = forward.image_tokens()
         self.image_tokens = [[ImageTokens(at, tiles) for at, tiles in row] for row in self._places] if record else None
 

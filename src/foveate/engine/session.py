@@ -64,7 +64,8 @@ def prune(
         among the tokens that the ones before it left.
     certificate: in place of a method, the file of one that `foveate calibrate` wrote, which must be of this model,
         dtype and attention backend; so must a method that `Method.from_pretrained` read from such a file.
-    record: also keep boolean masks of what every layer and head kept in `report.layers`.
+    record: also keep boolean masks of what every layer and head kept in `report.layers`, and by what numbers the
+        methods chose in `report.scores`.
 
     Raises:
         ValueError: an unknown method or option, or a value outside its range; a file that is no certificate.
@@ -119,7 +120,7 @@ class Pruned(Sayings, NotPickled):
 
     def __init__(self, target: Target, methods: tuple[Method, ...], record: bool, *, greedy: bool = False) -> None:
         self._target, self.methods, self.record = target, methods, record
-        self._outcome = Outcome()
+        self._outcome = Outcome(records=record)
         # With keep = 1.0 a method has nothing to say, and the model runs as it is.
         self._acting = [m for m in methods if not m.keeps_all]
         found = [place.of(target, self._acting, self._outcome) for place in PLACES]

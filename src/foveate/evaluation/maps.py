@@ -1,4 +1,4 @@
-"""Small multiples over a picture: what layers and heads keep, and where they look."""
+"""Small multiples over a picture: what layers and heads keep, by what, and where they look."""
 
 from __future__ import annotations
 
@@ -86,6 +86,15 @@ def draw_heat(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Im
     return Image.blend(ImageOps.grayscale(picture).convert("RGB"), heat.convert("RGB"), 0.72)
 
 
+def draw_rank(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Image.Image:
+    """Lay ranks over the grey picture as colours, and dim what has none. values: (n,) in [0, 1], NaN for none."""
+    asked = paint_cells(picture.size, tiles, (~values.isnan()).float(), empty=0)
+    ranks = paint_cells(picture.size, tiles, values.nan_to_num(0), empty=0)
+    ranks.putpalette(palette())
+    laid = Image.blend(ImageOps.grayscale(picture).convert("RGB"), ranks.convert("RGB"), 0.72)
+    return Image.composite(laid, dimmed(picture), asked)
+
+
 @cache
 def palette() -> bytes:
     """256 colours, dark to bright, as RGB bytes."""
@@ -127,11 +136,9 @@ def fitted(shown: Sequence[View], columns: int) -> list[View]:
     return [replace(view, picture=scaled(view.picture, height)) for view in shown]
 
 
-def sheet(
-    title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *, scale: bool = False
-) -> Image.Image:
+def sheet(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *, scale: str = "") -> Image.Image:
     """Panels in rows under a title. rows: each with a name, which stands left of it, and its panels, each with a
-    caption, which stands above it; either may be "". scale: whether to explain the colours."""
+    caption, which stands above it; either may be "". scale: what the colours mean."""
     large, small = ImageFont.load_default(TEXT + 3), ImageFont.load_default(TEXT)
     wide, high = rows[0][1][0][1].size
     left = max(int(small.getlength(line)) for name, _ in rows for line in [*name.splitlines(), ""])
@@ -146,7 +153,7 @@ def sheet(
     pen = ImageDraw.Draw(canvas)
     pen.multiline_text((MARGIN, MARGIN), "\n".join(lines), INK, large, spacing=6)
     if scale:
-        _explain(canvas, pen, small, MARGIN + len(lines) * (TEXT + 9) + 4)
+        _explain(canvas, pen, small, MARGIN + len(lines) * (TEXT + 9) + 4, scale)
     for top, (name, panels) in zip(tops, rows, strict=True):
         pen.multiline_text((MARGIN, top), name, INK, small, spacing=4)
         for number, (caption, part) in enumerate(panels):
@@ -156,11 +163,11 @@ def sheet(
     return canvas
 
 
-def _explain(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int) -> None:
+def _explain(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int, text: str) -> None:
     bar = Image.linear_gradient("L").rotate(90).resize((160, 12))
     bar.putpalette(palette())
     canvas.paste(bar.convert("RGB"), (MARGIN, top + 4))
-    pen.text((MARGIN + 170, top), "from none to the panel's most, by square roots", INK, font)
+    pen.text((MARGIN + 170, top), text, INK, font)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

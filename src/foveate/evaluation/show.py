@@ -1,4 +1,4 @@
-"""`foveate show`: which tokens every layer and head keeps, and where they look, as pictures and as one page."""
+"""`foveate show`: which tokens every layer and head keeps, by what, and where they look: pictures and one page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from foveate.asking.notes import notes
 from foveate.asking.pictures import crop_as_seen, scaled
 from foveate.errors import UnsupportedError
 from foveate.evaluation.attention import last_token_attention
-from foveate.evaluation.maps import View, draw_heat, draw_share, fitted, palette, panel, sheet, views
+from foveate.evaluation.maps import View, draw_heat, draw_rank, draw_share, fitted, palette, panel, sheet, views
+from foveate.evaluation.ranks import Ranked, last_before, ranked
 from foveate.evaluation.results import Results, write
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from foveate.engine.report import PruneReport
 
 ACROSS = 6  # panels in a row, where a method has one choice a layer
+BY_RANK = "from the last to the first"
+UNASKED = 255  # the byte of a token that a method was not asked about
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shown:
-    """A variant's answer and layers."""
+    """A variant's answer and layers, and by what its methods ranked tokens."""
 
     label: str
     answer: str
     summary: str
     layers: list[Layer]
+    ranked: list[Ranked]
 
 
 def show(subject: Subject, *, out: Path | None) -> None:
@@ -83,7 +87,7 @@ def show(subject: Subject, *, out: Path | None) -> None:
     seen = [[crop_as_seen(frame, crop) for frame in frames_of(one)] for one in subject.shown]
     shown = views(seen, [image.tiles for image in images])
     shows = [
-        Shown(variant.label, answer, str(report), layers_of(report))
+        Shown(variant.label, answer, str(report), layers_of(report), ranked(report))
         for variant, (answer, report) in zip(subject.variants, found, strict=True)
     ]
     rows = last_token_attention(subject.model, subject.asker.inputs)
@@ -97,6 +101,8 @@ def show(subject: Subject, *, out: Path | None) -> None:
         for each in shows:
             if results.due(name := f"kept-{_slug(each.label)}.png"):
                 kept_sheet(each, shown, question).save(results.folder / name)
+            if each.ranked and results.due(name := f"ranks-{_slug(each.label)}.png"):
+                ranks_sheet(each, shown, question).save(results.folder / name)
         if results.due("attention.png"):
             attention_sheet(looks, shown, question).save(results.folder / "attention.png")
         # Always: it shows the methods of this command, and the folder may hold more.
@@ -187,6 +193,22 @@ def kept_sheet(each: Shown, shown: Sequence[View], question: str) -> Image.Image
     return sheet(f"{title}\nall heads: the brighter, the more of them keep it", rows)
 
 
+def ranks_sheet(each: Shown, shown: Sequence[View], question: str) -> Image.Image:
+    """By what the methods ranked the tokens: a row for every choice."""
+    heads = max(len(ranks) for choice in each.ranked for ranks in choice.ranks)
+    several = len({choice.method for choice in each.ranked}) > 1
+    shown, rows = fitted(shown, heads + (heads > 1)), []
+    titled = next((number for number, choice in enumerate(each.ranked) if len(choice.ranks[0]) > 1), 0)
+    for number, choice in enumerate(each.ranked):
+        drawn = [panel(shown, [ranks.mean(0) for ranks in choice.ranks], draw_rank)]
+        if heads > 1 and len(choice.ranks[0]) > 1:
+            drawn += [panel(shown, [ranks[head] for ranks in choice.ranks], draw_rank) for head in range(heads)]
+        name = f"{choice.method}\n{choice.at}" if several else choice.at
+        captions = _captions(heads, number - titled)[: len(drawn)] if heads > 1 else [""]
+        rows.append((name, list(zip(captions, drawn, strict=True))))
+    return sheet(f"{each.label}: how it ranks the tokens that it was asked about\n{question}", rows, scale=BY_RANK)
+
+
 def attention_sheet(looks: dict[int, list[Tensor]], shown: Sequence[View], question: str) -> Image.Image:
     """Where the untouched model looks when the prompt has been read: a row for every layer."""
     heads = next(iter(looks.values()))[0].shape[0]
@@ -199,7 +221,7 @@ def attention_sheet(looks: dict[int, list[Tensor]], shown: Sequence[View], quest
         name = f"layer {index}\n{sum(float(m.sum()) for m in means):.0%} on image"
         rows.append((name, list(zip(_captions(heads, number), drawn, strict=True))))
     title = f"attention of the prompt's last token in the untouched model\n{question}"
-    return sheet(title, rows, scale=True)
+    return sheet(title, rows, scale="from none to the panel's most, by square roots")
 
 
 def _names(run: Sequence[Layer]) -> str:
@@ -237,7 +259,13 @@ def page(
         ],
         "palette": _base64(palette()),
         "variants": [
-            {"label": each.label, "answer": each.answer, "summary": each.summary, "layers": _frames(each)}
+            {
+                "label": each.label,
+                "answer": each.answer,
+                "summary": each.summary,
+                "layers": _frames(each),
+                "ranked": [_ranked(choice) for choice in each.ranked],
+            }
             for each in shows
         ],
         "attention": {index: [_heat(values) for values in of_images] for index, of_images in looks.items()},
@@ -255,11 +283,22 @@ def _frames(each: Shown) -> list[dict[str, Any]]:
             "freed": layer.freed,
             "count": round(layer.count, 1),
             "tokens": sum(k.shape[-1] for k in layer.kept),
+            "ranked": last_before(each.ranked, layer.index),
             # For each image and head the tokens as bits, first token first.
             "kept": [[_base64(np.packbits(head.numpy()).tobytes()) for head in kept] for kept in layer.kept],
         }
         for layer in each.layers
     ]
+
+
+def _ranked(choice: Ranked) -> dict[str, Any]:
+    """For each image and head the ranks as bytes, the mean of all heads first where they differ."""
+
+    def encoded(ranks: Tensor) -> str:
+        return _base64((ranks * (UNASKED - 1)).round().nan_to_num(UNASKED).byte().numpy().tobytes())
+
+    stacked = [[ranks.mean(0), *ranks] if len(ranks) > 1 else [ranks[0]] for ranks in choice.ranks]
+    return {"method": choice.method, "at": choice.at, "ranks": [[encoded(r) for r in of_image] for of_image in stacked]}
 
 
 def _heat(values: Tensor) -> dict[str, Any]:

@@ -114,8 +114,8 @@ class ApET(EncoderMethod):
     def only_drops(self) -> bool:
         return self.slots == "own" and not self.merge_dropped
 
-    def _parts(self, tokens: EncoderTokens, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens kept for their error, those kept beside them, both bool (tiles, n), and the basis, (tiles, k)."""
+    def _basis(self, tokens: EncoderTokens) -> Tensor:
+        """(tiles, k)"""
         assert tokens.states is not None
         tiles, n, _ = tokens.states.shape
         if self.seed is None:
@@ -123,13 +123,22 @@ class ApET(EncoderMethod):
         else:
             drawn = torch.randint(n, (1,), generator=torch.Generator("cpu").manual_seed(self.seed))
             start = drawn.to(tokens.device).expand(tiles)
-        basis = farthest_points(tokens.states, min(self.basis, n), start)
+        return farthest_points(tokens.states, min(self.basis, n), start)
+
+    def _parts(self, tokens: EncoderTokens, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens kept for their error, those kept beside them, both bool (tiles, n), and the basis, (tiles, k)."""
+        assert tokens.states is not None
+        basis, n = self._basis(tokens), tokens.states.shape[1]
         error, paid = reconstruction_error(tokens.states, basis), (budget - 1).clamp(max=basis.shape[1])
         if self.slots == "own":
             beside = first_of(basis, paid, n)
             return topk_mask(error.masked_fill(beside, -torch.inf), budget - paid), beside, basis
         unexplained = topk_mask(error, budget - paid)
         return unexplained, topk_mask(error, budget) & ~unexplained, basis
+
+    def score(self, tokens: EncoderTokens) -> Tensor:
+        assert tokens.states is not None
+        return reconstruction_error(tokens.states, self._basis(tokens))
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         unexplained, beside, _ = self._parts(tokens, budget)

@@ -54,6 +54,11 @@ class EncoderMethod(Method):
         patches and read them and each other, while the patches do not see them."""
         return None
 
+    def score(self, tokens: EncoderTokens) -> Tensor | None:
+        """By what `select` ranks tokens, the larger the likelier one stays: float (tiles, n); None, the default, where
+        it ranks by no number. For those who look on: `foveate show` draws it."""
+        return None
+
     def mass(self, tokens: EncoderTokens) -> Tensor:
         """What each token counts where an image keeps a share of the whole (`mass.by_mass`): (tiles, n)."""
         raise NotImplementedError  # asked only of methods whose scores add up, which say it
@@ -94,6 +99,14 @@ class VideoMethod(EncoderMethod):
         tokens: equally shaped clips. budget: (clips,) tokens that each may keep, all its frames together.
         """
 
+    def rate(self, tokens: VideoTokens) -> Tensor | None:
+        """By what `choose` ranks tokens, as `score` says it of tiles: float (clips, frames, n), or None."""
+        return None
+
+    def score(self, tokens: EncoderTokens) -> Tensor | None:
+        rated = self.rate(_stills(tokens))
+        return None if rated is None else rated[:, 0]
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         return self.choose(_stills(tokens), budget)[0][:, 0]
 
@@ -133,6 +146,11 @@ class LayerMethod(Method):
         depth: decoder layers of the model.
         """
 
+    def score(self, tokens: LayerTokens) -> Tensor | None:
+        """By what `select` ranks tokens, the larger the likelier one goes on: float (groups, n), without meaning at
+        padding; None, the default, where it ranks by no number. For those who look on."""
+        return None
+
     @abstractmethod
     def select(self, tokens: LayerTokens) -> Tensor:
         """Which tokens go on. Returns bool (groups, n).
@@ -162,6 +180,11 @@ class DepthMethod(Method):
     @abstractmethod
     def routed(self, depth: int) -> tuple[int, ...]:
         """The routed layers, ascending, each in [0, depth - 1]. depth: decoder layers of the model."""
+
+    def score(self, states: Tensor, groups: ImageGroups, layer: int) -> Tensor | None:
+        """By what `select` ranks tokens, the larger the likelier one goes through: float (groups, n), without meaning
+        at padding; None, the default, where it ranks by no number. For those who look on."""
+        return None
 
     @abstractmethod
     def select(self, states: Tensor, groups: ImageGroups, layer: int) -> tuple[Tensor, Tensor | None]:
@@ -336,6 +359,12 @@ class CrossMethod(Method):
         if isinstance(self.keep, int):
             return torch.minimum(min(self.keep, 1 << 32) * images, features)  # any int, but no overflow
         return (self.keep * features + 1e-4).floor().long().clamp(min=1)
+
+    def score(self, attention: Tensor, valid: Tensor) -> Tensor | None:
+        """By what `select` ranks features, the larger the likelier one stays: float (batch, n) or (batch, heads, n);
+        None, the default, where it ranks by no number. For those who look on. attention, valid: as `select` has them.
+        """
+        return None
 
     @abstractmethod
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:

@@ -74,9 +74,12 @@ class Random(Seeded, EncoderMethod):
     summary = "baseline: tokens drawn at random (seeded), before the LLM"
     source = "baseline (arXiv 2502.11501)"
 
-    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+    def score(self, tokens: EncoderTokens) -> Tensor:
         scores = seeded(self.seed, tokens.grid[0] * tokens.grid[1])
-        return topk_mask(scores.to(tokens.device).expand(tokens.tiles, -1), budget)
+        return scores.to(tokens.device).expand(tokens.tiles, -1)
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        return topk_mask(self.score(tokens), budget)
 
 
 @register("random_layer")
@@ -105,9 +108,11 @@ class RandomLayer(Seeded, LayerMethod):
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return drawn(tokens.groups.present, self.seed)[:, 0]
+
     def select(self, tokens: LayerTokens) -> Tensor:
-        groups = tokens.groups
-        return topk_mask(drawn(groups.present, self.seed)[:, 0], floor_budget(self.share(groups), groups))
+        return topk_mask(self.score(tokens), floor_budget(self.share(tokens.groups), tokens.groups))
 
 
 @register("random_cache")
@@ -145,8 +150,11 @@ class RandomCross(Seeded, CrossMethod):
     summary = "baseline: image features drawn at random (seeded) after the first cross-attention layer"
     source = "baseline"
 
+    def score(self, attention: Tensor, valid: Tensor) -> Tensor:
+        return drawn(valid, self.seed)[:, 0]
+
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
-        return topk_mask(drawn(valid, self.seed)[:, 0], self.budget(valid, images))
+        return topk_mask(self.score(attention, valid), self.budget(valid, images))
 
 
 @register("uniform")

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from . import register
 from .base import EncoderMethod
 from .budgets import check_range
-from .greedy import LIMIT, Cosines, first_of, one_by_one
+from .greedy import LIMIT, Cosines, earliness, first_of, one_by_one
 from .tokens import EncoderTokens
 from .words import Text, check_text, words_that_count
 
@@ -113,16 +113,25 @@ class CDPruner(EncoderMethod):
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"features", "words"} if self.weight else {"features"})
 
-    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+    def _orders(self, tokens: EncoderTokens, most: int) -> list[tuple[Tensor, int]]:
+        """Of each half, or of the whole, its tokens as they are picked, (tiles, steps), and how many it has."""
         assert tokens.features is not None
-        n = tokens.features.shape[1]
-        most, chosen = min(n, tokens.most or n), []
-        parts = 2 if self.halves and n > 1 else 1
-        for i, features in enumerate(tokens.features.tensor_split(parts, dim=1)):  # the first has the odd one
+        parts, orders = 2 if self.halves and tokens.features.shape[1] > 1 else 1, []
+        for features in tokens.features.tensor_split(parts, dim=1):  # the first has the odd one
             size = features.shape[1]
             worth = torch.ones(features.shape[:2], dtype=torch.float64, device=features.device)
             if self.weight:
                 worth = quality(relevance(features, *words_that_count(tokens, self.text)), self.weight)
-            order = most_determinant(features, worth, min(size, math.ceil(most / parts)))
-            chosen.append(first_of(order, (budget + parts - 1 - i) // parts, size))
+            orders.append((most_determinant(features, worth, min(size, math.ceil(most / parts))), size))
+        return orders
+
+    def score(self, tokens: EncoderTokens) -> Tensor:
+        n = tokens.grid[0] * tokens.grid[1]
+        return torch.cat([earliness(order, size) for order, size in self._orders(tokens, n)], 1)
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        n = tokens.grid[0] * tokens.grid[1]
+        orders = self._orders(tokens, min(n, tokens.most or n))
+        parts = len(orders)
+        chosen = [first_of(order, (budget + parts - 1 - i) // parts, size) for i, (order, size) in enumerate(orders)]
         return torch.cat(chosen, 1)

@@ -35,6 +35,21 @@ def check_mask(method: Method, chosen: object, shape: tuple[int | None, ...]) ->
     )
 
 
+def check_scores(method: Method, scores: object, shape: tuple[int, ...]) -> None:
+    """Refuse scores, where there are any, that are no numbers of this shape.
+
+    Raises:
+        ValueError: saying what they are.
+    """
+    if scores is None or (isinstance(scores, Tensor) and scores.shape == shape and scores.is_floating_point()):
+        return
+    what = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+    raise ValueError(
+        f"{method.name} scores with {what}, where floating-point numbers of shape {tuple(shape)} are wanted, the "
+        "larger the likelier a token stays"
+    )
+
+
 def check_budget(method: Method, chosen: Tensor, budget: Tensor | None) -> None:
     """Refuse a choice that keeps nothing, or more than its budget, of what it was asked about.
 

@@ -79,9 +79,11 @@ class DivPrune(EncoderMethod):
 
     keep: float | int = 0.25
 
-    def mass(self, tokens: EncoderTokens) -> Tensor:
+    def score(self, tokens: EncoderTokens) -> Tensor:
         assert tokens.features is not None
         return distances(tokens.features, farthest_first(tokens.features, tokens.features.shape[1]))
+
+    mass = score
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         assert tokens.features is not None

@@ -56,9 +56,12 @@ class DyCoke(VideoMethod):
     def fills_budget(self) -> bool:
         return False  # some frames stay whole, and a picture is one
 
-    def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rate(self, tokens: VideoTokens) -> Tensor:
         assert tokens.features is not None
+        return -repetition(tokens.features)
+
+    def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
         whole = (torch.arange(tokens.frames, device=tokens.device) % WINDOW == 0).expand(tokens.clips, -1)
         anchors = whole.sum(-1) * tokens.n
         others = share_out((~whole).double() + 1e-9, (budget - anchors).clamp(min=0), 0, tokens.n * ~whole)
-        return topk_mask(-repetition(tokens.features), others + tokens.n * whole), None
+        return topk_mask(self.rate(tokens), others + tokens.n * whole), None

@@ -46,6 +46,8 @@ class FastV(LayerMethod):
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return received_attention(tokens.last_attention())
+
     def select(self, tokens: LayerTokens) -> Tensor:
-        scores = received_attention(tokens.last_attention())
-        return topk_mask(scores, floor_budget(self.share(tokens.groups), tokens.groups))
+        return topk_mask(self.score(tokens), floor_budget(self.share(tokens.groups), tokens.groups))

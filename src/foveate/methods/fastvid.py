@@ -131,6 +131,10 @@ class FastVID(VideoMethod):
         check_range("every", self.every, 1, integer=True)
         check_range("own", self.own, 0, 1)
 
+    def rate(self, tokens: VideoTokens) -> Tensor:
+        assert tokens.cls is not None  # what ranks those that stay as they are
+        return tokens.cls[:, :, -1]
+
     def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
         assert tokens.features is not None and tokens.cls is not None
         features, (clips, frames, n) = tokens.features, (tokens.clips, tokens.frames, tokens.n)

@@ -89,7 +89,7 @@ class FoPru(EncoderMethod):
     def fills_budget(self) -> bool:
         return self.strategy == "rank"
 
-    def mass(self, tokens: EncoderTokens) -> Tensor:
+    def score(self, tokens: EncoderTokens) -> Tensor:
         # The first of the layers that are read is the farthest back.
         if self.attention == "cls":
             assert tokens.cls is not None
@@ -97,6 +97,8 @@ class FoPru(EncoderMethod):
         assert tokens.received is not None and tokens.given is not None
         return significance(tokens.received[:, 0], tokens.given[:, 0])
 
+    mass = score
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        scores = self.mass(tokens)
+        scores = self.score(tokens)
         return top_tokens(scores, budget) if self.strategy == "rank" else top_rows(scores, budget, tokens.grid)

@@ -38,6 +38,13 @@ def first_of(order: Tensor, budget: Tensor, n: int) -> Tensor:
     return torch.zeros(len(order), n, dtype=torch.bool, device=order.device).scatter(1, order, chosen)
 
 
+def earliness(order: Tensor, n: int) -> Tensor:
+    """How early each token is picked: the first n, the last 1, 0 where it never is. order: (tiles, steps). Float32
+    (tiles, n)."""
+    counts = torch.arange(n, n - order.shape[1], -1, dtype=torch.float32, device=order.device)
+    return torch.zeros(len(order), n, device=order.device).scatter(1, order, counts.expand_as(order))
+
+
 class Cosines:
     """Cosines of the tokens of a tile with each other, for all tiles.
 

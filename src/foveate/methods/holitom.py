@@ -91,6 +91,10 @@ class HoliTom(VideoMethod):
         check_range("own", self.own, 0, 1)
         check_range("neighbours", self.neighbours, 1, integer=True)
 
+    def rate(self, tokens: VideoTokens) -> Tensor:
+        assert tokens.cls is not None  # what ranks those that stay as they are
+        return tokens.cls[:, :, -1]
+
     def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
         assert tokens.features is not None and tokens.cls is not None
         features, frames, n = tokens.features, tokens.frames, tokens.n

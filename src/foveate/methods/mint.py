@@ -79,9 +79,11 @@ class MINT(ContrastMethod):
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return received_attention(tokens.last_attention())
+
     def select(self, tokens: LayerTokens) -> Tensor:
-        scores = received_attention(tokens.last_attention())
-        return topk_mask(scores, floor_budget(self.share(tokens.groups), tokens.groups))
+        return topk_mask(self.score(tokens), floor_budget(self.share(tokens.groups), tokens.groups))
 
     def contrast(self, full: Tensor, reduced: Tensor) -> Tensor:
         return contrast(full, reduced, self.strength, self.plausibility, self.amplify)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from . import register
 from .base import EncoderMethod
 from .budgets import check_range
-from .greedy import LIMIT, covering_first, first_of
+from .greedy import LIMIT, covering_first, earliness, first_of
 from .tokens import EncoderTokens
 from .words import Text, check_text, words_that_count
 
@@ -76,14 +76,22 @@ class MMTok(EncoderMethod):
             check_range(name, getattr(self, name), 1e-3)
         check_text(self.text)
 
-    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+    def _order(self, tokens: EncoderTokens, steps: int) -> Tensor:
         assert tokens.states is not None and tokens.features is not None
         words, counts = words_that_count(tokens, self.text)
         n = tokens.features.shape[1]
-        steps, together = min(n, tokens.most or n), max(1, LIMIT // (n * (n + words.shape[1])))
+        together = max(1, LIMIT // (n * (n + words.shape[1])))
         parts = (each.split(together) for each in (tokens.features, tokens.states, words, counts))
         temperatures, orders = (self.word_temperature, self.patch_temperature), []
         for features, states, asked, spoken in zip(*parts, strict=True):
             table = coverage(features, states, asked, spoken, self.alpha, *temperatures)
             orders.append(covering_first(table, torch.ones_like(table[:, 0]), steps))
-        return first_of(torch.cat(orders), budget, n)
+        return torch.cat(orders)
+
+    def score(self, tokens: EncoderTokens) -> Tensor:
+        n = tokens.grid[0] * tokens.grid[1]
+        return earliness(self._order(tokens, n), n)
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        n = tokens.grid[0] * tokens.grid[1]
+        return first_of(self._order(tokens, min(n, tokens.most or n)), budget, n)

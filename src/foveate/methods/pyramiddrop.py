@@ -40,5 +40,8 @@ class PyramidDrop(StagedMethod):
 
     keep: float | int = 0.125
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return received_attention(tokens.last_attention())
+
     def select(self, tokens: LayerTokens) -> Tensor:
-        return topk_mask(received_attention(tokens.last_attention()), self.stage_budget(tokens))
+        return topk_mask(self.score(tokens), self.stage_budget(tokens))

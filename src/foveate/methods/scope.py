@@ -11,7 +11,7 @@ from torch import Tensor
 from . import register
 from .base import EncoderMethod
 from .budgets import check_choice, check_range
-from .greedy import LIMIT, Cosines, covering_first, first_of
+from .greedy import LIMIT, Cosines, covering_first, earliness, first_of
 from .tokens import EncoderTokens
 
 
@@ -67,9 +67,15 @@ class SCOPE(EncoderMethod):
         check_range("alpha", self.alpha, 0)
         check_choice("compare", self.compare, ("states", "features"))
 
-    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+    def _order(self, tokens: EncoderTokens, steps: int) -> Tensor:
         assert tokens.cls is not None and tokens.states is not None and tokens.features is not None
         compared = tokens.states if self.compare == "states" else tokens.features
-        n = compared.shape[1]
-        order = salient_cover(compared, tokens.cls[:, -1], self.alpha, min(n, tokens.most or n))
-        return first_of(order, budget, n)
+        return salient_cover(compared, tokens.cls[:, -1], self.alpha, steps)
+
+    def score(self, tokens: EncoderTokens) -> Tensor:
+        n = tokens.grid[0] * tokens.grid[1]
+        return earliness(self._order(tokens, n), n)
+
+    def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
+        n = tokens.grid[0] * tokens.grid[1]
+        return first_of(self._order(tokens, min(n, tokens.most or n)), budget, n)

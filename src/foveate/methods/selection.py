@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..layout import ImageLayout, Tile
 from .base import EncoderMethod, VideoMethod, token_budget
-from .contract import check_budget, check_mask, reading
+from .contract import check_budget, check_mask, check_scores, reading
 from .tokens import EncoderTokens, VideoTokens
 
 _BY_LAYER = ("received", "given", "cls")
@@ -49,6 +50,15 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+class Chosen(NamedTuple):
+    """Of an image. stays: bool (tokens,). features: (tokens, hidden), the same tensor, or a new one where the method
+    merges. scores: (tokens,) by what the method ranks them, NaN at pinned ones; None where it does not, or unasked."""
+
+    stays: Tensor
+    features: Tensor
+    scores: Tensor | None
+
+
 def select_tokens(
     method: EncoderMethod,
     layouts: Sequence[ImageLayout],
@@ -59,24 +69,23 @@ def select_tokens(
     images: dict[str, Tensor] | None = None,
     pictures: dict[str, Tensor] | None = None,
     picture: Tensor | None = None,
-) -> list[tuple[Tensor, Tensor]]:
+    scored: bool = False,
+) -> list[Chosen]:
     """Ask a method for the tokens of all images and clips, equally shaped ones together.
 
     Most methods are asked about tiles, which the frames of a clip are, too; a `VideoMethod` about whole clips.
 
     features: per image its (tokens, hidden). patches: what was read of the encoder, by name, (all patches, ...).
     project: from the encoder's states to features. images, pictures: further tensors by name, (images, ...) and
-    (pictures, ...), a picture being what the encoder sees at once. picture: (all patches,) which of them.
-
-    Returns per image which tokens stay, bool (tokens,), and its features: the same tensor, or a new one where the
-    method merges.
+    (pictures, ...), a picture being what the encoder sees at once. picture: (all patches,) which of them. scored:
+    whether to tell, too, by what the method ranks tokens.
 
     Raises:
         UnsupportedError: for a clip whose frames differ in shape, under a method that compares them.
     """
     device = features[0].device
     keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
-    merged = list(features)
+    merged, ranked = list(features), [torch.full((layout.tokens,), torch.nan, device=device) for layout in layouts]
     shapes: dict[tuple[int, tuple[int, int], tuple[int, ...]], list[_Member]] = {}
     for member in _members(method, layouts):
         shapes.setdefault((len(member.index), member.grid, tuple(member.patches.shape[2:])), []).append(member)
@@ -96,6 +105,7 @@ def select_tokens(
             clips = VideoTokens(grid, len(members), frames, device, most=most, **read)
             with reading(method, clips, method.reads):
                 chosen, becomes = method.choose(clips, budget)
+                scores = method.rate(clips) if scored else None
             check_mask(method, chosen, (len(members), frames, grid[0] * grid[1]))
         else:
             of = torch.tensor([member.image for member in members], device=device)
@@ -108,15 +118,20 @@ def select_tokens(
                 chosen = method.select(tokens, budget)
                 check_mask(method, chosen, (len(members), grid[0] * grid[1]))
                 becomes = method.merge(tokens, chosen)
+                scores = method.score(tokens) if scored else None
+        check_scores(method, scores, chosen.shape)
         check_budget(method, chosen, budget if method.fills_budget else None)
         for m, (member, spot) in enumerate(zip(members, index, strict=True)):
             i, spot = member.image, spot.flatten()
             stays = chosen[m].flatten()
             keeps[i][spot] = stays
+            if scores is not None:
+                ranked[i][spot] = scores[m].flatten().float()
             if becomes is not None:
                 new = becomes[m].flatten(0, -2).to(merged[i].dtype).where(stays.unsqueeze(-1), merged[i][spot])
                 merged[i] = merged[i].index_copy(0, spot, new)
-    return list(zip(keeps, merged, strict=True))
+    told = [None if bool(each.isnan().all()) else each for each in ranked] if scored else [None] * len(layouts)
+    return [Chosen(*each) for each in zip(keeps, merged, told, strict=True)]
 
 
 @dataclass(frozen=True)

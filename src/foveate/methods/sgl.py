@@ -73,6 +73,10 @@ class SGL(GuidedMethod):
         # The epsilon undoes binary rounding: 0.3 * 10 may be 2.9999999999999996.
         return (max(1, int(0.3 * depth + 1e-6)) if self.layer is None else self.layer,)
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        assert tokens.guidance is not None
+        return tokens.guidance
+
     def select(self, tokens: LayerTokens) -> Tensor:
         return self._top(tokens, self.keep)
 
@@ -80,9 +84,8 @@ class SGL(GuidedMethod):
         return self._top(tokens, self.consistency_keep)
 
     def _top(self, tokens: LayerTokens, keep: float | int) -> Tensor:
-        assert tokens.guidance is not None
         share = dataclasses.replace(self, keep=keep).share(tokens.groups)
-        return guided_tokens(tokens.guidance, floor_budget(share, tokens.groups))
+        return guided_tokens(self.score(tokens), floor_budget(share, tokens.groups))
 
     def exit_score(self, sure: Tensor, checked: Tensor, real: Tensor) -> Tensor:
         return (confidence(sure, real) + consistency(checked, real)) / 2

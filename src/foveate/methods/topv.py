@@ -131,10 +131,9 @@ class TopV(LayerMethod):
     def stages(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def select(self, tokens: LayerTokens) -> Tensor:
+    def score(self, tokens: LayerTokens) -> Tensor:
         groups, present = tokens.groups, tokens.groups.present
         assert tokens.entered is not None and tokens.left is not None and groups.centers is not None
-        budget = floor_budget(self.share(groups), groups)
         at, valid = landmarks(present)
         left = tokens.image_rows(tokens.left)
         cost = transport_cost(
@@ -145,7 +144,11 @@ class TopV(LayerMethod):
             (self.alpha, self.beta, self.gamma),
             self.sigma,
         )
-        importance = contribution(cost, present, valid, self.epsilon, self.iterations)
+        return contribution(cost, present, valid, self.epsilon, self.iterations)
+
+    def select(self, tokens: LayerTokens) -> Tensor:
+        groups, present = tokens.groups, tokens.groups.present
+        budget = floor_budget(self.share(groups), groups)
         recovered = (self.recover * budget.double() + 1e-6).floor().long()
-        best = topk_mask(importance, budget - recovered)
+        best = topk_mask(self.score(tokens), budget - recovered)
         return best | spread_over(present & ~best, recovered)

@@ -45,5 +45,8 @@ class TrimmedLlama(CrossMethod):
 
     keep: float | int = 0.25
 
+    def score(self, attention: Tensor, valid: Tensor) -> Tensor:
+        return attention
+
     def select(self, attention: Tensor, valid: Tensor, images: Tensor) -> Tensor:
         return union_of_heads(attention, valid, self.budget(valid, images))

@@ -55,7 +55,10 @@ class V2Drop(StagedMethod):
         super().__post_init__()
         check_choice("measure", self.measure, ("l2", "cosine"))
 
-    def select(self, tokens: LayerTokens) -> Tensor:
+    def score(self, tokens: LayerTokens) -> Tensor:
         assert tokens.entered is not None and tokens.left is not None
-        score = variation(tokens.image_rows(tokens.entered), tokens.image_rows(tokens.left), self.measure)
-        return topk_mask(score.masked_fill(~tokens.groups.present, float("-inf")), self.stage_budget(tokens))
+        changed = variation(tokens.image_rows(tokens.entered), tokens.image_rows(tokens.left), self.measure)
+        return changed.masked_fill(~tokens.groups.present, float("-inf"))
+
+    def select(self, tokens: LayerTokens) -> Tensor:
+        return topk_mask(self.score(tokens), self.stage_budget(tokens))

@@ -61,11 +61,19 @@ class VidCom2(VideoMethod):
         super().__post_init__()
         check_range("temperature", self.temperature, 1e-4, 10)
 
-    def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _likeness(self, tokens: VideoTokens) -> tuple[Tensor, Tensor]:
+        """Of each token to the mean of its clip, and to that of its frame, both (clips, frames, n)."""
         assert tokens.features is not None
         points = quiet_channels(tokens.features)
-        of_clip = likeness(points, points.mean((1, 2), keepdim=True))
-        of_frame = likeness(points, points.mean(2, keepdim=True))
+        means = points.mean((1, 2), keepdim=True), points.mean(2, keepdim=True)
+        return likeness(points, means[0]), likeness(points, means[1])
+
+    def rate(self, tokens: VideoTokens) -> Tensor:
+        of_clip, of_frame = self._likeness(tokens)
+        return -(of_clip + of_frame)
+
+    def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
+        of_clip, of_frame = self._likeness(tokens)
         stands_out = (-of_clip.mean(-1) / self.temperature).softmax(-1)
         shares = share_out(1 + stands_out - 1 / tokens.frames, budget, 1, tokens.n)
         return topk_mask(-(of_clip + of_frame), shares), None

@@ -96,12 +96,17 @@ class VideoLLMMoD(TrainedMethod, DepthMethod):
     def for_host(self, host: Host) -> TrainedMethod:
         return super().for_host(host) if self.router == "learned" else self
 
-    def select(self, states: Tensor, groups: ImageGroups, layer: int) -> tuple[Tensor, Tensor | None]:
-        budget = floor_budget(self.share(groups), groups)
+    def score(self, states: Tensor, groups: ImageGroups, layer: int) -> Tensor | None:
         if self.router == "uniform":
-            return evenly(groups.present, budget), None
+            return None
         if self.router == "random":
-            return topk_mask(drawn(groups.present, (self.seed * 1009 + layer) % 2**63)[:, 0], budget), None
+            return drawn(groups.present, (self.seed * 1009 + layer) % 2**63)[:, 0]
         weight, bias = (self.tensors[f"{layer}.{part}"].to(states.device) for part in ("weight", "bias"))
-        logits = router_logits(states, weight, bias)
-        return topk_mask(logits.masked_fill(~groups.present, -torch.inf), budget), router_weight(logits)
+        return router_logits(states, weight, bias)
+
+    def select(self, states: Tensor, groups: ImageGroups, layer: int) -> tuple[Tensor, Tensor | None]:
+        budget, scores = floor_budget(self.share(groups), groups), self.score(states, groups, layer)
+        if scores is None:
+            return evenly(groups.present, budget), None
+        chosen = topk_mask(scores.masked_fill(~groups.present, -torch.inf), budget)
+        return chosen, router_weight(scores) if self.router == "learned" else None

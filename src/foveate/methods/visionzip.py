@@ -91,6 +91,10 @@ class VisionZip(EncoderMethod):
         super().__post_init__()
         check_range("contextual", self.contextual, 0, 1)
 
+    def score(self, tokens: EncoderTokens) -> Tensor:
+        assert tokens.cls is not None  # what ranks the dominant ones
+        return tokens.cls[:, -1]
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         assert tokens.cls is not None
         dominant, target = dominant_and_targets(tokens.cls[:, -1], budget, self.contextual)

@@ -51,9 +51,11 @@ class VTCCLS(EncoderMethod):
     def vision_layers(self) -> int:
         return self.layers
 
-    def mass(self, tokens: EncoderTokens) -> Tensor:
+    def score(self, tokens: EncoderTokens) -> Tensor:
         assert tokens.cls is not None
         return ensembled_attention(tokens.cls)
 
+    mass = score
+
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        return topk_mask(self.mass(tokens), budget)
+        return topk_mask(self.score(tokens), budget)

@@ -92,10 +92,10 @@ class PrunedModel(Model):
                 read,
                 projector if projector is not None and "states" in read else lambda states: states,
             )
-            stays = torch.cat([keep for keep, _ in chosen]).cpu()  # waits for the device once
+            stays = torch.cat([each.stays for each in chosen]).cpu()  # waits for the device once
             parts = stays.split([layouts[i].tokens for i in own])
-            for i, keep, (_, merged) in zip(own, parts, chosen, strict=True):
-                index = keep.nonzero()[:, 0]
+            for i, keep, each in zip(own, parts, chosen, strict=True):
+                index, merged = keep.nonzero()[:, 0], each.features
                 if len(index) != plans[i].kept:
                     raise RuntimeError(
                         f"{self._settings.method.name} kept {len(index)} tokens of a picture, not {plans[i].kept}"

@@ -28,14 +28,14 @@ from .place import Action, Call, Place
 class CachePlace(Place):
     """The KV cache under a method."""
 
-    def __init__(self, target: Target, method: CacheMethod) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, method: CacheMethod, outcome: Outcome) -> None:
+        super().__init__(target, outcome)
         self.method = method
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
         method = next((m for m in methods if isinstance(m, CacheMethod)), None)
-        return None if method is None else cls(target, method)
+        return None if method is None else cls(target, method, outcome)
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
@@ -66,7 +66,7 @@ class CachePlace(Place):
         check_heads(self.target, self.method)  # the attention may have been switched since
 
     def act(self, forward: Forward) -> Action | None:
-        action = CacheAction(self.method, forward)
+        action = CacheAction(self, forward)
         if self.method.decode_distance is not None and not forward.brings_images:
             action.check_aligned()
         return action if forward.brings_images or self.method.decode_distance is not None else None
@@ -81,8 +81,8 @@ def check_heads(target: Target, method: CacheMethod) -> None:
 class CacheAction(Action):
     """Evictions of one pass. waiting: layers whose budgets compare all of them, with scores and what was scored."""
 
-    def __init__(self, method: CacheMethod, forward: Forward) -> None:
-        self.method, self.forward = method, forward
+    def __init__(self, place: CachePlace, forward: Forward) -> None:
+        self.place, self.method, self.forward = place, place.method, forward
         self.waiting: list[tuple[int, Tensor, LayerTokens]] = []
 
     def begin(self) -> None:
@@ -139,7 +139,10 @@ class CacheAction(Action):
         """What the method scores, a mean over heads where the cache holds one compressed entry for all of them."""
         scores, layer = self.method.score(tokens), attention.layer
         assert layer is not None and layer.keys is not None
-        return scores.mean(1, keepdim=True) if layer.keys.shape[1] < scores.shape[1] else scores
+        scores = scores.mean(1, keepdim=True) if layer.keys.shape[1] < scores.shape[1] else scores
+        if self.place.outcome.records:
+            self.forward.note_scores(self.method.name, attention.index, scores)
+        return scores
 
     def _stays(self, scores: Tensor, tokens: LayerTokens, budget: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """Which image tokens stay, (groups, heads, n), and which of all the slots, (batch, heads, slots)."""

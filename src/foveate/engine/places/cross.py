@@ -17,6 +17,7 @@ from ..cache import PrunedLayer
 from ..forward import Forward
 from ..report import Outcome
 from ..rows import Rows, compact, gather_rows
+from ..scores import laid_out
 from ..target import Target
 from .place import Action, Call, Place
 
@@ -24,8 +25,8 @@ from .place import Action, Call, Place
 class CrossPlace(Place):
     """The cross-attention layers of a decoder; there even without a method, since their cache has its own length."""
 
-    def __init__(self, target: Target, method: CrossMethod | None) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, method: CrossMethod | None, outcome: Outcome) -> None:
+        super().__init__(target, outcome)
         self.method = method
         self.features_per_image = target.family.features_per_image(target.base.config)
 
@@ -33,7 +34,7 @@ class CrossPlace(Place):
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
         if not target.crosses:
             return None
-        return cls(target, next((m for m in methods if isinstance(m, CrossMethod)), None))
+        return cls(target, next((m for m in methods if isinstance(m, CrossMethod)), None), outcome)
 
     def refuse(self, call: Call) -> None:
         if call.candidates and self.method is not None:
@@ -112,6 +113,11 @@ class CrossAction(Action):
         received, seen = (part[..., -self.stream.tokens :] for part in scores)
         images = seen.view(seen.shape[0], -1, self.place.features_per_image).any(-1).sum(-1)
         chosen = method.select(received, seen, images)
+        if self.place.outcome.records and (counts := method.score(received, seen)) is not None:
+            features = torch.arange(layer.length - seen.shape[1], layer.length, device=seen.device)
+            at, row = torch.where(seen, features, -1), torch.arange(len(seen), device=seen.device)
+            of_layers = self.forward.scores.setdefault(method.name, {})
+            of_layers[attention.index] = laid_out(counts, at, row, (len(seen), layer.length))
         self._text = None
         if not bool((seen & ~chosen).any()):
             return False

@@ -21,6 +21,7 @@ from ..generation import refuse_assisted
 from ..memory import Memory
 from ..reading import Part, groups_of, received_by_all
 from ..report import Decoding, Outcome, PruneReport
+from ..scores import laid_out
 from ..target import Target
 from .place import Action, Place
 
@@ -29,8 +30,8 @@ class DecodePlace(Place):
     """The attention of single new tokens under a method."""
 
     def __init__(self, target: Target, method: DecodeMethod, outcome: Outcome) -> None:
-        super().__init__(target)
-        self.method, self.outcome = method, outcome
+        super().__init__(target, outcome)
+        self.method = method
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
@@ -72,6 +73,8 @@ class DecodePlace(Place):
 
     def tell(self, report: PruneReport) -> None:
         report.decoding = Decoding()
+        if report.records:
+            report.scores[self.method.name] = report.decoding.scores
 
 
 class DecodeAction(Action):
@@ -177,6 +180,7 @@ class DecodeAction(Action):
             query = attention.query[:, :, 0].repeat_interleave(memory.slots.shape[1], 0)
             scores = self.method.score(notes, query, attention.scaling)
             scores = scores.masked_fill(memory.missing, -torch.inf)
+            self._note_scores(attention.index, layer, memory, scores)
             part = Part.made(self.method.select(scores, memory.most), memory, attention.key.shape[2])
             attention = part.of(attention)
             out = run(attention)
@@ -186,6 +190,15 @@ class DecodeAction(Action):
             memory.notes = {name: note.unflatten(0, (batch, -1)) for name, note in notes.items()}
         self._count(attention.index, layer, memory, part)
         return out
+
+    def _note_scores(self, index: int, layer: PrunedLayer, memory: Memory, scores: Tensor) -> None:
+        """For the report: what each image token counted for in this step. scores: (batch * images, kv_heads, n)."""
+        report, slots = self.place.outcome.report, memory.slots
+        if report is not None and report.records and report.decoding is not None:
+            logical = layer.full_index(len(slots), slots.device)[:, 0].gather(1, slots.clamp(min=0).flatten(1))
+            at = torch.where(slots < 0, -1, logical.view_as(slots)).flatten(0, 1)
+            row = torch.arange(len(slots), device=slots.device).repeat_interleave(slots.shape[1])
+            report.decoding.scores[index] = laid_out(scores, at, row, (len(slots), layer.length))
 
     def _count(self, index: int, layer: PrunedLayer, memory: Memory, part: Part | None) -> None:
         """Note for the report what was read of the layer of this index."""

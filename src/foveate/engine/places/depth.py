@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...methods.base import DepthMethod, LayerMethod, Method
+from ...methods.contract import check_scores
 from ..forward import Forward
 from ..report import Outcome
 from ..target import Target
@@ -20,15 +21,15 @@ from .place import Action, Place
 class DepthPlace(Place):
     """The decoder layers that a method lets tokens skip. layers: these."""
 
-    def __init__(self, target: Target, method: DepthMethod) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, method: DepthMethod, outcome: Outcome) -> None:
+        super().__init__(target, outcome)
         self.method = method
         self.layers = method.routed(len(target.kinds))
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
         method = next((m for m in methods if isinstance(m, DepthMethod)), None)
-        return None if method is None else cls(target, method)
+        return None if method is None else cls(target, method, outcome)
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
@@ -105,6 +106,10 @@ class DepthAction(Action):
         rows = forward.streams["self"].rows_of(groups.positions, groups.row)
         states = hidden[groups.row.unsqueeze(1), rows.clamp(min=0)]
         through, weight = self.place.method.select(states, groups, index)
+        if self.place.outcome.records:
+            scores = self.place.method.score(states, groups, index)
+            check_scores(self.place.method, scores, through.shape)
+            forward.note_scores(self.place.method.name, index, scores)
         if weight is not None:
             self.weight = torch.ones(len(hidden), forward.queries + 1, dtype=hidden.dtype, device=hidden.device)
             # Padding points one past the end.

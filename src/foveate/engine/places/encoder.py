@@ -27,6 +27,7 @@ from ..images import EncodedImage, attach, by_image, refilled
 from ..prompts import Prompts
 from ..question import Questions
 from ..report import Outcome
+from ..scores import of_images
 from ..target import Target
 from ..upstream import untraced
 from .place import Action, Place
@@ -56,8 +57,8 @@ class _Current(threading.local):
 class EncoderPlace(Place):
     """The vision encoder; there even without a method, since other places ask where the tokens of an image lie."""
 
-    def __init__(self, target: Target, method: EncoderMethod | None) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, method: EncoderMethod | None, outcome: Outcome) -> None:
+        super().__init__(target, outcome)
         self.family, self.base, self.method = target.family, target.base, method
         self.reads = method.reads if method is not None else frozenset()
         # Of each encoder the attention modules that are read; one may see images and videos.
@@ -85,7 +86,7 @@ class EncoderPlace(Place):
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
         if "encoder" not in target.family.places:
             return None
-        return cls(target, next((m for m in methods if isinstance(m, EncoderMethod)), None))
+        return cls(target, next((m for m in methods if isinstance(m, EncoderMethod)), None), outcome)
 
     def install(self, fixtures: Fixtures) -> None:
         for medium in self.target.token_ids:
@@ -111,7 +112,7 @@ class EncoderPlace(Place):
         return self._questions is not None
 
     def act(self, forward: Forward) -> Action | None:
-        return EncoderAction(forward) if forward.brings_images else None
+        return EncoderAction(self, forward) if forward.brings_images else None
 
     def encode(self, medium: str, encode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's `get_image_features` or `get_video_features`."""
@@ -134,6 +135,7 @@ class EncoderPlace(Place):
         name = self.family.features
         features = by_image(getattr(output, name), layouts, self.family.model_type)
         keeps: list[Tensor | None] = [None] * len(layouts)
+        scores: list[Tensor | None] = [None] * len(layouts)
         if self.method is not None:
             if any(tile.patches.ndim > 1 for layout in pictures for tile in layout.tiles):
                 reading.states = None  # several patches join into a token, and nothing leads from states to features
@@ -149,12 +151,14 @@ class EncoderPlace(Place):
                 images=self._asked(layouts, medium),
                 pictures={} if reading.readers is None else {"readers": reading.readers},
                 picture=None if reading.readers is None else self._pictures(reading.shape, device),
+                scored=self.outcome.records,
             )
-            merged = [feature for _, feature in chosen]
-            keeps = [keep for keep, _ in chosen]
+            merged = [each.features for each in chosen]
+            keeps, scores = [each.stays for each in chosen], [each.scores for each in chosen]
             if any(new is not old for new, old in zip(merged, features, strict=True)):
                 setattr(output, name, refilled(getattr(output, name), merged))
-        images = [EncodedImage(*image, self.target.session) for image in zip(layouts, keeps, strict=True)]
+        found = zip(layouts, keeps, scores, strict=True)
+        images = [EncodedImage(layout, keep, self.target.session, scored) for layout, keep, scored in found]
         attach(output, name, images)
         forward = active.forward
         if forward is not None and forward.target.base is self.base:
@@ -278,11 +282,17 @@ def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
 class EncoderAction(Action):
     """What was chosen when the images were encoded leaves in front of layer 0."""
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self, place: EncoderPlace, forward: Forward) -> None:
+        self.place, self.forward = place, forward
 
     def begin(self) -> None:
-        forward = self.forward
+        forward, method = self.forward, self.place.method
+        if method is not None and self.place.outcome.records:
+            places = [(row, at + forward.past) for row, at in forward.places]
+            shape = len(forward.ids), forward.past + forward.queries
+            scores = of_images([image.scores for image in forward.images], places, shape)
+            if scores is not None:
+                forward.scores[method.name] = {0: scores}
         if all(image.keep is None for image in forward.images):
             return
         keep = forward.valid().clone()

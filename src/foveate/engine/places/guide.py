@@ -54,8 +54,8 @@ class GuidePlace(Place):
     """Around `generate()`: the guide answers, and hands on what it looked at or returns its answer."""
 
     def __init__(self, target: Target, method: GuidedMethod, outcome: Outcome) -> None:
-        super().__init__(target)
-        self.method, self.outcome = method, outcome
+        super().__init__(target, outcome)
+        self.method = method
         self.guide = Guide(find_guide(method, target), method)
         self._thread = threading.local()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...methods.base import LayerMethod, Method
-from ...methods.contract import check_mask
+from ...methods.contract import check_mask, check_scores
 from ...methods.tokens import LayerTokens
 from ..ahead import look_ahead
 from ..attention import Attention, Output, Run
@@ -26,8 +26,8 @@ from .place import Action, Place
 class LayerPlace(Place):
     """The decoder layers in front of which a method drops tokens. stages: these layers, and which stage each is."""
 
-    def __init__(self, target: Target, method: LayerMethod) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, method: LayerMethod, outcome: Outcome) -> None:
+        super().__init__(target, outcome)
         self.method = method
         # A stage stands where a layer can be read: at the next such place, or at the last. Of two in one, the later.
         fits = _readable(target, method)
@@ -37,7 +37,7 @@ class LayerPlace(Place):
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
         method = next((m for m in methods if isinstance(m, LayerMethod)), None)
-        return None if method is None else cls(target, method)
+        return None if method is None else cls(target, method, outcome)
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:
@@ -118,6 +118,10 @@ class LayerAction(Action):
         tokens = dataclasses.replace(on(hidden.device, view), left=first_stream(hidden))
         chosen = method.select(tokens)
         check_mask(method, chosen, tuple(tokens.groups.present.shape))
+        if self.place.outcome.records:
+            scores = method.score(tokens)
+            check_scores(method, scores, chosen.shape)
+            forward.note_scores(method.name, index, scores)
         states = method.merge(tokens, chosen)
         if states is not None and hidden.ndim == 4:
             raise UnsupportedError(

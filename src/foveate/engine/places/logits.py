@@ -34,15 +34,15 @@ class _Running(threading.local):
 class LogitsPlace(Place):
     """The steps of `generate()`: the session prunes the runs of the second view only."""
 
-    def __init__(self, target: Target, method: ContrastMethod) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, method: ContrastMethod, outcome: Outcome) -> None:
+        super().__init__(target, outcome)
         self.method = method
         self._running = _Running()
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
         method = next((m for m in methods if isinstance(m, ContrastMethod)), None)
-        return None if method is None else cls(target, method)
+        return None if method is None else cls(target, method, outcome)
 
     @classmethod
     def check(cls, target: Target, methods: Sequence[Method]) -> None:

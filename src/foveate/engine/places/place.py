@@ -67,17 +67,17 @@ class Action:
 
 
 class Place:
-    """A place on one model where methods act, for as long as the session lasts."""
+    """A place on one model where methods act, for as long as the session lasts.
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    outcome: what the session tells its user, for places that have something to add.
+    """
+
+    def __init__(self, target: Target, outcome: Outcome) -> None:
+        self.target, self.outcome = target, outcome
 
     @classmethod
     def of(cls, target: Target, methods: Sequence[Method], outcome: Outcome) -> Place | None:
-        """This place under these methods (those with something to say); None where it has nothing to do.
-
-        outcome: what the session tells its user, for places that have something to add.
-        """
+        """This place under these methods (those with something to say); None where it has nothing to do."""
         raise NotImplementedError  # every place says itself when it is there
 
     @classmethod
