@@ -18,14 +18,14 @@ class Counter(Place):
 
     made: list[Counter] = []  # noqa: RUF012
 
-    def __init__(self, target):
-        super().__init__(target)
+    def __init__(self, target, outcome):
+        super().__init__(target, outcome)
         self.layers, self.attentions, self.passes, self.reports = [], [], 0, 0
         Counter.made.append(self)
 
     @classmethod
     def of(cls, target, methods, outcome):
-        return cls(target)
+        return cls(target, outcome)
 
     def act(self, forward):
         return Count(self)
