@@ -129,6 +129,13 @@ class Family:
         """The projector's input in the order that `Tile.patches` counts in: (all patches, width)."""
         raise NotImplementedError  # asked only of families with the place "encoder"
 
+    def as_seen(self, base: Any, features: Tensor) -> Tensor:
+        """What the LLM sees of features, (..., hidden), where the model does more to them behind its encoder.
+
+        Methods that only drop choose by this; those that merge choose, and merge, among what the encoder gave.
+        """
+        return features
+
     def features_per_image(self, config: Any) -> int:
         """Cross-attention features that every image slot occupies, padded tiles included."""
         raise NotImplementedError  # asked only of families with the place "cross"

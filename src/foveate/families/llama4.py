@@ -26,6 +26,9 @@ class Llama4(MarkedTiles):
     def decoder(self, base: Any) -> Any:
         return base.language_model.model
 
+    def as_seen(self, base: Any, features: Tensor) -> Tensor:
+        return base.multi_modal_projector(features)
+
     def factor(self, config: Any) -> int:
         return round(1 / config.vision_config.pixel_shuffle_ratio)
 

@@ -28,6 +28,11 @@ class Molmo2(Family):
     def vision_attentions(self, base: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in self.encoder_layers(base)[:-1]]
 
+    def as_seen(self, base: Any, features: Tensor) -> Tensor:
+        # Image features are added to what stands for the placeholder.
+        token = torch.tensor([base.config.image_token_id], device=features.device)
+        return features + base.get_input_embeddings()(token).to(features)
+
     def layouts(self, config: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
         grids = [[(0, tuple(sizes[:2])), (0, tuple(sizes[2:]))] for sizes in inputs["image_grids"].tolist()]
         return _laid_out(inputs["image_token_pooling"], grids)

@@ -142,10 +142,11 @@ class EncoderPlace(Place):
             device = features[0].device
             reading = on(device, reading)
             patches = self._patches(reading)
+            seen = [self.family.as_seen(self.base, each) for each in features] if self.method.only_drops else features
             chosen = select_tokens(
                 self.method,
                 layouts,
-                features,
+                seen,
                 patches,
                 self._project if "states" in patches else lambda states: states,
                 images=self._asked(layouts, medium),
@@ -155,7 +156,7 @@ class EncoderPlace(Place):
             )
             merged = [each.features for each in chosen]
             keeps, scores = [each.stays for each in chosen], [each.scores for each in chosen]
-            if any(new is not old for new, old in zip(merged, features, strict=True)):
+            if any(new is not old for new, old in zip(merged, seen, strict=True)):
                 setattr(output, name, refilled(getattr(output, name), merged))
         found = zip(layouts, keeps, scores, strict=True)
         images = [EncodedImage(layout, keep, self.target.session, scored) for layout, keep, scored in found]
