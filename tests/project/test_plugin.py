@@ -34,6 +34,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def test_commands_know_it(environment):
     foveate = (sys.executable, "-m", "foveate")
     assert '"unlike"' in run(*foveate, "methods", "--json", env=environment)
+    told = run(*foveate, "methods", "unlike", env=environment)
+    assert "the package foveate_unlike" in " ".join(told.split()) and "docs/methods" not in told
     said = run(*foveate, "ask", ROOT / "examples/demo.png", "Where is the owl?", "-m", "unlike", env=environment)
     assert said.startswith("bottom left\nunlike keep=0.25: 36 of 144 image tokens")
 

@@ -95,7 +95,9 @@ def _print_one(cls: type[Method]) -> None:
         head = f"{field.name}={_default(field)}"
         table.add_row(head, Text.assemble((kind, "dim"), "\n", meanings.get(field.name, "")))
     console.print(table)
-    console.print(Text(f"-m {cls.name}:OPTION=VALUE,... sets them; more in {DOCS}/{cls.name}.md", style="dim"))
+    own = cls.__module__.partition(".")[0] == "foveate"
+    more = f"{DOCS}/{cls.name}.md" if own else f"the package {cls.__module__.partition('.')[0]}, which brings it"
+    console.print(Text(f"-m {cls.name}:OPTION=VALUE,... sets them; more in {more}", style="dim"))
 
 
 def _families(cls: type[Method]) -> list[str]:

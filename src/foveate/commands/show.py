@@ -42,7 +42,7 @@ def show(
     max_frames: MaxFrames = None,
     clip: OneClip = False,
 ) -> None:
-    """Draw which tokens every layer and head keeps, and where the model looks.
+    """Draw which tokens every layer and head keeps, how the method ranks them, and where the model looks.
 
     Writes PNG pictures and show.html, a page with sliders over layers and heads that needs nothing but itself.
 
