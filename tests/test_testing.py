@@ -17,7 +17,7 @@ from foveate.engine.session import Pruned
 from foveate.methods import base
 from foveate.methods.base import topk_mask
 from foveate.registry import Registry
-from foveate.testing import answers, families, merging
+from foveate.testing import answers, families, features, merging, subjects
 
 METHODS, TINY = sys.modules["foveate.methods"], sys.modules["foveate.testing.tiny"]
 LLAVA = {"families": ["llava"]}
@@ -64,6 +64,23 @@ def test_a_configuration_is_a_family_too(monkeypatch):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_passes(family):
     testing.check_family(tiny.found[family].model_type)
+
+
+READABLE = [name for name in tiny.found if "encoder" in foveate.get_family(tiny.found[name].model_type).places]
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_methods_are_shown_what_the_llm_sees(name):
+    features.check_features(subjects.of_tiny(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("llama4", r"none is of shape \(9, 64\)"), ("molmo2", "nearest differ by")]
+)
+def test_a_family_that_hides_a_later_step_is_found(name, words, monkeypatch):
+    monkeypatch.delattr(type(foveate.get_family(name)), "as_seen")
+    with pytest.raises(AssertionError, match=words):
+        testing.check_family(name)
 
 
 def test_what_is_not_there_is_named():

@@ -54,27 +54,6 @@ def shown(model, batch: dict, cls=Reader, **kwargs) -> list[EncoderTokens]:
     return method.seen
 
 
-class Features(Reader):
-    reads = frozenset({"features"})
-
-
-@pytest.mark.parametrize(
-    "family", [name for name in tiny.found if "encoder" in foveate.get_family(tiny.found[name].model_type).places]
-)
-def test_features_are_what_the_llm_sees(family):
-    model, method, entered = tiny.build(family, "eager"), Features(), []
-    with foveate.prune(model, method, record=True) as pruned:
-        decoder = pruned.decoder
-        note = decoder.register_forward_pre_hook(lambda m, a, k: entered.append(k["inputs_embeds"]), with_kwargs=True)
-        model.generate(**tiny.inputs(family), max_new_tokens=1, do_sample=False)
-        note.remove()
-    features = [each for tokens in method.seen for each in tokens.features]
-    tiles = [(image, tile) for image in pruned.report.image_tokens[0] for tile in image.tiles]
-    assert len(features) == len(tiles) > 0
-    for each, (image, tile) in zip(features, tiles, strict=True):
-        assert torch.allclose(entered[0][0, image.positions[tile.index]], each, atol=1e-6)
-
-
 def alone(model, ids: Tensor) -> Tensor:
     """What the untouched LLM makes of text: the last hidden state at its end."""
     with torch.no_grad():

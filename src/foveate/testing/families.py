@@ -12,6 +12,7 @@ from foveate.families import get_family
 from foveate.methods import get_method
 
 from .examining import examine
+from .features import check_features
 from .subjects import Subject, of_model, of_tiny
 from .summary import Line, Summary
 from .tiny import known
@@ -37,10 +38,12 @@ def check_family(model_type: str, config_or_model: PreTrainedConfig | PreTrained
     pictures are noise. By default the tiny model of that type (a subclass of `foveate.testing.tiny.base.Tiny`).
 
     Raises:
-        AssertionError: with a sentence that names method, family and what differs; or where layouts and prompt differ.
+        AssertionError: with a sentence that names method, family and what differs; or where layouts and prompt differ,
+            or what methods read of images and what the LLM sees.
         ValueError: for a type that is no family's, or has no tiny model.
     """
-    if get_family(model_type) is None:
+    family = get_family(model_type)
+    if family is None:
         raise ValueError(f"no family {model_type!r}: docs/adding-a-family.md shows how to add one")
     if config_or_model is None:
         names = [name for name, tiny in known().items() if tiny.model_type == model_type and not tiny.variant]
@@ -51,6 +54,8 @@ def check_family(model_type: str, config_or_model: PreTrainedConfig | PreTrained
         subject = of_model(config_or_model)
         assert subject.family == model_type, f"this is a {subject.family} model, not a {model_type} one"
     _layouts(subject)
+    if "encoder" in family.places:
+        check_features(subject)
     lines = []
     for name, options in REPRESENTATIVES.items():
         method = get_method(name, **options)
