@@ -9,11 +9,10 @@ and choose for each step it is the share of the cache that steps read. Runs offl
 """
 
 import argparse
-import contextlib
 import dataclasses
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from rich.console import Console
 import foveate
 from foveate import glimpse
 from foveate.asking.loading import GLIMPSE, load_guide
-from foveate.asking.options import Variant, variants
-from foveate.errors import UnsupportedError
+from foveate.asking.options import Variant, check_alone, variants
 from foveate.evaluation.accuracy import progress_bar
 from foveate.evaluation.calibrate import FIRST
 from foveate.evaluation.calibrate_questions import Asked, Column
@@ -42,7 +40,7 @@ from foveate.evaluation.search_questions import Memory, Notes
 from foveate.evaluation.tables import markdown
 from foveate.evaluation.workplace import fitting, known_family
 from foveate.methods.base import VideoMethod
-from foveate.methods.mass import by_mass
+from foveate.methods.mass import adds_up, by_mass
 
 DRAWN = ("csp", "visual_snapkv", "divprune", "fopru")  # curves of all would hide each other
 KEEPS = (0.7, 0.5, 0.25, 0.1)
@@ -117,7 +115,7 @@ def plot(rows: list[Row], path: Path) -> None:
         elif row["policy"] in MARKS:
             axes.plot(*at, MARKS[row["policy"]], color=colour, markersize=12, label=f"{row['method']}, {row['policy']}")
     axes.axhline(100 * (1 - RISK), color="grey", linestyle=":", label="demanded")
-    axes.set_xlabel("image tokens kept, % (of a cascade: all tries)")
+    axes.set_xlabel("image tokens kept, % (of a cascade: in all tries)")
     axes.set_ylabel("answers as the untouched model's, %")
     axes.set_ylim(80, 100.5)
     axes.legend(fontsize=8)
@@ -134,6 +132,7 @@ def chosen(methods: str) -> tuple[list[Variant], list[str]]:
     """
     source = str(glimpse.PATH)
     config, family = known_family(source)
+    check_alone(methods)
     found, left_out = variants(methods, KEEPS, family.places, config.model_type, seed=0, guide=GLIMPSE)
     found = [each for each in found if each.named or not (":" in each.label or isinstance(each.method, VideoMethod))]
     load_guide([variant.method for variant in found], None, source, config, device="cpu", dtype="float32")
@@ -166,7 +165,7 @@ class Place:
         ((variant, *_), _) = chosen(name)
         with self._noted(name) as (asked, fresh):
             found = [descend(asked, variant, KEEPS, self.judge, mass=False), cascade(asked, variant, RUNGS, self.judge)]
-            with contextlib.suppress(UnsupportedError):
+            if adds_up(type(variant.method)):
                 massed = dataclasses.replace(variant, methods=(by_mass(variant.method, MASSES[0]),))
                 found.append(descend(asked, massed, MASSES, self.judge, mass=True))
             rows = [row(each, name, fresh, self.whole) for each in found]
@@ -221,8 +220,8 @@ def main() -> None:
     with results, progress_bar(console) as progress:
         bar = progress.add_task("methods", total=len(found), completed=len(found) - len(due))
         with ProcessPoolExecutor(options.jobs, context, begin, arguments) as pool:
-            for rows in pool.map(work, due):
-                for each in rows:  # the oracle's is the last: what has it is whole
+            for done in as_completed([pool.submit(work, name) for name in due]):
+                for each in done.result():  # the oracle's is the last: what has it is whole
                     if not results.find(method=each["method"], policy=each["policy"]):
                         results.add(each)
                     console.print(

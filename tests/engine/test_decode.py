@@ -144,6 +144,8 @@ def test_every_step_reads_the_text_and_each_image_s_share(name, method_for):
                 assert images == len(mask.nonzero()) // 36
             read += int(chosen.expand(-1, 2, -1).sum())
             held += 2 * (int(batch["attention_mask"].sum()) + number * len(chosen))
+        dense = method.dense_layers * 2 * (int(batch["attention_mask"].sum()) + number * len(batch["attention_mask"]))
+        read, held = read + dense, held + dense
     assert (pruned.report.decoding.read, pruned.report.decoding.held) == (read, held)
     assert pruned.report.to_dict()["decoding"] == {"steps": 8, "read": read, "held": held}
     assert f"{read / held:.0%} of it read in a step" in str(pruned.report)

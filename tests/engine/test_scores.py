@@ -68,6 +68,8 @@ def test_frames_are_ranked_together(name):
         for image in images:
             each, stays = scores[0][row, 0, image.positions], kept[row, 0, image.positions]
             assert not each.isnan().any() and stays.any() and not stays.all()
+            assert each.unique().numel() > len(each) / 4, "numbers that tell tokens apart"
+            assert each[stays].mean() > each[~stays].mean() or name in ("fastvid", "holitom")  # which merge the rest
             if name in ("evs", "random_clip"):  # without budgets for frames, or anchors beside what ranks first
                 assert each[stays].amin() >= each[~stays].amax()
 
@@ -76,6 +78,7 @@ def test_frames_are_ranked_together(name):
 def test_what_merges_says_by_what_it_chose(name):
     scores, _ = told(tiny.build("llava"), foveate.get_method(name, keep=0.5), tiny.inputs("llava"))
     assert len(scores) == {"visionzip": 1, "pooling": 0}.get(name, 4)
+    assert all(each.nan_to_num(0).unique().numel() > 9 for each in scores.values())
 
 
 def test_routers_are_told_of_each_layer_they_route():
@@ -119,10 +122,34 @@ def test_methods_together_are_told_of_one_by_one():
     assert asked["divprune"] > asked["fastv"] == asked["csp"] > 0, "only what is there yet is ranked"
 
 
-def test_nothing_is_told_unasked():
-    with foveate.prune(tiny.build("llava"), "divprune") as pruned:
-        pruned.model.generate(**tiny.inputs("llava"), max_new_tokens=1)
-        assert pruned.report.scores == {}
+@pytest.mark.parametrize("name", ["divprune", "dart"])
+def test_nothing_is_asked_where_nothing_is_recorded(name, monkeypatch):
+    """Of two methods whose own choice does not need it."""
+    asked = []
+    monkeypatch.setattr(foveate.method_class(name), "score", lambda self, tokens: asked.append(tokens))
+    for record in (False, True):
+        with foveate.prune(tiny.build("llava"), name, record=record) as pruned:
+            pruned.model.generate(**tiny.inputs("llava"), max_new_tokens=1)
+            assert pruned.report.scores == {} and len(asked) == record
+
+
+def test_no_graph_is_kept_alive():
+    model = tiny.build("llava").requires_grad_(True)
+    for name in ("vtc_cls", "evs", "fastv", "csp"):
+        with foveate.prune(model, name, record=True) as pruned:
+            model(**tiny.inputs("llava"))
+            assert not any(each.requires_grad for each in pruned.report.scores[name].values())
+
+
+def test_query_heads_of_cross_attention_count_together():
+    scores, report = told(tiny.build("mllama"), foveate.get_method("trimmed_llama", keep=0.1), tiny.inputs("mllama"))
+    (layer,) = scores
+    assert scores[layer].shape[1] == 2 and scores[layer].shape[2] == report.layers[layer].length
+
+
+def test_an_answer_of_one_token_has_no_step_to_tell_of():
+    scores, report = told(tiny.build("llava"), foveate.get_method("pages", keep=0.25), tiny.inputs("llava"), steps=1)
+    assert not scores and report.scores == {}
 
 
 def test_scores_of_another_shape_are_refused(monkeypatch):

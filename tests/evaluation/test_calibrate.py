@@ -484,6 +484,7 @@ def test_graded_losses_stop_early_too():
         (("--loss", "builtins:len"), "--loss builtins:len fails on"),
         (("--agree", 1), "--agree 1 is no part in (0, 1)"),
         (("--guarantee", "average", "-m", "csp,fopru"), "--guarantee average has no error to share among methods"),
+        (("-m", "mint"), "mint compares with the untouched model at every step"),
         (("-m", "nothing"), "unknown method 'nothing'"),
     ],
 )

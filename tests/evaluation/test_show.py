@@ -23,7 +23,7 @@ from foveate.commands.app import app
 from foveate.engine.support import find_target
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.maps import draw_heat, draw_rank, draw_share, palette, views
-from foveate.evaluation.ranks import ranks
+from foveate.evaluation.ranks import Ranked, decided, ranked, ranks
 from foveate.evaluation.show import show
 from foveate.layout import Tile
 
@@ -133,15 +133,16 @@ def test_the_page_holds_every_frame_and_needs_nothing_else(family, names, images
     assert all(0 <= row["attention_kept"] <= row["attention_image"] <= 1.0001 for row in rows)
 
 
-def check_ranks(ranked, frame, report, name):
+def check_ranks(choices, frame, report, name):
     """What the page says of the choice that a layer shows, against the report's numbers."""
     layers = sorted(report.scores[name])
-    assert len(ranked) == len(layers)
-    before = [number for number, layer in enumerate(layers) if layer <= frame["index"]]
+    assert len(choices) == len(layers)
+    lasts = foveate.method_class(name).place not in ("cache", "depth", "decode")
+    before = [n for n, layer in enumerate(layers) if layer == frame["index"] or (lasts and layer < frame["index"])]
     assert frame["ranked"] == (before[-1] if before else None)
     if before:
         scores = report.scores[name][layers[before[-1]]][0]
-        for place, texts in zip(report.image_tokens[0], ranked[before[-1]]["ranks"], strict=True):
+        for place, texts in zip(report.image_tokens[0], choices[before[-1]]["ranks"], strict=True):
             own, heads = scores[:, place.positions], texts if len(scores) == 1 else texts[1:]
             assert len(texts) == len(scores) + (len(scores) > 1)
             for row, text in zip(own, heads, strict=True):
@@ -245,13 +246,41 @@ def test_dropped_cells_are_dark_and_the_hottest_is_brightest():
     assert len(palette()) == 768
 
 
-def test_the_first_is_brightest_and_what_was_not_asked_about_is_dim():
+def test_who_decided_what_a_layer_holds():
+    none = [torch.zeros(1, 2)]
+    rows = ("fastv", "layer", 2), ("csp", "cache", 2), ("csp", "cache", 3)
+    fastv, csp, other = (Ranked(*row, none) for row in rows)
+    assert [decided([fastv, csp, other], layer) for layer in range(6)] == [None, None, 1, 2, 0, 0]
+    assert Ranked("pages", "decode", 2, none).at == "layer 2, the last step"
+
+
+def test_methods_of_one_layer_stand_in_the_order_in_which_they_act():
+    with foveate.prune(tiny.build("llava"), ["csp", "fastv"], record=True) as pruned:
+        pruned.model.generate(**tiny.inputs("llava"), max_new_tokens=1)
+    assert [(each.method, each.layer) for each in ranked(pruned.report)] == [
+        *(("csp", layer) for layer in (0, 1)), ("fastv", 2), ("csp", 2), ("csp", 3)
+    ]  # fmt: skip
+
+
+def test_tokens_of_tiles_compete_within_them():
+    with foveate.prune(tiny.build("llava_next"), "divprune", record=True) as pruned:
+        pruned.model.generate(**tiny.inputs("llava_next"), max_new_tokens=1)
+    (choice,), (image,) = ranked(pruned.report), pruned.report.image_tokens[0]
+    for tile in image.tiles:
+        own = choice.ranks[0][0, tile.index]
+        assert own.amin() < 0.1 and own.amax() > 0.9  # equal ones share a place
+    pinned = torch.ones(len(image.positions), dtype=torch.bool)
+    pinned[torch.cat([tile.index for tile in image.tiles])] = False
+    assert choice.ranks[0][0, pinned].isnan().all() and pinned.any()
+
+
+def test_the_first_is_brightest_and_what_was_not_asked_about_is_pale():
     picture, tile = Image.new("RGB", (80, 40), "white"), Tile(torch.arange(8), (2, 4), torch.arange(8))
     scores = torch.tensor([[-3.0, 5, torch.nan, 2, 2, -torch.inf, 9, 7]])
     assert ranks(scores)[0].nan_to_num(9).tolist() == pytest.approx([1 / 6, 4 / 6, 9, 2.5 / 6, 2.5 / 6, 0, 1, 5 / 6])
     cells = np.asarray(draw_rank(picture, [tile], ranks(scores)[0]).convert("L"))[np.ix_([10, 30], [10, 30, 50, 70])]
     flat = cells.ravel()
-    assert abs(flat[2] - 255 * DIM) < 2, "as a dropped token"
+    assert flat[2] == 255, "the picture is white"
     assert list(np.delete(flat, 2).argsort(kind="stable")) == [4, 0, 2, 3, 1, 6, 5]
 
 

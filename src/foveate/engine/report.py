@@ -70,9 +70,10 @@ class GuideAnswer:
 class Decoding:
     """What the decoding steps since the prefill read, where a method chooses for each of them.
 
-    read, held: entries of the layers' caches, summed over steps, layers, samples and KV heads: those that were attended
-    to, and all. chosen: per step and layer the logical positions that were attended to, bool (batch, kv_heads | 1,
-    length), with record=True. scores: by layer, for `PruneReport.scores`.
+    read, held: entries of the layers' caches, summed over steps, all layers, samples and KV heads: those that were
+    attended to, and all; in layers where nothing is chosen both are the same. chosen: per step and layer the logical
+    positions that were attended to, bool (batch, kv_heads | 1, length), with record=True. scores: by layer, for
+    `PruneReport.scores`.
     """
 
     steps: int = 0
@@ -123,9 +124,9 @@ class PruneReport:
     uneven_heads says. decoding: what the steps since then read, under a method that chooses for each of them.
     image_tokens: per sample its images' tokens, with record=True. scores: with record=True, by the name of each method
     that ranks tokens by a number, and by the decoder layer it chose at (0 for in front of the LLM), these numbers:
-    float32 (batch, 1 | kv_heads, length) over logical positions, NaN where it was not asked; the larger, the likelier a
-    token stays. Of a method that chooses for each decoding step they are the last step's. Under a contrast the layers
-    are those of the reduced view; kv_bytes counts both.
+    float32 (batch, 1 | kv_heads, length) over logical positions (cross layers: image features), NaN where it was not
+    asked; the larger, the likelier a token stays. Of a method that chooses for each decoding step they are those of the
+    last step in which it did. Under a contrast the layers are those of the reduced view; kv_bytes counts both.
     """
 
     def __init__(self, forward: Forward, methods: Sequence[Method], record: bool) -> None:
@@ -246,7 +247,7 @@ class PruneReport:
         return counts
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the masks, JSON-safe."""
+        """Everything but masks and scores, JSON-safe."""
         return {
             "methods": [dict(method) for method in self.methods],
             "images": [[{"tokens": tokens, "kept": kept} for tokens, kept in sample] for sample in self.images],

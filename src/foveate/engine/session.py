@@ -119,7 +119,7 @@ class Pruned(Sayings, NotPickled):
     """
 
     def __init__(self, target: Target, methods: tuple[Method, ...], record: bool, *, greedy: bool = False) -> None:
-        self._target, self.methods, self.record = target, methods, record
+        self._target, self.methods = target, methods
         self._outcome = Outcome(records=record)
         # With keep = 1.0 a method has nothing to say, and the model runs as it is.
         self._acting = [m for m in methods if not m.keeps_all]
@@ -333,7 +333,7 @@ class Pruned(Sayings, NotPickled):
         for layer in forward.held:
             layer.slide()
         if entered.reports:
-            report = self._outcome.report = PruneReport(entered.whole, self.methods, self.record)
+            report = self._outcome.report = PruneReport(entered.whole, self.methods, self._outcome.records)
             for place in self._places:
                 place.tell(report)
         if entered.prompt is not None:

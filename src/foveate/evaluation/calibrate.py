@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -136,6 +136,7 @@ def _prepare(options: Options, out: Path) -> tuple[Asked, list[Variant], Row, li
     )
     if options.guarantee == "average" and len(chosen) > 1:
         raise Mistake("--guarantee average has no error to share among methods: give one, or use confidence")
+    chosen = list(_saving(chosen, left_out))
     if options.policy == "mass":
         chosen = list(_massed(chosen, left_out))
     load_guide([each.method for each in chosen], options.guide, source, config, device=device, dtype=dtype)
@@ -158,6 +159,18 @@ def _prepare(options: Options, out: Path) -> tuple[Asked, list[Variant], Row, li
     about = {"setting": setting(find_target(model)), "data": data, "versions": versions, "model": options.model}
     about |= {"device": held["device"], "config": config_digest(config)}
     return Asked(model, processor, batches, notes, options.max_new_tokens), chosen, about, lines
+
+
+def _saving(chosen: Sequence[Variant], left_out: list[str]) -> Iterator[Variant]:
+    """Those that may answer with less than everything."""
+    for variant in chosen:
+        if variant.place != "logits":
+            yield variant
+            continue
+        why = f"{variant.label} compares with the untouched model at every step, so that no budget saves anything"
+        if variant.named:
+            raise Mistake(f"{why}: calibrate another method")
+        left_out.append(why)
 
 
 def _massed(chosen: Sequence[Variant], left_out: list[str]) -> list[Variant]:

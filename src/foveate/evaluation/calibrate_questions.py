@@ -21,7 +21,8 @@ from .search_questions import Memory
 class Said(NamedTuple):
     """An answer. sure: of its least sure token, the probability. seconds: it took.
 
-    kept: share of the image tokens; of methods that drop none and choose for each step, of the cache that steps read.
+    kept: share of the image tokens; of methods that drop none and choose for each step, the share of the cache that the
+    steps of its batch read, text included.
     """
 
     text: str

@@ -97,7 +97,8 @@ class Found:
 
     def __str__(self) -> str:
         if self.best is None:
-            idle = any(point.certified for point in self.points) and all(point.kept == 1 for point in self.points)
+            less = [point for point in self.points if point.at < 1]
+            idle = any(point.certified for point in less) and all(point.kept == 1 for point in less)
             return f"keep=1.0 ({'it drops nothing here' if idle else 'nothing less can be promised'})"
         first = f"keep={', '.join(map(str, self.rungs))} first, " if self.rungs else ""
         what = READ if self.method.place == "decode" else "of the image tokens"
@@ -120,7 +121,8 @@ class Certificate:
     def of(cls, options: Options, rule: Rule, judge: Any, found: Sequence[Found], about: Row) -> Certificate:
         """judge: with what the untouched model said."""
         groups = {name: len(group) for name, group in judge.groups.items()}
-        ordered = sorted(found, key=lambda each: each.kept)
+        # What steps read is no share of tokens: methods that drop come first where they are promised anything.
+        ordered = sorted(found, key=lambda each: (each.best is None, each.method.place == "decode", each.kept))
         return cls(options, rule, len(judge.whole), groups, judge.seconds, ordered, about)
 
     @property
@@ -245,7 +247,7 @@ def draw(certificate: Row, path: Path, agreement: Sequence[tuple[float, float]] 
     if agreement:
         axes.plot(*zip(*((100 * x, 100 * y) for x, y in agreement), strict=True), "x--", label="held-out questions")
     axes.axhline(100 * promised["agree"], color="grey", linestyle=":", label="demanded")
-    axes.set_xlabel("image tokens kept, %")
+    axes.set_xlabel("kept, %")
     axes.set_ylabel("answers as the untouched model's, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -87,12 +87,13 @@ def draw_heat(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Im
 
 
 def draw_rank(picture: Image.Image, tiles: Sequence[Tile], values: Tensor) -> Image.Image:
-    """Lay ranks over the grey picture as colours, and dim what has none. values: (n,) in [0, 1], NaN for none."""
+    """Lay ranks over the grey picture as colours, and let fade what has none. values: (n,) in [0, 1], NaN for none."""
     asked = paint_cells(picture.size, tiles, (~values.isnan()).float(), empty=0)
     ranks = paint_cells(picture.size, tiles, values.nan_to_num(0), empty=0)
     ranks.putpalette(palette())
-    laid = Image.blend(ImageOps.grayscale(picture).convert("RGB"), ranks.convert("RGB"), 0.72)
-    return Image.composite(laid, dimmed(picture), asked)
+    grey = ImageOps.grayscale(picture).convert("RGB")
+    faded = Image.blend(grey, Image.new("RGB", picture.size, "white"), 0.7)
+    return Image.composite(Image.blend(grey, ranks.convert("RGB"), 0.72), faded, asked)
 
 
 @cache

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from foveate.methods.base import EncoderMethod, VideoMethod
+from foveate.methods.places import PLACES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
 class Ranked:
     """What a method ranked when it chose at a layer.
 
-    place: of the method. ranks: for each image (1 | heads, n) in [0, 1], NaN where it was not asked.
+    place: of the method. ranks: for each image (1 | heads, n) in [0, 1], NaN where it was not asked; tokens compete
+    with those of their image, or of their tile where the method is asked about tiles.
     """
 
     method: str
@@ -29,7 +33,14 @@ class Ranked:
     @property
     def at(self) -> str:
         """Where it chose."""
-        return "before the LLM" if self.place == "encoder" else f"layer {self.layer}"
+        if self.place == "encoder":
+            return "before the LLM"
+        return f"layer {self.layer}, the last step" if self.place == "decode" else f"layer {self.layer}"
+
+    @property
+    def lasts(self) -> bool:
+        """Whether later layers see no more than what was chosen, too."""
+        return self.place in ("encoder", "layer", "cross", "logits")
 
 
 def ranked(report: PruneReport) -> list[Ranked]:
@@ -39,16 +50,29 @@ def ranked(report: PruneReport) -> list[Ranked]:
     assert report.image_tokens is not None
     found = []
     for name, of_layers in report.scores.items():
-        place = foveate.method_class(name).place
+        cls = foveate.method_class(name)
+        tiled = issubclass(cls, EncoderMethod) and not issubclass(cls, VideoMethod)
         for layer, scores in of_layers.items():
-            images = [scores[0][:, image.positions.to(scores.device)] for image in report.image_tokens[0]]
-            found.append(Ranked(name, place, layer, [ranks(each).cpu() for each in images]))
-    return sorted(found, key=lambda each: (each.layer, each.place != "encoder"))
+            images = []
+            for image in report.image_tokens[0]:
+                own = scores[0][:, image.positions.to(scores.device)].cpu()
+                parts = [tile.index for tile in image.tiles] if tiled else [torch.arange(own.shape[1])]
+                whole = torch.full_like(own, torch.nan)
+                for part in parts:
+                    whole[:, part] = ranks(own[:, part])
+                images.append(whole)
+            found.append(Ranked(name, cls.place, layer, images))
+    order = list(PLACES)
+    return sorted(found, key=lambda each: (each.layer, order.index(each.place)))
 
 
-def last_before(found: Sequence[Ranked], layer: int) -> int | None:
-    """Which of them decided what a layer sees or holds: the last up to it; None where nothing has been chosen yet."""
-    return max((number for number, each in enumerate(found) if each.layer <= layer), default=None)
+def decided(found: Sequence[Ranked], layer: int) -> int | None:
+    """Which of them decided last what a layer sees or holds; None where all that there is goes on.
+
+    found: as `ranked` gives them.
+    """
+    fits = (number for number, each in enumerate(found) if each.layer == layer or (each.layer < layer and each.lasts))
+    return max(fits, default=None)
 
 
 def ranks(scores: Tensor) -> Tensor:

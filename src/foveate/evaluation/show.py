@@ -26,7 +26,7 @@ from foveate.asking.pictures import crop_as_seen, scaled
 from foveate.errors import UnsupportedError
 from foveate.evaluation.attention import last_token_attention
 from foveate.evaluation.maps import View, draw_heat, draw_rank, draw_share, fitted, palette, panel, sheet, views
-from foveate.evaluation.ranks import Ranked, last_before, ranked
+from foveate.evaluation.ranks import Ranked, decided, ranked
 from foveate.evaluation.results import Results, write
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _frames(each: Shown) -> list[dict[str, Any]]:
             "freed": layer.freed,
             "count": round(layer.count, 1),
             "tokens": sum(k.shape[-1] for k in layer.kept),
-            "ranked": last_before(each.ranked, layer.index),
+            "ranked": decided(each.ranked, layer.index),
             # For each image and head the tokens as bits, first token first.
             "kept": [[_base64(np.packbits(head.numpy()).tobytes()) for head in kept] for kept in layer.kept],
         }

@@ -54,9 +54,12 @@ class EncoderMethod(Method):
         patches and read them and each other, while the patches do not see them."""
         return None
 
-    def score(self, tokens: EncoderTokens) -> Tensor | None:
+    def score(self, tokens: Any) -> Tensor | None:
         """By what `select` ranks tokens, the larger the likelier one stays: float (tiles, n); None, the default, where
-        it ranks by no number. For those who look on: `foveate show` draws it."""
+        it ranks by no number. For those who look on: `foveate show` draws it.
+
+        tokens: as `select` has them; of a `VideoMethod` as `choose` has them, for float (clips, frames, n).
+        """
         return None
 
     def mass(self, tokens: EncoderTokens) -> Tensor:
@@ -98,14 +101,6 @@ class VideoMethod(EncoderMethod):
 
         tokens: equally shaped clips. budget: (clips,) tokens that each may keep, all its frames together.
         """
-
-    def rate(self, tokens: VideoTokens) -> Tensor | None:
-        """By what `choose` ranks tokens, as `score` says it of tiles: float (clips, frames, n), or None."""
-        return None
-
-    def score(self, tokens: EncoderTokens) -> Tensor | None:
-        rated = self.rate(_stills(tokens))
-        return None if rated is None else rated[:, 0]
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         return self.choose(_stills(tokens), budget)[0][:, 0]

@@ -113,10 +113,12 @@ class CDPruner(EncoderMethod):
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"features", "words"} if self.weight else {"features"})
 
-    def _orders(self, tokens: EncoderTokens, most: int) -> list[tuple[Tensor, int]]:
-        """Of each half, or of the whole, its tokens as they are picked, (tiles, steps), and how many it has."""
+    def _orders(self, tokens: EncoderTokens) -> list[tuple[Tensor, int]]:
+        """Of each half, or of the whole, its tokens as they are picked, as many as any budget asks for, (tiles, steps);
+        and how many it has."""
         assert tokens.features is not None
-        parts, orders = 2 if self.halves and tokens.features.shape[1] > 1 else 1, []
+        n = tokens.features.shape[1]
+        most, parts, orders = min(n, tokens.most or n), 2 if self.halves and n > 1 else 1, []
         for features in tokens.features.tensor_split(parts, dim=1):  # the first has the odd one
             size = features.shape[1]
             worth = torch.ones(features.shape[:2], dtype=torch.float64, device=features.device)
@@ -126,12 +128,10 @@ class CDPruner(EncoderMethod):
         return orders
 
     def score(self, tokens: EncoderTokens) -> Tensor:
-        n = tokens.grid[0] * tokens.grid[1]
-        return torch.cat([earliness(order, size) for order, size in self._orders(tokens, n)], 1)
+        return torch.cat([earliness(order, size) for order, size in self._orders(tokens)], 1)
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        n = tokens.grid[0] * tokens.grid[1]
-        orders = self._orders(tokens, min(n, tokens.most or n))
+        orders = self._orders(tokens)
         parts = len(orders)
         chosen = [first_of(order, (budget + parts - 1 - i) // parts, size) for i, (order, size) in enumerate(orders)]
         return torch.cat(chosen, 1)

@@ -28,11 +28,11 @@ class RandomClip(Seeded, VideoMethod):
     summary = "baseline: tokens drawn at random (seeded) from all frames of a clip, before the LLM"
     source = "baseline"
 
-    def rate(self, tokens: VideoTokens) -> Tensor:
+    def score(self, tokens: VideoTokens) -> Tensor:
         return seeded(self.seed, tokens.frames, tokens.n).to(tokens.device).expand(tokens.clips, -1, -1)
 
     def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
-        scores = self.rate(tokens)
+        scores = self.score(tokens)
         return topk_mask(scores.flatten(1), budget).view(scores.shape), None
 
 

@@ -83,7 +83,8 @@ class DivPrune(EncoderMethod):
         assert tokens.features is not None
         return distances(tokens.features, farthest_first(tokens.features, tokens.features.shape[1]))
 
-    mass = score
+    def mass(self, tokens: EncoderTokens) -> Tensor:
+        return self.score(tokens)
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         assert tokens.features is not None

@@ -56,7 +56,7 @@ class DyCoke(VideoMethod):
     def fills_budget(self) -> bool:
         return False  # some frames stay whole, and a picture is one
 
-    def rate(self, tokens: VideoTokens) -> Tensor:
+    def score(self, tokens: VideoTokens) -> Tensor:
         assert tokens.features is not None
         return -repetition(tokens.features)
 
@@ -64,4 +64,4 @@ class DyCoke(VideoMethod):
         whole = (torch.arange(tokens.frames, device=tokens.device) % WINDOW == 0).expand(tokens.clips, -1)
         anchors = whole.sum(-1) * tokens.n
         others = share_out((~whole).double() + 1e-9, (budget - anchors).clamp(min=0), 0, tokens.n * ~whole)
-        return topk_mask(self.rate(tokens), others + tokens.n * whole), None
+        return topk_mask(self.score(tokens), others + tokens.n * whole), None

@@ -48,10 +48,10 @@ class EVS(VideoMethod):
     def fills_budget(self) -> bool:
         return False  # some frames stay whole, and a picture is one
 
-    def rate(self, tokens: VideoTokens) -> Tensor:
+    def score(self, tokens: VideoTokens) -> Tensor:
         assert tokens.features is not None
         return change(tokens.features)
 
     def choose(self, tokens: VideoTokens, budget: Tensor) -> tuple[Tensor, Tensor | None]:
-        changed = self.rate(tokens)
+        changed = self.score(tokens)
         return topk_mask(changed.flatten(1), budget.clamp(min=tokens.n)).view_as(changed), None

@@ -131,7 +131,7 @@ class FastVID(VideoMethod):
         check_range("every", self.every, 1, integer=True)
         check_range("own", self.own, 0, 1)
 
-    def rate(self, tokens: VideoTokens) -> Tensor:
+    def score(self, tokens: VideoTokens) -> Tensor:
         assert tokens.cls is not None  # what ranks those that stay as they are
         return tokens.cls[:, :, -1]
 

@@ -97,7 +97,8 @@ class FoPru(EncoderMethod):
         assert tokens.received is not None and tokens.given is not None
         return significance(tokens.received[:, 0], tokens.given[:, 0])
 
-    mass = score
+    def mass(self, tokens: EncoderTokens) -> Tensor:
+        return self.score(tokens)
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         scores = self.score(tokens)

@@ -91,7 +91,7 @@ class HoliTom(VideoMethod):
         check_range("own", self.own, 0, 1)
         check_range("neighbours", self.neighbours, 1, integer=True)
 
-    def rate(self, tokens: VideoTokens) -> Tensor:
+    def score(self, tokens: VideoTokens) -> Tensor:
         assert tokens.cls is not None  # what ranks those that stay as they are
         return tokens.cls[:, :, -1]
 

@@ -31,7 +31,7 @@ def by_mass(method: Method, mass: float) -> Method:
     plain = getattr(method, "plain", type(method))  # one that has a mass gets another
     acts = _acting(plain)
     if acts is None:
-        some = ", ".join(name for name in method_names() if _acting(method_class(name)) is not None)
+        some = ", ".join(name for name in method_names() if adds_up(method_class(name)))
         raise UnsupportedError(
             f"{method.name} has no scores of tokens that add up to a mass: give it one keep for all pictures, or use a "
             f"method that has some ({some})"
@@ -39,6 +39,11 @@ def by_mass(method: Method, mass: float) -> Method:
     cls: Any = type(plain.__name__, (acts, plain), {"held": float(mass), "plain": plain})
     options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return cls(**{**options, "keep": 1.0})
+
+
+def adds_up(plain: type[Method]) -> bool:
+    """Whether the scores of a class of methods add up to a mass."""
+    return _acting(plain) is not None
 
 
 def _acting(plain: type[Method]) -> type[Method] | None:

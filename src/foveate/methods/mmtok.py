@@ -76,11 +76,12 @@ class MMTok(EncoderMethod):
             check_range(name, getattr(self, name), 1e-3)
         check_text(self.text)
 
-    def _order(self, tokens: EncoderTokens, steps: int) -> Tensor:
+    def _order(self, tokens: EncoderTokens) -> Tensor:
+        """Tokens as they are picked, as many as any budget asks for: (tiles, steps)."""
         assert tokens.states is not None and tokens.features is not None
         words, counts = words_that_count(tokens, self.text)
         n = tokens.features.shape[1]
-        together = max(1, LIMIT // (n * (n + words.shape[1])))
+        steps, together = min(n, tokens.most or n), max(1, LIMIT // (n * (n + words.shape[1])))
         parts = (each.split(together) for each in (tokens.features, tokens.states, words, counts))
         temperatures, orders = (self.word_temperature, self.patch_temperature), []
         for features, states, asked, spoken in zip(*parts, strict=True):
@@ -89,9 +90,7 @@ class MMTok(EncoderMethod):
         return torch.cat(orders)
 
     def score(self, tokens: EncoderTokens) -> Tensor:
-        n = tokens.grid[0] * tokens.grid[1]
-        return earliness(self._order(tokens, n), n)
+        return earliness(self._order(tokens), tokens.grid[0] * tokens.grid[1])
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        n = tokens.grid[0] * tokens.grid[1]
-        return first_of(self._order(tokens, min(n, tokens.most or n)), budget, n)
+        return first_of(self._order(tokens), budget, tokens.grid[0] * tokens.grid[1])

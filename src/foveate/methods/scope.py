@@ -67,15 +67,15 @@ class SCOPE(EncoderMethod):
         check_range("alpha", self.alpha, 0)
         check_choice("compare", self.compare, ("states", "features"))
 
-    def _order(self, tokens: EncoderTokens, steps: int) -> Tensor:
+    def _order(self, tokens: EncoderTokens) -> Tensor:
+        """Tokens as they are picked, as many as any budget asks for: (tiles, steps)."""
         assert tokens.cls is not None and tokens.states is not None and tokens.features is not None
         compared = tokens.states if self.compare == "states" else tokens.features
-        return salient_cover(compared, tokens.cls[:, -1], self.alpha, steps)
+        n = compared.shape[1]
+        return salient_cover(compared, tokens.cls[:, -1], self.alpha, min(n, tokens.most or n))
 
     def score(self, tokens: EncoderTokens) -> Tensor:
-        n = tokens.grid[0] * tokens.grid[1]
-        return earliness(self._order(tokens, n), n)
+        return earliness(self._order(tokens), tokens.grid[0] * tokens.grid[1])
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
-        n = tokens.grid[0] * tokens.grid[1]
-        return first_of(self._order(tokens, min(n, tokens.most or n)), budget, n)
+        return first_of(self._order(tokens), budget, tokens.grid[0] * tokens.grid[1])

@@ -85,7 +85,7 @@ def select_tokens(
     """
     device = features[0].device
     keeps = [torch.ones(layout.tokens, dtype=torch.bool, device=device) for layout in layouts]
-    merged, ranked = list(features), [torch.full((layout.tokens,), torch.nan, device=device) for layout in layouts]
+    merged, ranked = list(features), dict[int, Tensor]()
     shapes: dict[tuple[int, tuple[int, int], tuple[int, ...]], list[_Member]] = {}
     for member in _members(method, layouts):
         shapes.setdefault((len(member.index), member.grid, tuple(member.patches.shape[2:])), []).append(member)
@@ -105,7 +105,7 @@ def select_tokens(
             clips = VideoTokens(grid, len(members), frames, device, most=most, **read)
             with reading(method, clips, method.reads):
                 chosen, becomes = method.choose(clips, budget)
-                scores = method.rate(clips) if scored else None
+                scores = method.score(clips) if scored else None
             check_mask(method, chosen, (len(members), frames, grid[0] * grid[1]))
         else:
             of = torch.tensor([member.image for member in members], device=device)
@@ -126,12 +126,12 @@ def select_tokens(
             stays = chosen[m].flatten()
             keeps[i][spot] = stays
             if scores is not None:
-                ranked[i][spot] = scores[m].flatten().float()
+                unasked = torch.full((layouts[i].tokens,), torch.nan, device=device)
+                ranked.setdefault(i, unasked)[spot] = scores[m].detach().flatten().float()
             if becomes is not None:
                 new = becomes[m].flatten(0, -2).to(merged[i].dtype).where(stays.unsqueeze(-1), merged[i][spot])
                 merged[i] = merged[i].index_copy(0, spot, new)
-    told = [None if bool(each.isnan().all()) else each for each in ranked] if scored else [None] * len(layouts)
-    return [Chosen(*each) for each in zip(keeps, merged, told, strict=True)]
+    return [Chosen(*each, ranked.get(i)) for i, each in enumerate(zip(keeps, merged, strict=True))]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class VidCom2(VideoMethod):
         means = points.mean((1, 2), keepdim=True), points.mean(2, keepdim=True)
         return likeness(points, means[0]), likeness(points, means[1])
 
-    def rate(self, tokens: VideoTokens) -> Tensor:
+    def score(self, tokens: VideoTokens) -> Tensor:
         of_clip, of_frame = self._likeness(tokens)
         return -(of_clip + of_frame)
 

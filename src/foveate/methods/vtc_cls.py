@@ -55,7 +55,8 @@ class VTCCLS(EncoderMethod):
         assert tokens.cls is not None
         return ensembled_attention(tokens.cls)
 
-    mass = score
+    def mass(self, tokens: EncoderTokens) -> Tensor:
+        return self.score(tokens)
 
     def select(self, tokens: EncoderTokens, budget: Tensor) -> Tensor:
         return topk_mask(self.score(tokens), budget)

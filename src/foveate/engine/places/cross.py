@@ -12,6 +12,7 @@ from ...errors import UnsupportedError
 from ...layout import Tile
 from ...methods.attention import received_by_features
 from ...methods.base import CrossMethod, Method
+from ...methods.contract import check_scores
 from ..attention import Attention, Output, Run
 from ..cache import PrunedLayer
 from ..forward import Forward
@@ -103,6 +104,19 @@ class CrossAction(Action):
             self._masks[key] = columns.to(query.dtype).masked_fill((index < 0)[:, None, None], -torch.inf)
         return self._masks[key]
 
+    def _note_scores(self, attention: Attention, layer: PrunedLayer, scores: Tensor | None, seen: Tensor) -> None:
+        """For the report: what each feature counted for, of the query heads that share a KV head the most."""
+        method, (batch, n) = self.place.method, seen.shape
+        if method is None or scores is None:
+            return
+        check_scores(method, scores, tuple(seen.shape) if scores.ndim == 2 else (batch, attention.query.shape[1], n))
+        if scores.ndim > 2:
+            scores = scores.unflatten(1, (attention.key.shape[1], -1)).amax(2)
+        at = torch.arange(layer.length - n, layer.length, device=seen.device)
+        row = torch.arange(batch, device=seen.device)
+        of_layers = self.forward.scores.setdefault(method.name, {})
+        of_layers[attention.index] = laid_out(scores, torch.where(seen, at, -1), row, (batch, layer.length))
+
     def _trim(self, layer: PrunedLayer, attention: Attention) -> bool:
         """Behind the first cross-attention: choose, and evict the others from this layer's cache."""
         method, text = self.place.method, self._text
@@ -113,11 +127,8 @@ class CrossAction(Action):
         received, seen = (part[..., -self.stream.tokens :] for part in scores)
         images = seen.view(seen.shape[0], -1, self.place.features_per_image).any(-1).sum(-1)
         chosen = method.select(received, seen, images)
-        if self.place.outcome.records and (counts := method.score(received, seen)) is not None:
-            features = torch.arange(layer.length - seen.shape[1], layer.length, device=seen.device)
-            at, row = torch.where(seen, features, -1), torch.arange(len(seen), device=seen.device)
-            of_layers = self.forward.scores.setdefault(method.name, {})
-            of_layers[attention.index] = laid_out(counts, at, row, (len(seen), layer.length))
+        if self.place.outcome.records:
+            self._note_scores(attention, layer, method.score(received, seen), seen)
         self._text = None
         if not bool((seen & ~chosen).any()):
             return False

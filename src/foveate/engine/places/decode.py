@@ -73,20 +73,19 @@ class DecodePlace(Place):
 
     def tell(self, report: PruneReport) -> None:
         report.decoding = Decoding()
-        if report.records:
-            report.scores[self.method.name] = report.decoding.scores
 
 
 class DecodeAction(Action):
-    """What one pass remembers, or reads. chosen: with record, by layer, as `Decoding` has it."""
+    """What one pass remembers, or reads. chosen, scores: with record, by layer, as `Decoding` has them."""
 
     def __init__(self, place: DecodePlace, forward: Forward) -> None:
         self.place, self.method, self.forward = place, place.method, forward
         self.decodes = forward.queries == 1 and bool(forward.past) and not forward.brings_images
-        self.acted = False
+        self.counted: set[int] = set()  # layers of the cache, by id
         self.read: list[Tensor] = []
         self.held: list[Tensor] = []
         self.chosen: dict[int, Tensor] = {}
+        self.scores: dict[int, Tensor] = {}
 
     def attends(self, attention: Attention) -> bool:
         layer = attention.layer
@@ -108,11 +107,28 @@ class DecodeAction(Action):
 
     def finish(self) -> None:
         report = self.place.outcome.report
-        if self.acted and report is not None and report.decoding is not None:
-            home = self.forward.home
-            report.decoding.add(sum(on(home, self.read)), sum(on(home, self.held)))
-            if report.records:
-                report.decoding.chosen.append(on(home, self.chosen))
+        if not self.counted or report is None or report.decoding is None:
+            return
+        home, decoding = self.forward.home, report.decoding
+        # Layers where nothing is chosen read all that they hold.
+        rest = [self._entries(layer) for layer in self.forward.held if id(layer) not in self.counted]
+        decoding.add(sum(on(home, [*self.read, *rest])), sum(on(home, [*self.held, *rest])))
+        if report.records:
+            decoding.chosen.append(on(home, self.chosen))
+            decoding.scores.update(on(home, self.scores))
+            if decoding.scores:
+                report.scores[self.method.name] = decoding.scores
+
+    def _entries(self, layer: PrunedLayer) -> Tensor:
+        """How many entries a layer holds that are no padding, over all samples and heads; a number on the device."""
+        assert layer.keys is not None
+        batch, heads, held = layer.keys.shape[:3]
+        visible, mask = self.forward.visible(layer, held), self.forward.arguments.get("attention_mask")
+        if visible is None and layer.index is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            visible = mask[:, None, -held:] > 0
+        if visible is None:
+            return torch.tensor(batch * heads * held)
+        return visible.sum() * (heads // visible.shape[1])
 
     # -- behind a prefill -------------------------------------------------------------------------------------
 
@@ -193,18 +209,19 @@ class DecodeAction(Action):
 
     def _note_scores(self, index: int, layer: PrunedLayer, memory: Memory, scores: Tensor) -> None:
         """For the report: what each image token counted for in this step. scores: (batch * images, kv_heads, n)."""
-        report, slots = self.place.outcome.report, memory.slots
-        if report is not None and report.records and report.decoding is not None:
+        slots = memory.slots
+        if self.place.outcome.records:
             logical = layer.full_index(len(slots), slots.device)[:, 0].gather(1, slots.clamp(min=0).flatten(1))
             at = torch.where(slots < 0, -1, logical.view_as(slots)).flatten(0, 1)
             row = torch.arange(len(slots), device=slots.device).repeat_interleave(slots.shape[1])
-            report.decoding.scores[index] = laid_out(scores, at, row, (len(slots), layer.length))
+            self.scores[index] = laid_out(scores, at, row, (len(slots), layer.length))
 
     def _count(self, index: int, layer: PrunedLayer, memory: Memory, part: Part | None) -> None:
         """Note for the report what was read of the layer of this index."""
         assert layer.keys is not None
         batch, heads, held = layer.keys.shape[:3]
-        later, self.acted = batch * (held - memory.end), True
+        later = batch * (held - memory.end)
+        self.counted.add(id(layer))
         self.held.append(heads * (memory.before + later))
         self.read.append(heads * ((memory.before if part is None else memory.chosen) + later))
         report = self.place.outcome.report
