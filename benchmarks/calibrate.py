@@ -24,7 +24,8 @@ from rich.console import Console
 import foveate
 from foveate import glimpse
 from foveate.asking.loading import GLIMPSE, load_guide
-from foveate.asking.options import Variant, check_alone, variants
+from foveate.asking.options import check_alone, variants
+from foveate.asking.variant import Variant
 from foveate.evaluation.accuracy import progress_bar
 from foveate.evaluation.calibrate import FIRST
 from foveate.evaluation.calibrate_questions import Asked, Column

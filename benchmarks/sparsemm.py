@@ -16,7 +16,7 @@ from torch import Tensor
 
 import foveate
 from foveate import glimpse
-from foveate.asking.options import Variant
+from foveate.asking.variant import Variant
 from foveate.evaluation.accuracy import GROUPS, measure
 from foveate.evaluation.questions import from_glimpse
 from foveate.evaluation.results import Results, run_script

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import foveate
 from foveate import glimpse
 from foveate.asking.mistake import Mistake
-from foveate.asking.options import Variant
+from foveate.asking.variant import Variant
 from foveate.commands.app import app
 from foveate.evaluation import evaluate, plots
 from foveate.evaluation.accuracy import BASELINES, GROUPS, UNTOUCHED, Answers, measure

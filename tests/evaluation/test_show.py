@@ -45,7 +45,7 @@ def subject(family, *names, images=1, keep=0.3):
         SimpleNamespace(image_processor=None),
         asker,
         [Image.new("RGB", (90, 60), "white")] * images,
-        [Variant((foveate.get_method(name, keep=keep),), ({"keep": keep},)) for name in names],
+        [Variant.asked([foveate.get_method(name, keep=keep)], [{"keep": keep}]) for name in names],
         {"model": family, "question": "What </script>?", "dtype": "float32", "device": "cpu"},
     )
 

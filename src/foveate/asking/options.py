@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from foveate.asking.mistake import Mistake
+from foveate.asking.variant import Variant
 from foveate.methods import grammar, option_names
 from foveate.methods.grammar import Part, Parts, label
 from foveate.methods.places import PLACES
@@ -16,31 +17,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT = "divprune"  # none before the LLM is clearly better, and it reads features only: benchmarks/defaults.py
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Methods that act together, at one `keep`.
-
-    label: the methods and their options as written, such as "fopru:strategy=row". keep: of those that were written
-    without one, else the last method's. named: asked for by name, not by `all`.
-    """
-
-    label: str
-    keep: float | int
-    methods: tuple[Method, ...]
-    named: bool = True
-
-    @property
-    def method(self) -> Method:
-        """The one method; `check_alone` refuses others where there must be one."""
-        (method,) = self.methods
-        return method
-
-    @property
-    def place(self) -> str:
-        """Where they act, joined by "+"."""
-        return "+".join(method.place for method in self.methods)
 
 
 def typed(text: str) -> Any:

@@ -148,7 +148,7 @@ def _build(chosen: Sequence[Parts], options: dict[str, Any], guide: str | None) 
                 methods.append(foveate.get_method(part.name, **mine, **guide_option(cls, mine, guide)))
                 # `keep` belongs to every label, also where it is the default.
                 asked.append({**_budget(methods[-1]), **mine})
-            variants.append(Variant(tuple(methods), tuple(asked)))
+            variants.append(Variant.asked(methods, asked))
         return variants
     except (ValueError, TypeError, foveate.UnsupportedError) as error:
         raise Mistake(one_line(error)) from error
@@ -220,7 +220,7 @@ def load_chosen(
     config = read_config(source)
     if given is not None:
         _fitting(config, [(grammar.Part(m.name, {}),) for m in given])
-        variants = [Variant((m,), (_budget(m),)) for m in given]
+        variants = [Variant.asked([m], [_budget(m)]) for m in given]
     else:
         variants = _build(_fitting(config, chosen), options, named)
     load_guide([m for v in variants for m in v.methods], guide, source, config, device=device, dtype=dtype)

@@ -25,7 +25,7 @@ from .runner import Batches, clips_said, generate
 from .scores import exact_match, holds, interval
 
 if TYPE_CHECKING:
-    from foveate.asking.options import Variant
+    from foveate.asking.variant import Variant
 
     from .questions import Item
 

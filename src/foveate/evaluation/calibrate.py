@@ -21,8 +21,9 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant, check_alone, variants
+from foveate.asking.options import check_alone, variants
 from foveate.asking.subject import config_digest, fingerprints, option_files
+from foveate.asking.variant import Variant
 from foveate.engine.certified import setting
 from foveate.engine.support import find_target
 from foveate.errors import UnsupportedError

@@ -12,7 +12,7 @@ from .accuracy import Answered, Failure, advice, ask
 from .workplace import Options, Workplace, prepare
 
 if TYPE_CHECKING:
-    from foveate.asking.options import Variant
+    from foveate.asking.variant import Variant
 
 _workplace: Workplace
 

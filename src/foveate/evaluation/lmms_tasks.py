@@ -16,8 +16,9 @@ from rich.console import Console
 
 from foveate.asking.loading import GLIMPSE, built_in, resolve_device
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant, options_in
+from foveate.asking.options import options_in
 from foveate.asking.subject import fingerprints, option_files
+from foveate.asking.variant import Variant
 from foveate.methods.grammar import parse_method
 
 from .accuracy import UNTOUCHED

@@ -13,7 +13,8 @@ from typing import Annotated, Any, get_type_hints
 
 from foveate.asking.loading import BUILT_IN, DTYPES, GLIMPSE, check_dtype
 from foveate.asking.mistake import Mistake
-from foveate.asking.options import Variant, variants
+from foveate.asking.options import variants
+from foveate.asking.variant import Variant
 from foveate.methods.base import check_keep
 from foveate.methods.grammar import label, parse_method
 from foveate.methods.places import PLACES

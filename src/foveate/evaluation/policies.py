@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant
+from foveate.asking.variant import Variant
 from foveate.methods.base import Method
 from foveate.methods.mass import by_mass
 

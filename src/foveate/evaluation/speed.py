@@ -23,7 +23,7 @@ from .results import Results, Row
 from .timing import Stopwatch, Timing, cache_bytes, no_collector, quartiles, time_generate, watched
 
 if TYPE_CHECKING:
-    from foveate.asking.options import Variant
+    from foveate.asking.variant import Variant
     from foveate.methods.base import Method
 
 KEYS = ("method", "keep", "batch")

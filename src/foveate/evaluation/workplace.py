@@ -22,9 +22,10 @@ from foveate.asking.loading import (
     resolve_device,
 )
 from foveate.asking.mistake import Mistake, one_line
-from foveate.asking.options import Variant, options_in, parse_keeps, variants
+from foveate.asking.options import options_in, parse_keeps, variants
 from foveate.asking.outputs import check_file
 from foveate.asking.subject import fingerprints, option_files
+from foveate.asking.variant import Variant
 from foveate.families import get_family, unknown_family
 from foveate.methods.places import PLACES
 

@@ -145,7 +145,7 @@ class Table:
     def _ask(self, loaded: Loaded, request: Request, shown: Sequence[Image | Clip]) -> Comparison:
         methods = [self._method(loaded, name, request.keep) for name in check_methods(loaded, request.methods)]
         asker = Asker(loaded.model, loaded.processor, shown, request.question, request.max_new_tokens)
-        answers = [asker.ask(Variant((method,), ({"keep": request.keep},)), record=True) for method in methods]
+        answers = [asker.ask(Variant.asked([method], [{"keep": request.keep}]), record=True) for method in methods]
         reports = {answer.label: answer.report for answer in answers}
         answers.insert(0, asker.ask_untouched(answers[0].images))
         if request.measure:
