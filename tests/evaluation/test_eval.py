@@ -432,7 +432,7 @@ def test_what_does_not_fit_is_left_out_of_all_with_a_line(tmp_path, monkeypatch)
     assert "left out: trimmed_llama: it drops tokens in cross-attention, which llava models lack" in result.stderr
 
 
-def test_the_model_with_cross_attention_is_asked_what_it_knows(tmp_path, undrawn):
+def test_the_model_with_cross_attention_is_asked_what_it_knows(tmp_path):
     asked = ("--model", "glimpse-cross", "--methods", "trimmed_llama", "--keep", 0.1, "--count", 28)
     result = run(*asked, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -515,7 +515,7 @@ BAD = {
 }
 
 
-def test_bad_rows_are_named_and_counted_and_the_rest_runs(data, tmp_path, undrawn):
+def test_bad_rows_are_named_and_counted_and_the_rest_runs(data, tmp_path):
     result = run("--data", data, "--methods", "fastv", "--keep", 0.5, "--out", tmp_path / "out")
     assert result.exit_code == 1, result.output
     rows, about = read(tmp_path / "out")
