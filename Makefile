@@ -38,10 +38,10 @@ demo: $(VENV)/.runtime
 test: lint test-newest test-lowest
 
 test-newest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" --rarer 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" --rarer 2
 
 test-lowest: $(LOWEST)/.tests
-	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" --rarer 4 $(HALF)
+	$(LOWEST)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" --rarer 4 $(HALF)
 
 # The plugin in vLLM itself, on tiny models: equality with transformers, and a real server.
 test-vllm: $(SERVED)/.tests

@@ -27,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", THEIRS)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations without plots, which take longer than a few answers; tests that look at plots do without this."""
+    monkeypatch.setattr("foveate.evaluation.evaluate._draw", lambda *args: None)
+
+
 @pytest.hookimpl(tryfirst=True)  # before slow ones are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests whose rows are `sampled(n)` about every n-th row is a quick one, and the others are slow."""

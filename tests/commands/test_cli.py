@@ -20,6 +20,7 @@ from foveate.asking.pictures import DIM, HEIGHT, MARGIN, crop_as_seen, draw_kept
 from foveate.commands.app import app
 
 QUESTION = "What is in the picture?"
+SHORT = ("--max-new-tokens", 8)  # of a long answer to it, which takes long to time
 
 
 def run(*args):
@@ -249,7 +250,7 @@ def test_json_has_its_schema(files):
 
 
 def test_compare_sets_every_method_beside_the_untouched_model(files):
-    out = ask_json(files / "good.png", QUESTION, "-m", "fopru", "-m", "plphp", "--keep", "0.25", "--compare")
+    out = ask_json(files / "good.png", QUESTION, "-m", "fopru", "-m", "plphp", "--keep", "0.25", "--compare", *SHORT)
     untouched, fopru, plphp = out["answers"]
     assert [a["method"] for a in out["answers"]] == [None, "fopru", "plphp"]
     assert out["timing"]["runs"] > 1
@@ -263,7 +264,7 @@ def test_compare_sets_every_method_beside_the_untouched_model(files):
 
 
 def test_compare_prints_a_table_that_says_how_it_measured(files):
-    result = run("ask", files / "good.png", QUESTION, "--compare")
+    result = run("ask", files / "good.png", QUESTION, "--compare", *SHORT)
     assert result.exit_code == 0, result.output
     for part in ("untouched", "divprune keep 0.25", "144 of 144", "36 of 144", "kB", "medians"):
         assert part in result.stdout
@@ -277,7 +278,7 @@ def test_keep_all_answers_like_the_untouched_model(files):
 
 def test_glimpse_brings_a_guide_and_another_may_be_given(files, tmp_path):
     own, given = (
-        ask_json(files / "good.png", QUESTION, "-m", "sgl", "--compare", *guide)
+        ask_json(files / "good.png", QUESTION, "-m", "sgl", "--compare", *SHORT, *guide)
         for guide in ([], ["--guide", files / "guide"])
     )
     assert (own["guide"], given["guide"]) == (None, str(files / "guide"))
@@ -299,7 +300,7 @@ def test_a_guide_that_answers_alone_is_said_to(files, tmp_path):
     assert 0 < answer["guide"]["score"] <= 1
     assert (answer["images"], answer["kv_bytes"]) == ([{"tokens": 144, "kept": 0}], 0)
     assert "the guide answered alone (score" in run("ask", *words).stdout
-    compared = run("ask", *words, "--compare", "--show", out)
+    compared = run("ask", *words, "--compare", "--show", out, *SHORT)
     assert compared.exit_code == 0, compared.output
     assert "answered alone" in compared.stdout and "not timed" in compared.stdout
     assert "144 of 144" in compared.stdout and "0 of 144" in compared.stdout
@@ -316,7 +317,7 @@ def test_several_images_go_in_order(files):
 
 
 def test_one_option_reaches_the_methods_that_have_it(files):
-    out = ask_json(files / "good.png", QUESTION, "-m", "fopru", "-m", "plphp", "-o", "strategy=row")
+    out = ask_json(files / "good.png", QUESTION, "-m", "fopru", "-m", "plphp", "-o", "strategy=row", *SHORT)
     assert [a["options"] for a in out["answers"]] == [{"keep": 0.25, "strategy": "row"}, {"keep": 0.4}]
 
 
@@ -336,7 +337,7 @@ def test_show_darkens_exactly_the_dropped_cells(files, tmp_path):
 
 def test_show_draws_every_image_and_every_variant(files, tmp_path):
     out = tmp_path / "kept.png"
-    args = ["-m", "fopru", "-m", "plphp", "--compare", "--show", out, "--json"]
+    args = ["-m", "fopru", "-m", "plphp", "--compare", "--show", out, "--json", *SHORT]
     result = run("ask", files / "white.png", files / "white.png", QUESTION, *args)
     assert result.exit_code == 0, result.output
     json.loads(result.stdout)

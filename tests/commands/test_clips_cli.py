@@ -106,7 +106,7 @@ def test_mistakes_are_one_line(args, says):
         assert result.exit_code != 0 and says in result.output
 
 
-def test_rows_about_clips_are_evaluated(tmp_path):
+def test_rows_about_clips_are_evaluated(tmp_path, undrawn):
     for name in ("clip.mp4", "clip"):
         (tmp_path / name).symlink_to((Path("examples") / name).absolute())
     rows = [
@@ -124,7 +124,7 @@ def test_rows_about_clips_are_evaluated(tmp_path):
     assert (evs["questions"], evs["accuracy"], evs["kept_share"]) == (2, 1.0, 0.5)
 
 
-def test_fewer_frames_of_clips_are_evaluated(tmp_path):
+def test_fewer_frames_of_clips_are_evaluated(tmp_path, undrawn):
     (tmp_path / "clip.mp4").symlink_to(Path(FILM).absolute())
     row = {"clip": "clip.mp4", "question": QUESTION, "answers": ["right"]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))

@@ -45,7 +45,7 @@ def test_methods_that_act_together_are_asked_and_timed_beside_others():
     assert both["images"][0]["kept"] < 72 and both["answer"] == "bottom left"
 
 
-def test_they_are_evaluated_and_timed_together(tmp_path):
+def test_they_are_evaluated_and_timed_together(tmp_path, undrawn):
     words = ("--methods", BOTH, "-m", "divprune+csp", "--keep", 0.25, "--out", tmp_path / "eval", "--json")
     rows = json.loads(well("eval", *words, "--count", 4, "--max-new-tokens", 4).stdout)["rows"]
     found = {row["method"]: row for row in rows}
@@ -79,7 +79,7 @@ def test_the_frames_that_were_asked_for_are_looked_at(command, tmp_path):
         (("ask", DEMO, QUESTION, "-m", "plph"), "unknown method 'plph'; did you mean plphp?"),
         (("ask", DEMO, QUESTION, "-m", "fopru+"), "--method fopru+: write names"),
         (("ask", DEMO, QUESTION, "-m", "fopru:keep=0.5", "--keep", "0.5"), "keep: fopru:keep=0.5 says it already"),
-        (("eval", "-m", "fopru+fopru"), "fopru and fopru both act before the LLM"),
+        (("eval", "-m", "fopru+fopru", "--count", "1"), "fopru and fopru both act before the LLM"),
         (("calibrate", "-m", "fopru+csp", "--out", "x.json"), "give each method alone here"),
         (("calibrate", "-m", "csp:keep=0.5", "--out", "x.json"), "leave keep out"),
         (("search", "-m", "gsearch+csp", "--out", "x.json"), "one method is wanted here"),

@@ -42,7 +42,7 @@ def asked():
 
 
 def score(asked, folder, *variants):
-    """The rows of some variants, by label."""
+    """The rows of some variants, by label; those that a folder has are kept."""
     results = Results(folder, "eval", {}, keys=("method", "keep"))
     with results:
         assert not measure(*asked, variants, results, groups=GROUPS)
@@ -54,6 +54,20 @@ BLIND = [name for name in BASELINES if name != "random_cross"]  # those that fit
 
 def uniform(keep=0.5):
     return Variant("uniform", keep, (foveate.get_method("uniform", keep=keep),))
+
+
+@pytest.fixture(scope="module")
+def scored(asked, tmp_path_factory):
+    """A folder with the untouched model's answers, and those of half of the tokens."""
+    folder = tmp_path_factory.mktemp("scored")
+    score(asked, folder, uniform())
+    return folder
+
+
+@pytest.fixture
+def begun(scored, tmp_path):
+    """A folder that goes on from there."""
+    return shutil.copytree(scored, tmp_path / "begun")
 
 
 # -- methods that are broken on purpose ---------------------------------------------------------------------------
@@ -109,8 +123,8 @@ class IgnoredInCache(CacheMethod):
 
 
 @pytest.mark.parametrize("broken", [LeastAttended, OtherPicture, Ignored])
-def test_a_method_that_keeps_the_wrong_tokens_is_exposed(broken, asked, tmp_path):
-    rows = score(asked, tmp_path, uniform(), Variant("broken", 0.5, (broken(keep=0.5),)))
+def test_a_method_that_keeps_the_wrong_tokens_is_exposed(broken, asked, begun):
+    rows = score(asked, begun, uniform(), Variant("broken", 0.5, (broken(keep=0.5),)))
     assert rows[UNTOUCHED]["accuracy"] > 0.9 and rows["uniform"]["accuracy"] > 0.7
     assert rows["broken"]["kept_share"] == pytest.approx(0.5)
     assert rows["broken"]["accuracy"] < rows["uniform"]["accuracy"] - 0.3
@@ -129,18 +143,18 @@ def test_a_broken_eviction_shows_in_long_answers(asked, tmp_path):
 # -- what the figures mean ----------------------------------------------------------------------------------------
 
 
-def test_keeping_everything_is_the_untouched_model(asked, tmp_path):
-    rows = score(asked, tmp_path, Variant("all", 1.0, (foveate.get_method("plphp", keep=1.0),)))
+def test_keeping_everything_is_the_untouched_model(asked, begun):
+    rows = score(asked, begun, Variant("all", 1.0, (foveate.get_method("plphp", keep=1.0),)))
     untouched, everything = rows[UNTOUCHED], rows["all"]
     assert everything["accuracy"] == untouched["accuracy"] and everything["agreement"] == 1.0
     for share in ("kept_share", "kv_share", "read_share", "prefill_share"):
         assert everything[share] == untouched[share] == 1.0
 
 
-def test_rows_hold_shares_intervals_and_groups(asked, tmp_path):
-    row = score(asked, tmp_path, uniform(0.25))["uniform"]
-    assert row["questions"] == 96 and row["keep"] == 0.25 and row["place"] == "encoder"
-    assert row["kept_share"] == 0.25 and 0.25 < row["kv_share"] < 0.5  # the text stays
+def test_rows_hold_shares_intervals_and_groups(asked, scored):
+    row = score(asked, scored, uniform())["uniform"]
+    assert row["questions"] == 96 and row["keep"] == 0.5 and row["place"] == "encoder"
+    assert row["kept_share"] == 0.5 and 0.5 < row["kv_share"] < 0.75  # the text stays
     for part in ("", *(f":{name}" for name in (*GROUPS, *glimpse.KINDS))):
         for what in ("accuracy", "agreement"):
             assert row[f"{what}_low{part}"] <= row[f"{what}{part}"] <= row[f"{what}_high{part}"]
@@ -149,22 +163,21 @@ def test_rows_hold_shares_intervals_and_groups(asked, tmp_path):
     for what in ("accuracy", "agreement"):
         mean = sum(row[f"{what}:{part}"] * size for part, size in sizes.items()) / 96
         assert mean == pytest.approx(row[what])
-    with (tmp_path / "answers.csv").open() as file:
+    with (scored / "answers.csv").open() as file:
         lines = list(csv.DictReader(file))
-    right = sum(line["uniform keep=0.25"] == line["accepted"] for line in lines)
+    right = sum(line["uniform keep=0.5"] == line["accepted"] for line in lines)
     assert right / 96 == pytest.approx(row["accuracy"])
 
 
-def test_what_is_evicted_behind_the_prefill_changes_no_first_word(asked, tmp_path):
+def test_what_is_evicted_behind_the_prefill_changes_no_first_word(asked, begun):
     lost = [Variant(name, 0.1, (foveate.get_method(name, keep=0.1),)) for name in ("random_cache", "plphp")]
-    rows = score(asked, tmp_path, *lost)
+    rows = score(asked, begun, *lost)
     for name in ("random_cache", "plphp"):
         assert rows[name]["agreement:one_word"] > 0.85 and rows[name]["agreement:more_words"] < 0.8
-    with (tmp_path / "answers.csv").open() as file:
+    columns = [f"{variant.label} keep={variant.keep}" for variant in lost]
+    with (begun / "answers.csv").open() as file:
         for line in csv.DictReader(file):
-            first = {
-                line[column][0] for column in line if column == UNTOUCHED or "keep=" in column
-            }  # of a number: its digit
+            first = {line[column][0] for column in (UNTOUCHED, *columns)}  # of a number: its digit
             assert len(first) == 1 or line["type"] == "again", "only a second turn sees nothing but what was left"
 
 
@@ -230,7 +243,7 @@ def test_a_talk_goes_on_as_if_all_of_it_had_been_one_prompt(size):
     assert generate(model, processor, Batches(processor, items, 4), one_cache=False) == said
 
 
-def test_three_turns_and_their_answers_are_one_row(tmp_path):
+def test_three_turns_and_their_answers_are_one_row(tmp_path, undrawn):
     question = next(q for q in glimpse.heldout(20) if q.kind == "describe")
     question.image.save(tmp_path / "0.png")
     row = {"image": "0.png", "question": question.question, "answers": [question.answer]}
@@ -248,8 +261,8 @@ def test_three_turns_and_their_answers_are_one_row(tmp_path):
 # -- several processes --------------------------------------------------------------------------------------------
 
 
-def test_several_processes_write_the_same_rows(tmp_path):
-    args = ("--methods", "fastv,sgl", "--keep", "0.5", "--count", 16, "--out")
+def test_several_processes_write_the_same_rows(tmp_path, undrawn):
+    args = ("--methods", "fastv,sgl", "--keep", "0.5", "--count", 6, "--out")
     one, two = run(*args, tmp_path / "one"), run(*args, tmp_path / "two", "--jobs", 2)
     assert one.exit_code == two.exit_code == 0, two.output
     assert one.stdout == two.stdout
@@ -322,8 +335,8 @@ def test_the_command_writes_a_folder_and_a_second_run_repeats_nothing(tmp_path, 
     assert f"nothing new in {out}" in again.stderr and "kept" not in first.stderr and f"wrote {out}" in first.stderr
 
 
-def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    args = ("--methods", "fastv", "--keep", "0.5", "--count", 9, "--out", tmp_path / "out")
+def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monkeypatch, undrawn):
+    args = ("--methods", "fastv", "--keep", "0.5", "--count", 2, "--out", tmp_path / "out")
     calls = []
 
     def interrupted(*args, **kwargs):
@@ -344,8 +357,8 @@ def test_ctrl_c_leaves_finished_rows_and_the_same_command_goes_on(tmp_path, monk
     assert resumed.stdout == whole.stdout and len(calls) == 3 + len(read(tmp_path / "out")[0]) - 2 + 7
 
 
-def test_what_was_answered_of_a_row_survives_ctrl_c(tmp_path, monkeypatch):
-    args = ("--methods", "csp", "--keep", "0.5", "--count", 9, "--batch-size", 3, "--out", tmp_path / "out")
+def test_what_was_answered_of_a_row_survives_ctrl_c(tmp_path, monkeypatch, undrawn):
+    args = ("--methods", "csp", "--keep", "0.5", "--count", 3, "--batch-size", 1, "--out", tmp_path / "out")
     calls = []
 
     def interrupted(model, processor, batches, *args, **kwargs):
@@ -369,16 +382,16 @@ def test_what_was_answered_of_a_row_survives_ctrl_c(tmp_path, monkeypatch):
 def test_a_folder_of_another_command_is_refused(tmp_path):
     with Results(tmp_path, "eval", {"model": "other"}, keys=("method", "keep")):
         pass
-    result = run("--count", 9, "--out", tmp_path)
+    result = run("--count", 1, "--out", tmp_path)
     assert result.exit_code == 2 and "holds rows with model other, not glimpse" in result.stderr
 
 
-def test_one_method_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
+def test_one_method_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, undrawn):
     def fail(self, tokens, budget):
         raise RuntimeError("a bug in the method")
 
     monkeypatch.setattr(foveate.method_class("divprune"), "select", fail)
-    result = run("--methods", "divprune,fastv", "--keep", 0.5, "--count", 9, "--out", tmp_path)
+    result = run("--methods", "divprune,fastv", "--keep", 0.5, "--count", 2, "--out", tmp_path)
     assert result.exit_code == 1
     assert "divprune keep=0.5 failed: a bug in the method" in result.stderr
     assert [row["method"] for row in read(tmp_path)[0]] == [UNTOUCHED, *BLIND, "fastv"]
@@ -432,14 +445,14 @@ def test_the_model_with_cross_attention_is_asked_what_it_knows(tmp_path):
 MISTAKES = {
     "unknown method": (["--methods", "magic"], "unknown method 'magic'"),
     "method that does not fit": (["--methods", "trimmed_llama"], "which llava models lack"),
-    "layer that the model lacks": (["--methods", "fastv:layer=99"], "fastv:layer=99"),
+    "layer that the model lacks": (["--methods", "fastv:layer=99", "--count", "1"], "fastv:layer=99"),
     "keep of zero": (["--keep", "0.5,0"], "--keep 0.5,0"),
     "unknown match": (["--match", "fuzzy"], "use exact or contains"),
     "unknown dtype": (["--dtype", "int3"], "--dtype int3"),
     "another model without questions": (["--model", "nobody/nothing"], "--data is missing"),
     "no such data": (["--data", "nowhere"], "cannot read nowhere/data.jsonl"),
-    "out is a file": (["--out", "file.txt"], "is a file"),
-    "out holds something else": (["--out", "."], "no folder of results"),
+    "out is a file": (["--out", "file.txt", "--count", "1"], "is a file"),
+    "out holds something else": (["--out", ".", "--count", "1"], "no folder of results"),
     "guide for nobody": (["--methods", "fopru", "--guide", "./nowhere"], "none of the methods takes a guide"),
     "guide as an option": (["--methods", "sgl:guide=nowhere"], "is given by --guide"),
     "no such guide": (["--methods", "sgl", "--guide", "./nowhere"], "(--guide takes"),
@@ -517,7 +530,7 @@ def test_bad_rows_are_named_and_counted_and_the_rest_runs(data, tmp_path):
     assert f"left out: {len(BAD) + 1 - 10} more rows, see bad-rows.txt" in result.stderr
 
 
-def test_changed_data_is_not_mixed_into_old_rows(data, tmp_path):
+def test_changed_data_is_not_mixed_into_old_rows(data, tmp_path, undrawn):
     args = ("--data", data, "--methods", "uniform", "--keep", 0.5, "--out", tmp_path / "out")
     assert run(*args).exit_code == 1
     (data / "data.jsonl").write_text("{" + GOOD + "}\n")
@@ -525,7 +538,7 @@ def test_changed_data_is_not_mixed_into_old_rows(data, tmp_path):
     assert result.exit_code == 2 and "holds rows with digest" in result.stderr
 
 
-def test_changed_pictures_are_not_mixed_into_old_rows(tmp_path):
+def test_changed_pictures_are_not_mixed_into_old_rows(tmp_path, undrawn):
     folder, out = tmp_path / "mine", tmp_path / "out"
     folder.mkdir()
     questions = glimpse.heldout(3)
@@ -554,7 +567,7 @@ def test_changed_pictures_are_not_mixed_into_old_rows(tmp_path):
     assert run(*args, "uniform").exit_code == 1  # as it was
 
 
-def test_changed_weights_are_not_mixed_into_old_rows(data, tmp_path):
+def test_changed_weights_are_not_mixed_into_old_rows(data, tmp_path, undrawn):
     model = tmp_path / "model"
     shutil.copytree(glimpse.PATH, model)
     args = ("--data", data, "--model", model, "--methods", "uniform", "--keep", 0.5, "--out", tmp_path / "out")
@@ -578,8 +591,8 @@ def test_answers_to_other_questions_are_not_mixed(tmp_path):
             Answers(answers.path, others)
 
 
-def test_rows_that_are_no_longer_bad_are_no_longer_listed(tmp_path):
-    args = ("--methods", "uniform", "--keep", 0.5, "--count", 3, "--out", tmp_path)
+def test_rows_that_are_no_longer_bad_are_no_longer_listed(tmp_path, undrawn):
+    args = ("--methods", "uniform", "--keep", 0.5, "--count", 1, "--out", tmp_path)
     assert run(*args).exit_code == 0
     (tmp_path / "bad-rows.txt").write_text("data.jsonl, line 1: broken\n")
     assert run(*args).exit_code == 0
@@ -593,7 +606,7 @@ def test_data_without_one_good_row_is_a_mistake(tmp_path):
             from_folder(tmp_path)
 
 
-def test_an_answer_that_silence_matches_is_a_bad_row(tmp_path):
+def test_an_answer_that_silence_matches_is_a_bad_row(tmp_path, undrawn):
     glimpse.heldout(1)[0].image.save(tmp_path / "0.png")
     answers = ["a", "?", ".", "\u732b", "-5"]
     (tmp_path / "data.jsonl").write_text("\n".join("{" + GOOD.replace('"a"', json.dumps(a)) + "}" for a in answers))

@@ -122,7 +122,7 @@ def test_it_understands_the_example(loaded, question, expected):
     assert answer(*loaded, [[Image.open(frame) for frame in FRAMES]], [question]) == [expected]
 
 
-def test_the_commands_take_it_by_its_name(tmp_path):
+def test_the_commands_take_it_by_its_name(tmp_path, undrawn):
     def run(*args):
         result = CliRunner().invoke(app, [str(arg) for arg in args])
         assert result.exit_code == 0, result.output
@@ -130,7 +130,7 @@ def test_the_commands_take_it_by_its_name(tmp_path):
 
     asked = ("Which way does the dog move?", "--model", "glimpse-video")
     assert "right" in run("ask", *FRAMES, *asked, "--method", "fastv", "--keep", 0.5, "--compare")
-    options = ("--methods", "uniform", "--keep", 0.5, "--count", 24, "--out", tmp_path)
+    options = ("--methods", "uniform", "--keep", 0.5, "--count", 12, "--out", tmp_path)
     output = run("eval", "--model", "glimpse-video", *options)
     assert "untouched" in output
     rows = (tmp_path / "rows.csv").read_text()
