@@ -74,14 +74,18 @@ def _layouts(subject: Subject) -> None:
     family = get_family(config)
     assert family is not None
     for inputs in subject.prompts.values():
-        for number, layout in enumerate(family.layouts(config, inputs)):
+        if "encoder" in family.places:
+            images = [(layout.tokens, layout.tiles) for layout in family.layouts(config, inputs)]
+        else:
+            places = family.feature_places(config, inputs)
+            images = [(len(index), tiles) for sample in places for index, tiles in sample]
+        for number, (tokens, tiles) in enumerate(images):
             where = f"{family.model_type}: layout {number}"
-            for tile in layout.tiles:
-                tokens = len(tile.index)
-                assert tile.grid[0] * tile.grid[1] == tokens, (
-                    f"{where}: a tile of {tokens} tokens has the grid {tile.grid}"
+            for tile in tiles:
+                assert tile.grid[0] * tile.grid[1] == len(tile.index), (
+                    f"{where}: a tile of {len(tile.index)} tokens has the grid {tile.grid}"
                 )
-            named = torch.cat([tile.index for tile in layout.tiles])
-            inside = (named >= 0) & (named < layout.tokens)
-            assert inside.all(), f"{where}: a tile names token {int(named[~inside][0])} of {layout.tokens}"
+            named = torch.cat([tile.index for tile in tiles])
+            inside = (named >= 0) & (named < tokens)
+            assert inside.all(), f"{where}: a tile names token {int(named[~inside][0])} of {tokens}"
             assert len(named.unique()) == len(named), f"{where}: two tiles name the same token"
