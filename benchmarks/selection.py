@@ -28,6 +28,7 @@ from torch import Tensor
 
 import foveate
 from foveate.asking.options import check_alone, parse_methods
+from foveate.engine.support import find_target
 from foveate.evaluation import geometries
 from foveate.evaluation.results import Results, run_script
 from foveate.evaluation.tables import markdown
@@ -187,11 +188,11 @@ def cache_work(method: CacheMethod, sizes: Sizes) -> tuple[Work, None]:
 
     def select() -> None:
         scores = [method.score(tokens) for _ in range(layers)]
-        statistics = torch.stack([method.statistics(each, tokens.groups) for each in scores])
         if method.needs_all_layers:
-            budgets = method.budgets(statistics, tokens.groups)
+            statistics = torch.stack([method.statistics(each, tokens.groups) for each in scores])
+            budgets = list(method.budgets(statistics, tokens.groups))
         else:
-            budgets = torch.cat([method.budgets(each.unsqueeze(0), tokens.groups) for each in statistics])
+            budgets = [method.budget(each, tokens) for each in scores]
         for each, budget in zip(scores, budgets, strict=True):
             method.merge(method.select(each, budget), tokens.groups)
 
@@ -267,7 +268,7 @@ def wanted(methods: str, keep: float, console: Console) -> Iterator[tuple[str, M
         except ValueError as error:
             console.print(f"left out: {error}")
             continue
-        if isinstance(method, TrainedMethod):
+        if isinstance(method, TrainedMethod) and not isinstance(method, CacheMethod):
             console.print(f"left out: {name} has weights of its own: foveate bench times it")
         elif isinstance(method, VideoMethod):
             console.print(f"left out: {name} compares the frames of a clip: benchmarks/clip_cost.py times it")
@@ -281,7 +282,7 @@ def wanted(methods: str, keep: float, console: Console) -> Iterator[tuple[str, M
 def measure(
     model: Any, methods: list[tuple[str, Method]], sizes: list[int], repeat: int, results: Results, console: Console
 ) -> None:
-    depth = model.config.text_config.num_hidden_layers
+    depth, host = model.config.text_config.num_hidden_layers, find_target(model).host
     for n in sizes:
         missing = [one for one in methods if not results.find(method=one[0], image_tokens=n)]
         if not missing:
@@ -292,7 +293,7 @@ def measure(
         console.print(f"{n:,} tokens: prefill {whole:,.0f} ms")
         for name, method in missing:
             make = next(make for base, make in WORK if isinstance(method, base))
-            select, read = make(method, Sizes(model, n))
+            select, read = make(method.untrained().for_host(host), Sizes(model, n))
             scale = 1.0
             if isinstance(method, CacheMethod):
                 own = depth - method.first_layer()
