@@ -129,17 +129,22 @@ def plot(rows: list[Row], path: Path) -> None:
 def chosen(methods: str) -> tuple[list[Variant], list[str]]:
     """The methods that take every keep on glimpse, and a line for each other one.
 
-    methods: as `foveate calibrate` takes it; `all` are those that look at pictures, each with its own defaults.
+    methods: as `foveate calibrate` takes it; `all` are those that look at pictures and run no untouched model beside,
+    each with its own defaults.
     """
     source = str(glimpse.PATH)
     config, family = known_family(source)
     check_alone(methods)
     found, left_out = variants(methods, KEEPS, family.places, config.model_type, seed=0, guide=GLIMPSE)
-    found = [each for each in found if each.named or not (":" in each.label or isinstance(each.method, VideoMethod))]
+    found = [each for each in found if each.named or (":" not in each.label and _saves_on_pictures(each.method))]
     load_guide([variant.method for variant in found], None, source, config, device="cpu", dtype="float32")
     found = list(fitting(glimpse.load()[0], found, left_out))
     labels = [variant.label for variant in found]
     return [each for each in found if each.keep == KEEPS[0] and labels.count(each.label) == len(KEEPS)], left_out
+
+
+def _saves_on_pictures(method: foveate.Method) -> bool:
+    return not isinstance(method, VideoMethod) and method.place != "logits"
 
 
 class Place:
