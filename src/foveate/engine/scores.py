@@ -37,7 +37,7 @@ def of_images(
     known = [(each, place) for each, place in zip(scores, places, strict=True) if each is not None]
     if not known:
         return None
-    out = torch.full((shape[0], 1, shape[1]), torch.nan, device=known[0][1][1].device)
+    out = torch.full((shape[0], 1, shape[1]), torch.nan, dtype=torch.float32, device=known[0][1][1].device)
     for each, (row, at) in known:
         out[row, 0, at] = each.float().to(out.device)
     return out

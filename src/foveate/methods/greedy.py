@@ -42,7 +42,7 @@ def earliness(order: Tensor, n: int) -> Tensor:
     """How early each token is picked: the first n, the last 1, 0 where it never is. order: (tiles, steps). Float32
     (tiles, n)."""
     counts = torch.arange(n, n - order.shape[1], -1, dtype=torch.float32, device=order.device)
-    return torch.zeros(len(order), n, device=order.device).scatter(1, order, counts.expand_as(order))
+    return counts.new_zeros(len(order), n).scatter(1, order, counts.expand_as(order))
 
 
 class Cosines:

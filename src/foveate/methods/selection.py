@@ -126,7 +126,7 @@ def select_tokens(
             stays = chosen[m].flatten()
             keeps[i][spot] = stays
             if scores is not None:
-                unasked = torch.full((layouts[i].tokens,), torch.nan, device=device)
+                unasked = torch.full((layouts[i].tokens,), torch.nan, dtype=torch.float32, device=device)
                 ranked.setdefault(i, unasked)[spot] = scores[m].detach().flatten().float()
             if becomes is not None:
                 new = becomes[m].flatten(0, -2).to(merged[i].dtype).where(stays.unsqueeze(-1), merged[i][spot])
