@@ -21,7 +21,7 @@ from .images import EncodedImage, group_images, place_images, repeated
 from .masks import says_more
 from .once import Once
 from .rows import Lent, Rows, Stream, compact, gather_rows
-from .scores import Scores, laid_out
+from .scores import Scores
 from .target import Target
 
 _FOLLOWS = {"ids", "mask", "is_image", "text", "places", "groups", "guidance", "lent", "_pending", "_through", "_aside"}
@@ -144,6 +144,11 @@ class Forward:
             return torch.ones_like(self.ids, dtype=torch.bool)
         return self.mask[:, self.past :]
 
+    @property
+    def logical(self) -> tuple[int, int]:
+        """Samples, and tokens of each behind this forward, padding and what was dropped included."""
+        return self.ids.shape[0], self.past + self.queries
+
     def last(self) -> Tensor:
         """(batch,) index of each sample's last token in this forward."""
         steps = torch.arange(self.queries, device=self.ids.device)
@@ -232,15 +237,6 @@ class Forward:
             for sample, more in zip(samples, action.image_tokens(), strict=False):
                 sample.extend(more)
         return samples
-
-    def note_scores(self, name: str, index: int, scores: Tensor | None) -> None:
-        """For the report: what each candidate counted for when a method chose at a layer, (groups, n) or (groups,
-        heads, ..., n); None where it ranks by no number."""
-        groups = self.groups
-        if scores is not None and groups is not None:
-            at = torch.where(groups.present, groups.positions + self.past, -1)
-            shape = len(self.ids), self.past + self.queries
-            self.scores.setdefault(name, {})[index] = laid_out(scores, *on(scores.device, (at, groups.row)), shape)
 
     # -- rows -------------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ class CacheAction(Action):
         assert layer is not None and layer.keys is not None
         scores = scores.mean(1, keepdim=True) if layer.keys.shape[1] < scores.shape[1] else scores
         if self.place.outcome.records:
-            self.forward.note_scores(self.method.name, attention.index, scores)
+            self.place.note_scores(self.forward, self.method, attention.index, scores)
         return scores
 
     def _stays(self, scores: Tensor, tokens: LayerTokens, budget: Tensor, held: int) -> tuple[Tensor, Tensor]:

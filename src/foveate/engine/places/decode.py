@@ -82,6 +82,7 @@ class DecodeAction(Action):
         self.place, self.method, self.forward = place, place.method, forward
         self.decodes = forward.queries == 1 and bool(forward.past) and not forward.brings_images
         self.counted: set[int] = set()  # layers of the cache, by id
+        self._real: dict[int, Tensor] = {}  # tokens among the last so many, that are no padding
         self.read: list[Tensor] = []
         self.held: list[Tensor] = []
         self.chosen: dict[int, Tensor] = {}
@@ -119,16 +120,18 @@ class DecodeAction(Action):
             if decoding.scores:
                 report.scores[self.method.name] = decoding.scores
 
-    def _entries(self, layer: PrunedLayer) -> Tensor:
+    def _entries(self, layer: PrunedLayer) -> Tensor | int:
         """How many entries a layer holds that are no padding, over all samples and heads; a number on the device."""
         assert layer.keys is not None
         batch, heads, held = layer.keys.shape[:3]
         visible, mask = self.forward.visible(layer, held), self.forward.arguments.get("attention_mask")
-        if visible is None and layer.index is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            visible = mask[:, None, -held:] > 0
-        if visible is None:
-            return torch.tensor(batch * heads * held)
-        return visible.sum() * (heads // visible.shape[1])
+        if visible is not None:
+            return visible.sum() * (heads // visible.shape[1])
+        if layer.index is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return batch * heads * held
+        if held not in self._real:
+            self._real[held] = (mask[:, -held:] > 0).sum()
+        return self._real[held] * heads
 
     # -- behind a prefill -------------------------------------------------------------------------------------
 

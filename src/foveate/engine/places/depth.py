@@ -107,9 +107,10 @@ class DepthAction(Action):
         states = hidden[groups.row.unsqueeze(1), rows.clamp(min=0)]
         through, weight = self.place.method.select(states, groups, index)
         if self.place.outcome.records:
-            scores = self.place.method.score(states, groups, index)
-            check_scores(self.place.method, scores, through.shape)
-            forward.note_scores(self.place.method.name, index, scores)
+            method = self.place.method
+            scores = method.score(states, groups, index)
+            check_scores(method, scores, through.shape)
+            self.place.note_scores(forward, method, index, scores)
         if weight is not None:
             self.weight = torch.ones(len(hidden), forward.queries + 1, dtype=hidden.dtype, device=hidden.device)
             # Padding points one past the end.

@@ -142,7 +142,9 @@ class EncoderPlace(Place):
             device = features[0].device
             reading = on(device, reading)
             patches = self._patches(reading)
-            seen = [self.family.as_seen(self.base, each) for each in features] if self.method.only_drops else features
+            seen = features
+            if self.method.only_drops and self.reads & {"features", "states"}:
+                seen = [self.family.as_seen(self.base, each) for each in features]
             chosen = select_tokens(
                 self.method,
                 layouts,
@@ -290,8 +292,7 @@ class EncoderAction(Action):
         forward, method = self.forward, self.place.method
         if method is not None and self.place.outcome.records:
             places = [(row, at + forward.past) for row, at in forward.places]
-            shape = len(forward.ids), forward.past + forward.queries
-            scores = of_images([image.scores for image in forward.images], places, shape)
+            scores = of_images([image.scores for image in forward.images], places, forward.logical)
             if scores is not None:
                 forward.scores[method.name] = {0: scores}
         if all(image.keep is None for image in forward.images):

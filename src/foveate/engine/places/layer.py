@@ -121,7 +121,7 @@ class LayerAction(Action):
         if self.place.outcome.records:
             scores = method.score(tokens)
             check_scores(method, scores, chosen.shape)
-            forward.note_scores(method.name, index, scores)
+            self.place.note_scores(forward, method, index, scores)
         states = method.merge(tokens, chosen)
         if states is not None and hidden.ndim == 4:
             raise UnsupportedError(

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...layout import Tile
 from ...methods.base import Method
 from ..attention import Attention, Output, Run
+from ..devices import on
 from ..fixtures import Fixtures
 from ..forward import Forward
 from ..report import Outcome, PruneReport
+from ..scores import laid_out
 from ..target import Target
 
 
@@ -106,6 +109,15 @@ class Place:
     def act(self, forward: Forward) -> Action | None:
         """What this place does in the pass that begins; None where it leaves it alone."""
         return None
+
+    def note_scores(self, forward: Forward, method: Method, index: int, scores: Tensor | None) -> None:
+        """For the report: what each candidate counted for when the method chose at a layer, (groups, n) or (groups,
+        heads, ..., n); None where it ranks by no number."""
+        groups = forward.groups
+        if scores is not None and groups is not None:
+            at = torch.where(groups.present, groups.positions + forward.past, -1)
+            laid = laid_out(scores, *on(scores.device, (at, groups.row)), forward.logical)
+            forward.scores.setdefault(method.name, {})[index] = laid
 
     def tell(self, report: PruneReport) -> None:
         """Add to the report of a prefill."""
